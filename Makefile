@@ -1,0 +1,37 @@
+# make demo   set everything up, trace the demo prompt, and print the page to open
+# make test   set everything up and run the linters and all tests
+VENV ?= .venv
+PYTHON ?= python3
+BIN := $(VENV)/bin
+PROMPT := I always loved visiting Aunt Sally. Whenever I was feeling sad, Aunt
+
+.PHONY: demo test lint figures clean
+
+demo: $(VENV)/.installed
+	$(BIN)/qkattr trace "$(PROMPT)" --model smollm2 --saes smollm2 --out demo
+
+test: lint $(VENV)/.tests
+	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+lint: $(VENV)/.tests
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+figures: $(VENV)/.tests
+	$(BIN)/pip install --quiet matplotlib
+	$(BIN)/python docs/figures.py
+
+$(VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet -e ".[gguf]"
+	touch $@
+
+$(VENV)/.tests: $(VENV)/.installed
+	$(BIN)/pip install --quiet torch==2.13.0
+	$(BIN)/pip install --quiet -e ".[test]" pyright ruff
+	touch $@
+
+clean:
+	rm -rf $(VENV) demo

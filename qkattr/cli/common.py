@@ -1,0 +1,127 @@
+"""What the commands share: options, loading, progress, JSON."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from qkattr.errors import InputError
+
+if TYPE_CHECKING:
+    from qkattr.load.bundle import Bundle, Prompt
+    from qkattr.result import Result
+
+Model = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        "-m",
+        help='"smollm2", a Hugging Face folder, or a .gguf file.',
+        show_default=False,
+    ),
+]
+Saes = Annotated[
+    str | None,
+    typer.Option(
+        "--saes",
+        "-s",
+        help='"smollm2", or a folder of SAEs, one after every block.',
+        show_default=False,
+    ),
+]
+Ids = Annotated[bool, typer.Option("--ids", help="PROMPT is token ids, separated by commas.")]
+Bos = Annotated[
+    bool | None,
+    typer.Option(
+        "--bos/--no-bos",
+        help="Put a BOS first, or not. Default: as the SAEs or the tokenizer do.",
+        show_default=False,
+    ),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+Dtype = Annotated[str, typer.Option("--dtype", help="Of the weights: float32 or bfloat16.")]
+Sink = Annotated[
+    bool,
+    typer.Option(
+        "--sink/--no-sink", help="Make position 0 and positions of massive norm one component each."
+    ),
+]
+
+
+def read_prompt(text: str, ids: bool) -> Prompt:
+    """The prompt as the library takes it."""
+    if not ids:
+        return text
+    try:
+        return [int(part) for part in text.split(",") if part.strip()]
+    except ValueError as e:
+        raise InputError(f"--ids expects token ids separated by commas, got {text!r:.60}") from e
+
+
+def is_result(prompt: str) -> bool:
+    """Whether PROMPT|DIR names a folder with a saved result (a folder without one is an error, not a prompt)."""
+    with contextlib.suppress(OSError, ValueError):
+        path = Path(prompt)
+        if path.is_dir() and ("/" in prompt or (path / "graph.json").is_file()):
+            return True
+    return False
+
+
+def need_model(model: str | None) -> str:
+    """The model, or an error that says how to give one."""
+    if model is None:
+        raise InputError(
+            '--model is missing; give "smollm2", a Hugging Face folder or a .gguf file'
+        )
+    return model
+
+
+def open_model(model: str | None, saes: str | None = None, dtype: str = "float32") -> Bundle:
+    """The bundle with its weights still on disk, and JAX's compilation cache switched on."""
+    _compilation_cache()
+    from qkattr.load.bundle import open_bundle
+
+    return open_bundle(need_model(model), saes, dtype=dtype)
+
+
+def open_with_model(folder: str, model: str | None, saes: str | None, dtype: str) -> Result:
+    """A saved result with the model that it names, or the one given."""
+    from qkattr.export.folder import open_result
+
+    result = open_result(folder)
+    bundle = open_model(model or result.settings["model"], saes or result.settings["saes"], dtype)
+    return open_result(folder, bundle=bundle)
+
+
+def _compilation_cache() -> None:
+    """Keep compiled programs beside the downloaded model, so that the second run starts fast."""
+    import jax
+
+    from qkattr.load.smollm2 import cache_folder
+
+    if jax.config.jax_compilation_cache_dir is None:
+        jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "jax"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
+@contextlib.contextmanager
+def progress() -> Iterator[Callable[[str], None]]:
+    """Says which stage is running, on a terminal only, and leaves nothing behind."""
+    if not sys.stderr.isatty():
+        yield lambda stage: None
+        return
+    from rich.console import Console
+
+    with Console(stderr=True).status("loading") as status:
+        yield lambda stage: status.update(stage)
+
+
+def print_json(value: Any) -> None:
+    """One JSON object on stdout."""
+    print(json.dumps(value, ensure_ascii=False, allow_nan=False))

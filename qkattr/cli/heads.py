@@ -1,0 +1,104 @@
+"""`qkattr heads`: every head's loading between two positions, with its score."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from qkattr.cli import common
+
+
+def heads(
+    prompt: Annotated[
+        str, typer.Argument(metavar="PROMPT|DIR", help="Text, or a folder of `qkattr trace`.")
+    ],
+    source: Annotated[
+        str, typer.Option("--from", help='Source position: index, or token text (" Aunt#2").')
+    ],
+    target: Annotated[str, typer.Option("--to", help="Target position.")],
+    model: common.Model = None,
+    saes: common.Saes = None,
+    top: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Heads to list. Default: 20, all with --json.", show_default=False
+        ),
+    ] = None,
+    sink: common.Sink = True,
+    bos: common.Bos = None,
+    ids: common.Ids = False,
+    dtype: common.Dtype = "float32",
+    json: common.Json = False,
+) -> None:
+    """Which heads carried information from one position to another, and how strongly they looked there."""
+    from qkattr.session import find_position, token_texts
+
+    with common.progress() as progress:
+        if common.is_result(prompt):
+            result = common.open_with_model(prompt, model, saes, dtype)
+        else:
+            from qkattr.analysis import trace
+
+            given = common.read_prompt(prompt, ids)
+            bundle = common.open_model(model, saes, dtype)
+            tokens = token_texts(bundle, bundle.tokenize(given, bos)[0])
+            find_position(tokens, source), find_position(tokens, target)
+            result = trace(bundle, given, progress=progress, qk=0, sinks=sink, bos=bos)
+        report = heads_between(result, source, target)
+    if json:
+        common.print_json({**report, "heads": report["heads"][:top]})
+    else:
+        _show(report, top or 20)
+
+
+def heads_between(result, source: str, target: str) -> dict[str, Any]:
+    """The loadings with scores and attention, by falling |loading|."""
+    from qkattr.errors import InputError
+    from qkattr.scores import attention_at, need_session
+
+    s, t = result.position(source), result.position(target)
+    if s > t:
+        raise InputError(
+            f"--from {s} comes after --to {t}; attention is causal, give the earlier position first"
+        )
+    loadings = result.head_loadings(source=s, target=t)
+    score, probability = attention_at(need_session(result), t, s)
+    rows = [
+        {
+            **row,
+            "score": float(score[row["layer"], row["head"]]),
+            "probability": float(probability[row["layer"], row["head"]]),
+        }
+        for row in loadings.top()
+    ]
+    return dict(
+        tokens=result.tokens,
+        source=s,
+        target=t,
+        edges=loadings.n_edges,
+        residual=loadings.residual,
+        mlp=loadings.mlp,
+        heads=rows,
+        settings=result.settings,
+    )
+
+
+def _show(report: dict[str, Any], top: int) -> None:
+    from qkattr.cli.show import console, percent, show_table
+
+    out, tokens = console(), report["tokens"]
+    s, t = report["source"], report["target"]
+    out.print(f"From {tokens[s]!r} {s} to {tokens[t]!r} {t}: {report['edges']} edges of the graph")
+    rows = [
+        (
+            f"{h['layer']}.{h['head']}",
+            f"{h['loading']:+.5g}",
+            percent(h["influence"]),
+            f"{h['score']:.3f}",
+            f"{h['probability']:.4f}",
+        )
+        for h in report["heads"][:top]
+    ]
+    columns = ("head", "loading|", "influence|", "score|", "attention|")
+    show_table(out, "Heads by loading, summed over those edges", columns, rows)

@@ -1,0 +1,112 @@
+"""`qkattr qk`: why one head looked where it did."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from qkattr.cli import common
+
+if TYPE_CHECKING:
+    from qkattr.qk.table import QKAttribution
+
+Option = typer.Option
+
+
+def qk(
+    prompt: Annotated[
+        str, typer.Argument(metavar="PROMPT|DIR", help="Text, or a folder of `qkattr trace`.")
+    ],
+    layer: Annotated[int, Option(help="Block.")],
+    head: Annotated[int, Option(help="Query head.")],
+    query: Annotated[
+        str, Option(help='Position: index, negative index, or token text (" Aunt#2").')
+    ],
+    key: Annotated[str, Option(help="Position that it looked at.")],
+    model: common.Model = None,
+    saes: common.Saes = None,
+    top: Annotated[
+        int | None,
+        Option(
+            min=1,
+            help="Pairs and marginals to list. Default: 20, all with --json.",
+            show_default=False,
+        ),
+    ] = None,
+    sink: common.Sink = True,
+    bos: common.Bos = None,
+    ids: common.Ids = False,
+    dtype: common.Dtype = "float32",
+    json: common.Json = False,
+) -> None:
+    """A head's attention score as a sum over pairs of query-side and key-side components."""
+    with common.progress() as progress:
+        if common.is_result(prompt):
+            from qkattr.export.folder import open_result
+            from qkattr.scores import qk_attribution
+
+            stored = open_result(prompt)
+            qk_place_check(stored, layer, head, query, key)
+            result = common.open_with_model(prompt, model, saes, dtype)
+            table = qk_attribution(result, layer=layer, head=head, query=query, key=key)
+        else:
+            given = common.read_prompt(prompt, ids)
+            bundle = common.open_model(model, saes, dtype)
+            from qkattr.scores import attribute_qk
+
+            table = attribute_qk(
+                bundle,
+                given,
+                layer=layer,
+                head=head,
+                query=query,
+                key=key,
+                progress=progress,
+                sinks=sink,
+                bos=bos,
+            )
+    if json:
+        common.print_json(table.to_json(top))
+    else:
+        show(table, top or 20)
+
+
+def show(table: QKAttribution, top: int) -> None:
+    """The score, its shares, the strongest pairs and marginals."""
+    from qkattr.cli.show import bar, console, percent, show_table
+    from qkattr.export.summary import component
+
+    out = console()
+    query, key = (f"{table.tokens[p]!r} {p}" for p in (table.query, table.key))
+    out.print(
+        f"Head {table.layer}.{table.head} at {query} looks at {key}: attention {table.probability:.4f}"
+    )
+    capped = (
+        f", capped {table.capped:.4f} with slope {table.slope:.4f}"
+        if table.capped != table.score
+        else ""
+    )
+    out.print(f"score {table.score:.4f}{capped}; its {table.n_pairs} terms sum to {table.sum:.4f}")
+    rows = [
+        (name, f"{s['signed']:+.4f}", percent(s["absolute"])) for name, s in table.shares.items()
+    ]
+    show_table(out, "Shares", ("query side-key side", "signed|", "of the absolute sum|"), rows)
+    most = max((abs(p["value"]) for p in table.pairs), default=1.0)
+    rows = [
+        (
+            component(p["query"]),
+            component(p["key"]),
+            f"{p['value']:+.4f}",
+            f"{p['contrast']:+.4f}",
+            bar(p["value"], most),
+        )
+        for p in table.pairs[:top]
+    ]
+    show_table(out, "Pairs", ("query side", "key side", "value|", "contrast|", ""), rows)
+    for side, marginals in (("query", table.query_marginals), ("key", table.key_marginals)):
+        rows = [
+            (component(m), f"{m['value']:+.4f}", f"{m['contrast']:+.4f}")
+            for m in marginals[: min(top, 8)]
+        ]
+        show_table(out, f"Marginals, {side} side", ("component", "value|", "contrast|"), rows)

@@ -1,0 +1,41 @@
+"""Tables for the terminal. Prompt text is hostile: it is printed as `repr`, never as markup."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+
+def console() -> Console:
+    """Standard output, as wide as the terminal (100 columns in a pipe)."""
+    out = Console(highlight=False, markup=False)
+    return out if out.is_terminal else Console(highlight=False, markup=False, width=120)
+
+
+def show_table(
+    out: Console, title: str, columns: Iterable[str], rows: Iterable[Iterable[Any]]
+) -> None:
+    """A table; columns whose name ends in "|" are numbers, to the right."""
+    table = Table(box=box.SIMPLE_HEAD, title=Text(title), title_justify="left", title_style="bold")
+    for column in columns:
+        right = column.endswith("|")
+        table.add_column(column.rstrip("|"), justify="right" if right else "left", no_wrap=right)
+    for row in rows:
+        table.add_row(*(Text(str(cell)) for cell in row))
+    out.print(table)
+
+
+def percent(x: float) -> str:
+    """A share, in percent."""
+    return f"{100 * x:.2f} %"
+
+
+def bar(x: float, most: float, width: int = 16) -> str:
+    """A signed bar of characters."""
+    n = round(width * abs(x) / most) if most else 0
+    return ("█" if x >= 0 else "░") * n

@@ -1,0 +1,195 @@
+"""`qkattr trace`: the graph of a prompt, its page, and a summary."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from qkattr.cli import common
+from qkattr.errors import InputError
+
+if TYPE_CHECKING:
+    from qkattr.result import Result
+
+Option = typer.Option
+
+
+def trace(
+    prompt: Annotated[str, typer.Argument(help="The text to explain.")],
+    model: common.Model = None,
+    saes: common.Saes = None,
+    out: Annotated[
+        Path | None,
+        Option(help="Folder for graph.json, graph.npz and index.html.", show_default=False),
+    ] = None,
+    target: Annotated[
+        list[str] | None,
+        Option(help="Token to explain (repeatable). Default: the likeliest.", show_default=False),
+    ] = None,
+    contrast: Annotated[
+        tuple[str, str] | None,
+        Option(help="Explain the difference of two tokens' logits.", show_default=False),
+    ] = None,
+    score: Annotated[
+        str | None,
+        Option(help="Explain an attention score, LAYER.HEAD.QUERY.KEY.", show_default=False),
+    ] = None,
+    through_qk: Annotated[
+        int, Option(help="Also trace the scores behind the N strongest edges.")
+    ] = 0,
+    linearisation: Annotated[
+        str,
+        Option(
+            "--linearisation", "--linearization", help="Of the MLP: jacobian, frozen-gate or half."
+        ),
+    ] = "jacobian",
+    read: Annotated[
+        str, Option(help="Read features as targets by their decoder or encoder.")
+    ] = "decoder",
+    through_errors: Annotated[
+        bool, Option("--through-errors/--no-through-errors", help="Trace on from error nodes.")
+    ] = True,
+    keep: Annotated[float, Option(help="Share of each boundary's influence to keep.")] = 0.95,
+    max_rows: Annotated[int, Option(help="Nodes kept at a boundary, at most.")] = 256,
+    max_edges: Annotated[int, Option(help="Edges kept of one target, at most.")] = 32,
+    max_slots: Annotated[int, Option(help="Features of one position, at most.")] = 256,
+    max_logits: Annotated[int, Option(help="Likeliest tokens taken as targets, at most.")] = 10,
+    logit_mass: Annotated[float, Option(help="Probability that they cover.")] = 0.95,
+    qk: Annotated[
+        int, Option(help="QK attributions to include, of the heads that carried most.")
+    ] = 8,
+    sink: common.Sink = True,
+    bos: common.Bos = None,
+    ids: common.Ids = False,
+    precision: Annotated[str, Option(help="Of matmuls: default, high or highest.")] = "highest",
+    dtype: common.Dtype = "float32",
+    json: common.Json = False,
+) -> None:
+    """Trace the next token of PROMPT back to its tokens, with head loadings and QK attributions."""
+    with common.progress() as progress:
+        given = common.read_prompt(prompt, ids)
+        if out is not None:
+            from qkattr.export.folder import check_writable
+
+            check_writable(out)
+        if saes is None:
+            raise InputError(
+                '--saes is missing; give "smollm2" or a folder of SAEs, one after every block'
+            )
+        bundle = common.open_model(model, saes, dtype)
+        from qkattr.analysis import trace as trace_prompt
+
+        result = trace_prompt(
+            bundle,
+            given,
+            progress=progress,
+            target=tuple(target or ()),
+            contrast=contrast,
+            score=_place(score),
+            through_qk=through_qk,
+            linearisation=linearisation,
+            read=read,
+            through_errors=through_errors,
+            keep=keep,
+            max_rows=max_rows,
+            max_edges=max_edges,
+            max_slots=max_slots,
+            max_logits=max_logits,
+            logit_mass=logit_mass,
+            qk=qk,
+            sinks=sink,
+            bos=bos,
+            precision=precision,
+        )
+        progress("writing")
+        page = result.save(out) if out is not None else None
+    if json:
+        common.print_json(result.to_json())
+    else:
+        summarise(result)
+        if page is not None:
+            print(f"\nOpen {page.resolve()}")
+
+
+def _place(score: str | None) -> tuple[int, int, str, str] | None:
+    if score is None:
+        return None
+    parts = score.split(".", 3)
+    try:
+        return int(parts[0]), int(parts[1]), parts[2], parts[3]
+    except (ValueError, IndexError) as e:
+        raise InputError(
+            f"--score expects LAYER.HEAD.QUERY.KEY, as in 23.2.-1.6, got {score!r}"
+        ) from e
+
+
+def summarise(result: Result) -> None:
+    """Predictions, the strongest routes, the heads that carried most, and what leaked."""
+    from qkattr.cli.show import console, percent, show_table
+    from qkattr.export.summary import carrying_heads, route_hops
+
+    out, graph = console(), result.graph
+    out.print(f"{result.bos[:1].upper()}{result.bos[1:]}. {len(result.tokens)} tokens, "
+              f"{len(graph.nodes)} nodes, {len(graph.edges)} edges.")  # fmt: skip
+    rows = [
+        (repr(p["token"]), f"{p['probability']:.4f}", "traced" if p["target"] else "")
+        for p in result.predictions[:5]
+    ]
+    show_table(out, "Next token", ("token", "probability|", ""), rows)
+    routes = result.routes(5)
+    rows = [(percent(r.share), "".join(_hop(h) for h in route_hops(result, r))) for r in routes]
+    show_table(out, "Strongest routes (share of the target's influence)", ("share|", "route"), rows)
+    rows = [
+        (
+            h["head"],
+            f"{h['source']!r} {h['key']}",
+            f"{h['target']!r} {h['query']}",
+            percent(h["influence"]),
+            h["loading"],
+        )
+        for h in carrying_heads(result, 8)
+    ]
+    columns = ("head", "from", "to", "influence|", "loading|")
+    show_table(out, "Heads that carried most between positions", columns, rows)
+    _leak(result, out)
+
+
+def _hop(hop: dict) -> str:
+    position = hop["position"]
+    return f"{hop['via']}{hop['text']!r}" + (f" {position}" if position != "" else "")
+
+
+def _leak(result: Result, out) -> None:
+    from qkattr.cli.show import show_table
+
+    leak = result.graph.leak
+    shown = [row for i, row in enumerate(leak) if i % 5 == 0 or i == len(leak) - 1]
+    columns = (
+        "boundary|",
+        "arriving|",
+        "features|",
+        "tokens|",
+        "errors|",
+        "sinks|",
+        "dropped|",
+        "nodes|",
+    )
+    rows = [
+        (
+            r["boundary"],
+            *(f"{v:.4f}" for v in (r["surviving"], r["feature"], r["token"] + r["position"], r["error"], r["sink"], r["dropped"])),
+            f"{r['kept_nodes']}{'+' if r['overflow'] else ''}",
+        )
+        for r in shown
+    ]  # fmt: skip
+    show_table(
+        out, "What leaked (shares of the targets' influence; every fifth boundary)", columns, rows
+    )
+    settings = result.settings
+    out.print(
+        f"Completeness {result.graph.completeness:.3f}, replacement {result.graph.replacement:.4f}. Frozen: patterns, norm "
+        f"scales; MLP linearisation {settings['linearisation']}; errors {'are' if settings['through_errors'] else 'are not'} "
+        f"traced through."
+    )

@@ -1,0 +1,172 @@
+"""A result as a folder: `graph.json` (for people and viewers), `graph.npz` (the same in columns), `index.html`.
+
+Everything is written under temporary names beside the old files and renamed at the end, so that a full disk or a killed
+process leaves the old output whole. Both data files carry the run's id; a folder of two runs is refused.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import os
+import tempfile
+import zipfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from qkattr.errors import InputError
+from qkattr.export.graph_json import SCHEMA, graph_json
+from qkattr.export.html import page
+from qkattr.graph.tables import Edges, Graph, Nodes
+from qkattr.qk.table import QKAttribution
+from qkattr.result import Result
+
+if TYPE_CHECKING:
+    from qkattr.load.bundle import Bundle
+
+
+def save_result(result: Result, folder: Path) -> Path:
+    """Write the folder and return the path of its page."""
+    text = json.dumps(graph_json(result), ensure_ascii=False, allow_nan=False)
+    files = {
+        "graph.npz": _columns(result),
+        "graph.json": text.encode(),
+        "index.html": page(result).encode(),
+    }
+    write_files(folder, files)
+    return folder / "index.html"
+
+
+def check_writable(folder: Path) -> None:
+    """Fail before the work, not after it.
+
+    Raises:
+      InputError: the folder cannot be made or written to.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as e:
+        raise InputError(f"cannot write to {folder}: {e.strerror}; choose another folder") from e
+
+
+def write_files(folder: Path, files: dict[str, bytes]) -> None:
+    """Write all of the files or none: to temporary names first, then renamed.
+
+    Raises:
+      InputError: the folder cannot be written, or the disk is full; files that were there are unchanged.
+    """
+    check_writable(folder)
+    written: dict[str, str] = {}
+    try:
+        for name, content in files.items():
+            handle, temporary = tempfile.mkstemp(dir=folder, prefix=f".{name}.")
+            written[name] = temporary
+            with os.fdopen(handle, "wb") as f:
+                f.write(content)
+                f.flush()
+                os.fsync(f.fileno())
+        mask = os.umask(0)
+        os.umask(mask)
+        for name in list(written):
+            os.chmod(written[name], 0o666 & ~mask)
+            os.replace(written[name], folder / name)
+            del written[name]
+    except OSError as e:
+        raise InputError(
+            f"cannot write {folder}: {e.strerror}; what was there is unchanged, make room"
+        ) from e
+    finally:
+        for temporary in written.values():
+            Path(temporary).unlink(missing_ok=True)
+
+
+def open_result(folder: str | Path, *, bundle: Bundle | None = None) -> Result:
+    """Read a saved result.
+
+    Args:
+      folder: what `Result.save` wrote.
+      bundle: the model and SAEs it was made with, to ask for more than it holds.
+
+    Raises:
+      InputError: not such a folder, damaged, of another schema, or made with another model or other SAEs.
+    """
+    folder = Path(folder)
+    header, columns = _read(folder)
+    graph = Graph(
+        nodes=Nodes(**{f.name: columns[f"nodes.{f.name}"] for f in dataclasses.fields(Nodes)}),
+        edges=Edges(**{f.name: columns[f"edges.{f.name}"] for f in dataclasses.fields(Edges)}),
+        leak=header["leak"],
+        replacement=header["replacement"],
+        completeness=header["completeness"],
+    )
+    result = Result(
+        tokens=header["tokens"],
+        token_ids=tuple(header["token_ids"]),
+        bos=header["bos"],
+        predictions=header["predictions"],
+        graph=graph,
+        sinks=header["sinks"],
+        scores=np.array(header["scores"], int).reshape(-1, 5),
+        qk={place: QKAttribution.from_json(raw) for place, raw in header["qk"].items()},
+        settings=header["settings"],
+        provenance=header["provenance"],
+        labels=_labels(header["labels"]),
+        vocabulary={int(i): text for i, text in header["vocabulary"].items()},
+    )
+    if bundle is None:
+        return result
+    from qkattr.analysis import attach
+
+    return attach(result, bundle)
+
+
+def _labels(raw: dict[str, str]) -> dict[tuple[int, int], str]:
+    keys = {key: key.split(":") for key in raw}
+    return {(int(b), int(i)): raw[key] for key, (b, i) in keys.items()}
+
+
+def _columns(result: Result) -> bytes:
+    arrays = {
+        f"{table}.{field.name}": getattr(getattr(result.graph, table), field.name)
+        for table, fields in (("nodes", Nodes), ("edges", Edges))
+        for field in dataclasses.fields(fields)
+    }
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, run=np.array(result.provenance["run"]), **arrays)
+    return buffer.getvalue()
+
+
+def _read(folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    for name in ("graph.json", "graph.npz"):
+        if not (folder / name).is_file():
+            raise InputError(
+                f"{folder} has no {name}; expected a folder that `qkattr trace --out` wrote"
+            )
+    try:
+        header = json.loads((folder / "graph.json").read_text(encoding="utf-8"))["qkattr"]
+        schema = header["schema"]
+    except (ValueError, KeyError, TypeError) as e:
+        raise InputError(
+            f"{folder / 'graph.json'} is not a qkattr graph; write it again with `qkattr trace`"
+        ) from e
+    if schema != SCHEMA:
+        raise InputError(
+            f"{folder} has schema {schema}, this qkattr reads schema {SCHEMA}; trace the prompt again"
+        )
+    try:
+        with np.load(folder / "graph.npz", allow_pickle=False) as data:
+            columns = {name: data[name] for name in data.files}
+    except (ValueError, OSError, zipfile.BadZipFile, EOFError) as e:
+        raise InputError(
+            f"{folder / 'graph.npz'} is damaged; write it again with `qkattr trace`"
+        ) from e
+    if str(columns["run"]) != header["provenance"]["run"]:
+        raise InputError(
+            f"{folder} holds graph.json and graph.npz of different runs; trace the prompt again"
+        )
+    return header, columns

@@ -1,0 +1,68 @@
+"""Tables for pandas."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from qkattr.errors import InputError
+from qkattr.types import Kind
+
+if TYPE_CHECKING:
+    from qkattr.result import Result
+
+TABLES = ("edges", "heads", "nodes")
+
+
+def frame(result: Result, table: str):
+    """See `Result.to_pandas`."""
+    if table not in TABLES:
+        raise InputError(f"no table {table!r}; expected one of {', '.join(TABLES)}")
+    try:
+        import pandas as pd
+    except ImportError as e:
+        raise InputError(
+            "to_pandas needs pandas, which is not installed; pip install pandas"
+        ) from e
+    return pd.DataFrame(dict(nodes=_nodes, edges=_edges, heads=_heads)[table](result))
+
+
+def _names(result: Result) -> np.ndarray:
+    return np.array([result.node_id(i) for i in range(len(result.graph.nodes))])
+
+
+def _nodes(result: Result) -> dict:
+    columns = dataclasses.asdict(result.graph.nodes)
+    columns["kind"] = [Kind(k).label for k in columns["kind"]]
+    tokens = [result.tokens[t] for t in columns["position"]]
+    label = [result.label(i) for i in range(len(result.graph.nodes))]
+    return dict(node_id=_names(result), **columns, token=tokens, label=label)
+
+
+def _edges(result: Result) -> dict:
+    edges, names = result.graph.edges, _names(result)
+    return dict(
+        source=names[edges.source],
+        target=names[edges.target],
+        block=edges.block,
+        weight=edges.weight,
+        residual=edges.residual,
+        mlp=edges.mlp,
+        attention=edges.heads.sum(1),
+        influence=result.graph.edge_influence(),
+    )
+
+
+def _heads(result: Result) -> dict:
+    edges, names = result.graph.edges, _names(result)
+    at, head = np.nonzero(edges.heads)
+    return dict(
+        source=names[edges.source[at]],
+        target=names[edges.target[at]],
+        block=edges.block[at],
+        head=head,
+        loading=edges.heads[at, head],
+        influence=result.graph.head_influence()[at, head],
+    )

@@ -1,0 +1,101 @@
+"""The page: one self-contained HTML file without scripts. Prompt and labels are hostile: everything is escaped."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jinja2
+
+from qkattr.export.summary import (
+    carrying_heads,
+    component,
+    name,
+    number,
+    route_hops,
+    strongest_edges,
+)
+from qkattr.result import Result
+
+PAIRS_SHOWN = 12
+
+
+def page(result: Result) -> str:
+    """The result as one HTML page."""
+    sinks = {s["position"]: len(s["boundaries"]) for s in result.sinks}
+    leak = result.graph.leak
+    return _template().render(
+        title="qkattr: " + "".join(result.tokens)[:80],
+        answer=_answer(result),
+        bos=result.bos[:1].upper() + result.bos[1:],
+        settings=result.settings,
+        provenance=result.provenance,
+        tokens=[dict(text=t, sink=sinks.get(i)) for i, t in enumerate(result.tokens)],
+        predictions=[{**p, "note": _note(result, p)} for p in result.predictions],
+        routes=[dict(share=r.share, hops=route_hops(result, r)) for r in result.routes(8)],
+        heads=carrying_heads(result),
+        qk=[_qk(table) for table in result.qk.values()],
+        edges=strongest_edges(result),
+        leak=leak,
+        completeness=result.graph.completeness,
+        replacement=result.graph.replacement,
+        reached=leak[-1]["token"] + leak[-1]["position"],
+        overflow=sum(row["overflow"] for row in leak),
+        name=name,
+        number=number,
+    )
+
+
+@functools.cache
+def _template() -> jinja2.Template:
+    loader = jinja2.PackageLoader("qkattr", "viewer")
+    environment = jinja2.Environment(
+        loader=loader, autoescape=True, undefined=jinja2.StrictUndefined
+    )
+    return environment.get_template("page.html.j2")
+
+
+def _answer(result: Result) -> str:
+    targets = [p["token"] for p in result.predictions if p["target"]]
+    if len(result.scores) and not targets:
+        block, head, query, key, _ = result.scores[0]
+        return f"{block}.{head}: {result.tokens[query]!r} to {result.tokens[key]!r}"
+    return targets[0]
+
+
+def _note(result: Result, prediction: dict[str, Any]) -> str:
+    if not prediction["target"]:
+        return ""
+    against = prediction["against"]
+    if against < 0:
+        return "its logit"
+    other = next(p["token"] for p in result.predictions if p["id"] == against)
+    return f"its logit less that of {other!r}"
+
+
+def _qk(table) -> dict[str, Any]:
+    most = max((abs(p["value"]) for p in table.pairs), default=1.0)
+    pairs = [
+        dict(
+            query=component(p["query"]),
+            key=component(p["key"]),
+            value=p["value"],
+            contrast=p["contrast"],
+            bar=abs(p["value"]) / max(most, 1e-30),
+        )
+        for p in table.pairs[:PAIRS_SHOWN]
+    ]
+    shares = [dict(name=k, **v) for k, v in table.shares.items() if v["absolute"] >= 0.005]
+    return dict(
+        head=f"{table.layer}.{table.head}",
+        query=table.query,
+        key=table.key,
+        query_token=table.tokens[table.query],
+        key_token=table.tokens[table.key],
+        probability=table.probability,
+        score=table.score,
+        sum=table.sum,
+        n_pairs=table.n_pairs,
+        shares=shares,
+        pairs=pairs,
+    )

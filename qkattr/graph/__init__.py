@@ -1,0 +1,1 @@
+"""Edges between components of adjacent boundaries, the backward sweep, and its tables."""

@@ -1,0 +1,111 @@
+"""Edges: what every component of boundary b gives to a covector at boundary b+1, in total and per head.
+
+    edge = residual + mlp + sum_n head loading_n                 (paper, "Head loadings")
+
+The total over all sources is one contraction over (kv heads x head_dim), with the query heads of a group summed first:
+
+    U[r, s] = sum_{n in group} A_n[t_r, s] O_n^T (g + g~)_r      attention edge[r, s, c] = U[r, s] . V N'(x_{s,c})
+
+so there is no per-head tensor of size R x T x C. Heads are split only for the edges that are kept (`kept_parts`).
+Axes: R target rows, T/S positions, C source slots, Q candidate sources, E kept sources of a row, N heads, K key/value heads, H head_dim.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Float, Int
+
+from qkattr.model.linear import FrozenBlock, Pulled, head_loadings, values
+from qkattr.sources.components import Components
+
+
+@struct.dataclass
+class EdgeParts:
+    """E edges of each of R rows, split. `residual + mlp + heads.sum(-1)` is the edge."""
+
+    residual: Float[Array, "R E"]
+    mlp: Float[Array, "R E"]
+    heads: Float[Array, "R E N"]
+
+
+@struct.dataclass
+class Candidates:
+    """Q sources among which edges are kept: where they are, their vectors, their values at the heads."""
+
+    position: Int[Array, Q]
+    vectors: Float[Array, "Q D"]
+    values: Float[Array, "Q K H"]
+
+
+def source_values(frozen: FrozenBlock, components: Components) -> Float[Array, "S C K H"]:
+    """Every component as the heads' values."""
+    scale = frozen.seen.scale_attn_T[:, None, None, None]
+    return components.map(lambda d: values(frozen, d)) * scale
+
+
+def edge_totals(
+    frozen: FrozenBlock, pulled: Pulled, components: Components, v_SCKH: Float[Array, "S C K H"]
+) -> Float[Array, "R S C"]:
+    """The edge from every component of boundary b to every row."""
+    with jax.named_scope("edge_attention"):
+        total = attention_edges(frozen, pulled, v_SCKH)
+    with jax.named_scope("edge_own_position"):
+        own = own_position(components, pulled.residual + pulled.mlp, pulled.position)
+        rows = jnp.arange(pulled.position.shape[0])
+        return total.at[rows, pulled.position].add(own)
+
+
+def attention_edges(
+    frozen: FrozenBlock, pulled: Pulled, v_SCKH: Float[Array, "S C K H"]
+) -> Float[Array, "R S C"]:
+    """The part of every edge that heads carry."""
+    (R, N, H), (S, C, K) = pulled.heads.shape, v_SCKH.shape[:3]
+    G = N // K
+    pattern = frozen.seen.pattern_NTS[:, pulled.position].reshape(K, G, R, S)
+    pattern_SKGR = jnp.transpose(pattern, (3, 0, 1, 2))
+    covectors_KGHR = jnp.transpose(pulled.heads.reshape(R, K, G, H), (1, 2, 3, 0))
+    # A sum over G written out: XLA's CPU backend turns the einsum into a batch of tiny matmuls.
+    per_source = sum(pattern_SKGR[:, :, g, None] * covectors_KGHR[None, :, g] for g in range(G))
+    edges = jnp.einsum(
+        "SCX,SXR->SCR",
+        v_SCKH.reshape(S, C, K * H),
+        per_source.reshape(S, K * H, R),
+        precision=frozen.precision,
+    )
+    return jnp.transpose(edges, (2, 0, 1))
+
+
+def own_position(
+    components: Components, g: Float[Array, "R D"], position: Int[Array, R]
+) -> Float[Array, "R C"]:
+    """`g . x_c` for the components at each row's own position."""
+    with_rows = jnp.einsum("RD,UD->RU", g, components.rows, precision="highest")
+    features = jnp.take_along_axis(with_rows, components.row[position], axis=1)
+    bias = jnp.einsum("RD,RD->R", g, components.bias[position], precision="highest")
+    error = jnp.einsum("RD,RD->R", g, components.error[position], precision="highest")
+    features = features * components.coefficient[position]
+    return jnp.concatenate([features, bias[:, None], error[:, None]], axis=1)
+
+
+def kept_parts(
+    frozen: FrozenBlock,
+    pulled: Pulled,
+    candidates: Candidates,
+    chosen: Int[Array, "R E"],
+    *,
+    precision: str,
+) -> EdgeParts:
+    """The split of E edges of every row, chosen among the candidate sources."""
+    here = candidates.position[chosen] == pulled.position[:, None]
+
+    def dot(g):
+        products = jnp.einsum("RD,QD->RQ", g, candidates.vectors, precision=precision)
+        return jnp.where(here, jnp.take_along_axis(products, chosen, axis=1), 0.0)
+
+    return EdgeParts(
+        residual=dot(pulled.residual),
+        mlp=dot(pulled.mlp),
+        heads=head_loadings(frozen, pulled, candidates.values[chosen], candidates.position[chosen]),
+    )

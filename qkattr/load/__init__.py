@@ -1,0 +1,13 @@
+"""Models, tokenizers and SAEs from files; whatever does not fit is refused before any weights are read.
+
+    bundle      load(model, saes): the one entrance, and prompts to token ids
+    hf, gguf    model folders and GGUF files -> `ModelConfig`, and a `Checkpoint` of named tensors
+    weights     a checkpoint's tensors, checked and stacked -> `Params`
+    mapped      safetensors files as memory-mapped arrays
+    saes        SAELens folders -> one `Dictionary` a boundary
+    tokenizer   text and chat messages -> ids; gguf_tokenizer builds one from a GGUF file's metadata
+    smollm2     the model that is fetched by name
+    fingerprint what identifies weights in results
+
+Nothing is unpickled, and no code of a checkpoint is run; chat templates are rendered in jinja2's sandbox.
+"""

@@ -1,0 +1,205 @@
+"""`load`: a model, its tokenizer and its SAEs, checked against one another before any weights are read."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qkattr.config import ModelConfig
+from qkattr.errors import InputError
+from qkattr.load import hf, smollm2
+from qkattr.load.fingerprint import fingerprint
+from qkattr.load.gguf import open_gguf
+from qkattr.load.gguf_tokenizer import tokenizer_from_gguf
+from qkattr.load.saes import CONFIG, WEIGHTS, load_saes, sae_folders
+from qkattr.load.tokenizer import Message, Tokenizer
+from qkattr.load.weights import DTYPES, Checkpoint, check_tensors, read_params
+from qkattr.sources.dictionary import Dictionary
+from qkattr.types import Params
+
+Prompt = str | Sequence[int] | Sequence[Message]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Bundle:
+    """A model with what belongs to it. Its weights are read when `params` is first used.
+
+    tokenizer: None when the model's files hold none; prompts are token ids then. dictionaries: one a boundary, or None
+    without SAEs. model, saes: as they were asked for. model_hash, saes_hash: see `fingerprint`. bos: whether text gets
+    a BOS, as the SAEs say; None: as the tokenizer does, also when the SAEs disagree.
+    """
+
+    config: ModelConfig
+    read_params: Callable[[], Params] = dataclasses.field(repr=False)
+    tokenizer: Tokenizer | None
+    dictionaries: tuple[Dictionary | None, ...] | None
+    model: str
+    saes: str | None
+    model_hash: str
+    saes_hash: str | None
+    bos: bool | None = None
+
+    @functools.cached_property
+    def params(self) -> Params:
+        """The weights.
+
+        Raises:
+          InputError: a tensor cannot be read or is not finite.
+        """
+        return self.read_params()
+
+    def tokenize(self, prompt: Prompt, bos: bool | None = None) -> tuple[tuple[int, ...], str]:
+        """Token ids of a prompt, and a phrase that says what was done about its BOS.
+
+        prompt: text; token ids, taken verbatim; or chat messages, `{"role": ..., "content": ...}`, which go through the
+          tokenizer's template. bos: whether text begins with a BOS; None: `Bundle.bos`.
+
+        Raises:
+          InputError: there are no tokens, more than the model's context, or one outside its vocabulary; or text was
+            given and there is no tokenizer.
+        """
+        ids, done = self._ids(prompt, bos)
+        if not ids:
+            raise InputError("the prompt has no tokens; give at least one")
+        if len(ids) > self.config.context:
+            raise InputError(
+                f"the prompt has {len(ids)} tokens, the model's context is {self.config.context}; shorten it"
+            )
+        for position, id in enumerate(ids):
+            if not 0 <= id < self.config.vocab:
+                last = self.config.vocab - 1
+                raise InputError(
+                    f"token id {id} at position {position} is outside the model's vocabulary, 0..{last}"
+                )
+        return tuple(ids), done
+
+    def _ids(self, prompt: Prompt, bos: bool | None) -> tuple[list[int], str]:
+        if isinstance(prompt, str):
+            return self._text(prompt, bos)
+        array: Any = prompt
+        items = array.tolist() if hasattr(array, "tolist") else array
+        if isinstance(items, list | tuple):
+            if all(
+                isinstance(item, int | np.integer) and not isinstance(item, bool) for item in items
+            ):
+                return [int(item) for item in items], "token ids taken verbatim"
+            if all(_is_message(item) for item in items):
+                tokenizer = self._need_tokenizer()
+                return tokenizer.encode(
+                    tokenizer.chat(items), bos=False
+                ), "BOS as the chat template has it"
+        raise InputError(
+            f"a prompt is text, a list of token ids, or a list of messages with role and content; got {prompt!r:.60}"
+        )
+
+    def _text(self, text: str, bos: bool | None) -> tuple[list[int], str]:
+        tokenizer = self._need_tokenizer()
+        if not text:
+            raise InputError("the prompt is empty; give some text")
+        asked = self.bos if bos is None else bos
+        by = (
+            "as asked"
+            if bos is not None
+            else "as the tokenizer does"
+            if asked is None
+            else "as the SAEs were trained"
+        )
+        ids = tokenizer.encode(text, bos=asked)
+        first = tokenizer.bos is not None and ids[:1] == [tokenizer.bos_id]
+        return ids, f"BOS {tokenizer.bos} first, {by}" if first else f"no BOS, {by}"
+
+    def _need_tokenizer(self) -> Tokenizer:
+        if self.tokenizer is None:
+            raise InputError(
+                f"{self.model} has no tokenizer that qkattr can read; give the prompt as token ids"
+            )
+        return self.tokenizer
+
+
+def _is_message(item: object) -> bool:
+    return isinstance(item, dict) and isinstance(item.get("role"), str) and "content" in item
+
+
+@dataclasses.dataclass(frozen=True)
+class _Model:
+    """A model whose weights have not been read."""
+
+    config: ModelConfig
+    tokenizer: Tokenizer | None
+    checkpoint: Checkpoint
+    root: Path
+    files: tuple[Path, ...]
+
+
+def _open_model(model: str) -> _Model:
+    """Find out what `model` is, and read everything of it but the weights."""
+    path = Path(model)
+    if model == smollm2.NAME:
+        file, tokenizer = smollm2.open_smollm2()
+        return _Model(file.config, tokenizer, file, file.path.parent, (file.path,))
+    if path.suffix == ".gguf" and path.is_file():
+        file = open_gguf(path)
+        return _Model(file.config, tokenizer_from_gguf(file.reader), file, path.parent, (path,))
+    if path.is_dir():
+        config, tokenizer = hf.read_config(path), Tokenizer.from_folder(path)
+        files = (path / "config.json", *hf.weight_files(path))
+        return _Model(config, tokenizer, hf.open_checkpoint(path), path, files)
+    accepted = (
+        f"{smollm2.NAME!r}, a Hugging Face folder (config.json and safetensors) or a .gguf file"
+    )
+    raise InputError(f"no such model: {model!r}; give {accepted}")
+
+
+def _prepend_bos(dictionaries: tuple[Dictionary | None, ...]) -> bool | None:
+    """What the SAEs say about a BOS, if they say one thing."""
+    said = {d.config.prepend_bos for d in dictionaries if d is not None} - {None}
+    return said.pop() if len(said) == 1 else None
+
+
+def load(model: str | Path, saes: str | Path | None = None, *, dtype: str = "float32") -> Bundle:
+    """Load a model and its SAEs.
+
+    model: "smollm2", a Hugging Face folder, or a .gguf file. saes: "smollm2", or a folder of SAELens SAEs, one after
+    every block. dtype: of the weight matrices, "float32" or "bfloat16".
+
+    Raises:
+      InputError: something is missing, damaged, not implemented, or does not belong together.
+    """
+    bundle = open_bundle(model, saes, dtype=dtype)
+    _ = bundle.params
+    return bundle
+
+
+def open_bundle(
+    model: str | Path, saes: str | Path | None = None, *, dtype: str = "float32"
+) -> Bundle:
+    """`load`, but with the model's weights still on disk: the config, the tokenizer, the names and shapes of all
+    tensors and the SAEs are read and checked, so that a wrong pairing or prompt fails at once."""
+    if dtype not in DTYPES:
+        raise InputError(f"dtype {dtype!r} is not known; expected {' or '.join(DTYPES)}")
+    opened = _open_model(str(model))
+    check_tensors(opened.checkpoint, opened.config)
+    dictionaries = saes_hash = None
+    if saes is not None:
+        folder = smollm2.shared_saes() if str(saes) == smollm2.NAME else Path(saes)
+        dictionaries = load_saes(folder, opened.config)
+        saes_hash = fingerprint(
+            folder, [f / name for f in sae_folders(folder) for name in (CONFIG, WEIGHTS)]
+        )
+    bos = None if dictionaries is None else _prepend_bos(dictionaries)
+    return Bundle(
+        config=opened.config,
+        read_params=functools.partial(read_params, opened.checkpoint, opened.config, dtype=dtype),
+        tokenizer=opened.tokenizer,
+        dictionaries=dictionaries,
+        model=str(model),
+        saes=None if saes is None else str(saes),
+        model_hash=fingerprint(opened.root, opened.files),
+        saes_hash=saes_hash,
+        bos=True if bos is None and model == smollm2.NAME else bos,
+    )

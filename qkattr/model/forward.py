@@ -1,0 +1,186 @@
+"""The forward pass: one pure function over stacked blocks, for every family.
+
+    x_0 = embedding        x_{b+1} = x_b + attention(N x_b) + MLP(N' ...)        logits = W_U N(x_L)
+
+Axes: T position, L block, D d_model, V vocabulary; N, K, H, F inside a block. Exact; float32 whatever the weights are.
+Prompts are right-padded by the caller where it wants to: attention is causal, so padding changes nothing before it.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Float, Int
+
+from qkattr.config import BlockConfig, ModelConfig
+from qkattr.model.attention import (
+    attend,
+    attention_pattern,
+    attention_scores,
+    project_k,
+    project_q,
+    project_v,
+)
+from qkattr.model.layers import apply_norm, f32, norm_bias, norm_linear, norm_scale
+from qkattr.model.mlp import hidden, mlp_out
+from qkattr.types import BlockWeights, Params, Trace
+
+CAPTURE = ("boundaries", "scores", "patterns")
+
+
+@struct.dataclass
+class ResidualEdits:
+    """Vectors added to the residual stream: `delta[e]` at boundary `boundary[e]`, position `position[e]`.
+
+    A boundary outside 0..L-1 edits nothing, so edits can be padded.
+    """
+
+    boundary_E: Int[Array, E]
+    position_E: Int[Array, E]
+    delta_ED: Float[Array, "E D"]
+
+
+@struct.dataclass
+class Edits:
+    """What to change in a forward pass. Empty: nothing."""
+
+    residual: ResidualEdits | None = None
+
+
+@struct.dataclass
+class Activations:
+    """What a block computed on the way: the scales and pre-activations that freezing it needs."""
+
+    scale_attn_T: Float[Array, T]
+    scale_q_TN: Float[Array, "T N"]
+    scale_k_SK: Float[Array, "S K"]
+    q_TNH: Float[Array, "T N H"]
+    k_SKH: Float[Array, "S K H"]
+    scores_NTS: Float[Array, "N T S"]
+    pattern_NTS: Float[Array, "N T S"]
+    scale_attn_post_T: Float[Array, T]
+    scale_mlp_T: Float[Array, T]
+    gate_TF: Float[Array, "T F"] | None
+    up_TF: Float[Array, "T F"]
+    scale_mlp_post_T: Float[Array, T]
+
+
+def block(
+    weights: BlockWeights, x: Float[Array, "T D"], *, cfg: BlockConfig, precision: str = "highest"
+) -> tuple[Float[Array, "T D"], Activations]:
+    """One block: the residual stream at the next boundary, and what was computed on the way."""
+    with jax.named_scope("attention"):
+        scale_attn = norm_scale(weights.norm_attn, x, cfg=cfg)
+        y = norm_linear(weights.norm_attn, x, scale_attn, cfg=cfg) + norm_bias(weights.norm_attn)
+        q, scale_q = project_q(weights, y, cfg=cfg, precision=precision)
+        k, scale_k = project_k(weights, y, cfg=cfg, precision=precision)
+        scores = attention_scores(q, k, cfg=cfg, precision=precision)
+        pattern = attention_pattern(scores, weights.window, cfg=cfg)
+        heads = attend(pattern, project_v(weights, y, precision=precision), precision=precision)
+        out = jnp.einsum("TNH,NHD->TD", heads, f32(weights.wo_NHD), precision=precision)
+        out = out if weights.bo_D is None else out + f32(weights.bo_D)
+        scale_attn_post = norm_scale(weights.norm_attn_post, out, cfg=cfg)
+        attn = norm_linear(weights.norm_attn_post, out, scale_attn_post, cfg=cfg)
+        middle = x + attn + norm_bias(weights.norm_attn_post)
+    with jax.named_scope("mlp"):
+        read = x if cfg.parallel else middle
+        scale_mlp = norm_scale(weights.norm_mlp, read, cfg=cfg)
+        y = norm_linear(weights.norm_mlp, read, scale_mlp, cfg=cfg) + norm_bias(weights.norm_mlp)
+        gate, up = hidden(weights, y, precision=precision)
+        out = mlp_out(weights, gate, up, cfg=cfg, precision=precision)
+        scale_mlp_post = norm_scale(weights.norm_mlp_post, out, cfg=cfg)
+        mlp = norm_linear(weights.norm_mlp_post, out, scale_mlp_post, cfg=cfg)
+        after = middle + mlp + norm_bias(weights.norm_mlp_post)
+    return after, Activations(
+        scale_attn_T=scale_attn, scale_q_TN=scale_q, scale_k_SK=scale_k, q_TNH=q, k_SKH=k,
+        scores_NTS=scores, pattern_NTS=pattern, scale_attn_post_T=scale_attn_post,
+        scale_mlp_T=scale_mlp, gate_TF=gate, up_TF=up, scale_mlp_post_T=scale_mlp_post,
+    )  # fmt: skip
+
+
+def embed(params: Params, tokens: Int[Array, T]) -> Float[Array, "T D"]:
+    """Boundary 0: token embedding, plus the learned position embedding where the model has one."""
+    x = f32(params.embed_VD[tokens])
+    return x if params.position_PD is None else x + f32(params.position_PD[: tokens.shape[0]])
+
+
+def unembed(
+    params: Params, x: Float[Array, "... D"], *, cfg: ModelConfig, precision: str = "highest"
+) -> Float[Array, "... V"]:
+    """Logits of the last boundary's residual stream."""
+    y = apply_norm(params.norm_final, x, cfg=cfg.block)
+    if params.unembed_DV is None:
+        logits = jnp.einsum("...D,VD->...V", y, f32(params.embed_VD), precision=precision)
+    else:
+        logits = jnp.einsum("...D,DV->...V", y, f32(params.unembed_DV), precision=precision)
+    return logits if params.unembed_bias_V is None else logits + f32(params.unembed_bias_V)
+
+
+def residual_stream(
+    params: Params,
+    tokens: Int[Array, T],
+    *,
+    cfg: ModelConfig,
+    edits: Edits = Edits(),  # noqa: B008  (an immutable, empty pytree)
+    capture: tuple[str, ...] = CAPTURE,
+    precision: str = "highest",
+) -> tuple[Float[Array, "T D"], Trace]:
+    """The residual stream before the final norm, and what was captured on the way.
+
+    Unbatched: `jax.vmap` it over prompts.
+    """
+
+    def edited(x: Array, boundary: Array | int) -> Array:
+        if edits.residual is None:
+            return x
+        here = (edits.residual.boundary_E == boundary)[:, None]
+        return x.at[edits.residual.position_E].add(jnp.where(here, edits.residual.delta_ED, 0.0))
+
+    def step(x, inputs):
+        weights, b = inputs
+        x = edited(x, b)
+        after, seen = block(weights, x, cfg=cfg.block, precision=precision)
+        return after, Trace(
+            boundaries=x if "boundaries" in capture else None,
+            scores=seen.scores_NTS if "scores" in capture else None,
+            patterns=seen.pattern_NTS if "patterns" in capture else None,
+        )
+
+    n_blocks = params.blocks.inv_freq.shape[0]
+    x, trace = jax.lax.scan(step, embed(params, tokens), (params.blocks, jnp.arange(n_blocks)))
+    x = edited(x, n_blocks)
+    if "boundaries" in capture:
+        trace = trace.replace(boundaries=jnp.concatenate([trace.boundaries, x[None]]))
+    return x, trace
+
+
+@partial(jax.jit, static_argnames=("cfg", "capture", "precision"))
+def forward(
+    params: Params,
+    tokens: Int[Array, T],
+    *,
+    cfg: ModelConfig,
+    edits: Edits = Edits(),  # noqa: B008
+    capture: tuple[str, ...] = CAPTURE,
+    precision: str = "highest",
+) -> tuple[Float[Array, "T V"], Trace]:
+    """Logits and trace of one prompt.
+
+    Args:
+      params: the model.
+      tokens: `[T]` token ids, BOS included.
+      cfg: its configuration (static).
+      edits: changes to make on the way.
+      capture: which fields of `Trace` to keep (static); `()` keeps none.
+      precision: of every matmul (static).
+
+    Returns:
+      logits `[T, V]` and a `Trace`.
+    """
+    x, trace = residual_stream(
+        params, tokens, cfg=cfg, edits=edits, capture=capture, precision=precision
+    )
+    return unembed(params, x, cfg=cfg, precision=precision), trace

@@ -1,0 +1,1 @@
+"""Attention scores as sums over pairs of components."""

@@ -1,0 +1,129 @@
+"""QK attributions as a table: what `qk_terms` computed, on the host, under the names of `qkattr qk --json`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from qkattr.qk.terms import QKTerms
+from qkattr.types import Kind
+
+#: From a component's kind and index to what a person calls it; "" when nobody has said.
+Labeller = Callable[[Kind, int], str]
+
+
+@dataclasses.dataclass(frozen=True)
+class QKAttribution:
+    """One head's score at one (query, key) position, expanded. Attributes are the keys of the JSON.
+
+    score: after the scale, before the softcap; capped: after it; slope: d capped / d score. sum: of all terms.
+    shares: by "query kind-key kind", the signed sums (adding to the score) and the absolute shares (adding to 1).
+    pairs: by falling |value|; n_pairs: how many there are, listed or not. contrast: see `qk.terms`.
+    """
+
+    tokens: list[str]
+    layer: int
+    head: int
+    query: int
+    key: int
+    score: float
+    capped: float
+    slope: float
+    probability: float
+    sum: float
+    shares: dict[str, dict[str, float]]
+    pairs: list[dict[str, Any]]
+    n_pairs: int
+    query_marginals: list[dict[str, Any]]
+    key_marginals: list[dict[str, Any]]
+
+    def to_json(self, top: int | None = None) -> dict[str, Any]:
+        """A plain object; `top` bounds the pairs and the marginals listed."""
+        bounded = ("pairs", "query_marginals", "key_marginals")
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {k: v[:top] if k in bounded else v for k, v in values.items()}
+
+    @classmethod
+    def from_json(cls, raw: dict[str, Any]) -> QKAttribution:
+        return cls(**raw)
+
+
+def qk_table(
+    terms: QKTerms,
+    *,
+    tokens: list[str],
+    place: tuple[int, int, int, int],
+    label_query: Labeller,
+    label_key: Labeller,
+) -> QKAttribution:
+    """The table of one place (block, head, query, key)."""
+    terms = jax.device_get(terms)
+    rows, columns = np.flatnonzero(terms.query_used), np.flatnonzero(terms.key_used)
+    value = terms.terms[np.ix_(rows, columns)].astype(float)
+    contrast = terms.contrast[np.ix_(rows, columns)].astype(float)
+    queries = _describe(
+        terms.query_kind, terms.query_index, terms.query_activation, rows, label_query
+    )
+    keys = _describe(terms.key_kind, terms.key_index, terms.key_activation, columns, label_key)
+    order = np.argsort(-np.abs(value), axis=None, kind="stable")
+    at = zip(*np.unravel_index(order, value.shape), strict=True)
+    pairs = [
+        dict(
+            query=queries[a], key=keys[c], value=float(value[a, c]), contrast=float(contrast[a, c])
+        )
+        for a, c in at
+    ]
+    layer, head, query, key = place
+    return QKAttribution(
+        tokens=tokens,
+        layer=layer,
+        head=head,
+        query=query,
+        key=key,
+        score=float(terms.score),
+        capped=float(terms.capped),
+        slope=float(terms.slope),
+        probability=float(terms.probability),
+        sum=float(value.sum()),
+        shares=_shares(value, terms.query_kind[rows], terms.key_kind[columns]),
+        pairs=pairs,
+        n_pairs=len(pairs),
+        query_marginals=_marginals(queries, value.sum(1), terms.query_contrast[rows]),
+        key_marginals=_marginals(keys, value.sum(0), contrast.sum(0)),
+    )
+
+
+def _describe(kind, index, activation, slots, label: Labeller) -> list[dict[str, Any]]:
+    return [
+        dict(
+            kind=Kind(kind[i]).label,
+            index=int(index[i]) if index[i] >= 0 else None,
+            activation=float(activation[i]) if kind[i] == Kind.FEATURE else None,
+            label=label(Kind(kind[i]), int(index[i])),
+        )
+        for i in slots
+    ]
+
+
+def _shares(value, query_kind, key_kind) -> dict[str, dict[str, float]]:
+    total = max(np.abs(value).sum(), 1e-30)
+    shares = {}
+    for q in sorted(set(query_kind.tolist())):
+        for k in sorted(set(key_kind.tolist())):
+            part = value[np.ix_(query_kind == q, key_kind == k)]
+            shares[f"{Kind(q).label}-{Kind(k).label}"] = dict(
+                signed=float(part.sum()), absolute=float(np.abs(part).sum() / total)
+            )
+    return dict(sorted(shares.items(), key=lambda item: -item[1]["absolute"]))
+
+
+def _marginals(described, values, contrasts) -> list[dict[str, Any]]:
+    listed = [
+        dict(kind=d["kind"], index=d["index"], label=d["label"], value=float(v), contrast=float(c))
+        for d, v, c in zip(described, values, contrasts, strict=True)
+    ]
+    return sorted(listed, key=lambda m: -abs(m["value"]))

@@ -1,0 +1,217 @@
+"""`Result`: the graph of one prompt, and what is needed to ask more of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qkattr.graph.paths import Route, strongest_routes
+from qkattr.graph.tables import Graph
+from qkattr.qk.table import QKAttribution
+from qkattr.session import Session, find_position
+from qkattr.types import Kind
+
+#: What names the nodes of one end of an edge: a position (index, negative index or token text), a node id, or several.
+Ends = int | str | Iterable["int | str"]
+
+
+@dataclasses.dataclass(frozen=True)
+class HeadLoadings:
+    """Head loadings summed over the edges between two sets of nodes.
+
+    loadings: `[L, N]` signed sums, in the units of the targets. influence: `[L, N]` what flows through the head there,
+    as a share of the targets' influence. residual, mlp: the other parts' sums. n_edges: how many edges were summed.
+    """
+
+    source: str
+    target: str
+    loadings: np.ndarray
+    influence: np.ndarray
+    residual: float
+    mlp: float
+    n_edges: int
+
+    def top(self, n: int | None = None) -> list[dict[str, Any]]:
+        """The heads by falling |loading|, those without any left out."""
+        order = np.argsort(-np.abs(self.loadings), axis=None, kind="stable")[:n]
+        layers, heads = np.unravel_index(order, self.loadings.shape)
+        return [
+            dict(
+                layer=int(layer),
+                head=int(head),
+                loading=float(self.loadings[layer, head]),
+                influence=float(self.influence[layer, head]),
+            )
+            for layer, head in zip(layers, heads, strict=True)
+            if self.loadings[layer, head] != 0
+        ]
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """An attribution graph with its prompt.
+
+    tokens: decoded; token_ids. bos: what was done about it. predictions: the next tokens, by falling probability.
+    graph: nodes and edges. sinks: positions by boundary. scores: `[X, 5]` block, head, query, key, side (0 query, 1 key)
+    of SCORE nodes. qk: by "L.H.query.key". settings: all options. provenance: what made it. labels: of features, by
+    (boundary, index).
+    """
+
+    tokens: list[str]
+    token_ids: tuple[int, ...]
+    bos: str
+    predictions: list[dict[str, Any]]
+    graph: Graph
+    sinks: list[dict[str, Any]]
+    scores: np.ndarray
+    qk: dict[str, QKAttribution]
+    settings: dict[str, Any]
+    provenance: dict[str, Any]
+    labels: dict[tuple[int, int], str] = dataclasses.field(default_factory=dict)
+    vocabulary: dict[int, str] = dataclasses.field(default_factory=dict)
+    session: Session | None = dataclasses.field(default=None, repr=False)
+
+    @property
+    def n_blocks(self) -> int:
+        return self.settings["n_blocks"]
+
+    def position(self, where: int | str) -> int:
+        """A position from an index, a negative index, or a token's text (`" Aunt"`, or `" Aunt#2"` for its second)."""
+        return find_position(self.tokens, where)
+
+    def node_id(self, node: int) -> str:
+        """The name of a node in the graph JSON."""
+        nodes = self.graph.nodes
+        b, t, index = int(nodes.boundary[node]), int(nodes.position[node]), int(nodes.index[node])
+        kind = Kind(nodes.kind[node])
+        if kind == Kind.FEATURE:
+            return f"{b - 1}_{index}_{t}" if b else f"E_f{index}_{t}"
+        if kind == Kind.TOKEN:
+            return f"E_{index}_{t}"
+        if kind == Kind.POSITION:
+            return f"E_position_{t}"
+        if kind == Kind.LOGIT:
+            return f"{self.n_blocks + 1}_{index}_{t}"
+        if kind == Kind.SCORE:
+            block, head, query, key, side = self.scores[index]
+            return f"score_{block}.{head}_{query}_{key}_{'key' if side else 'query'}"
+        return f"{b - 1}_{kind.label}_{t}" if b else f"E_{kind.label}_{t}"
+
+    def label(self, node: int) -> str:
+        """What a person calls a node."""
+        nodes = self.graph.nodes
+        kind, index = Kind(nodes.kind[node]), int(nodes.index[node])
+        if kind == Kind.FEATURE:
+            return self.labels.get((int(nodes.boundary[node]), index), "")
+        if kind == Kind.TOKEN:
+            return self.tokens[nodes.position[node]]
+        if kind == Kind.LOGIT:
+            return self.vocabulary.get(index, str(index))
+        if kind == Kind.SCORE:
+            block, head, query, key, side = self.scores[index]
+            read = "key" if side else "query"
+            return f"score of {block}.{head} at {query} to {key}, read on its {read} side"
+        return ""
+
+    def head_loadings(self, *, source: Ends, target: Ends) -> HeadLoadings:
+        """Every head's loading between two ends, summed over the edges of the graph between them.
+
+        Args:
+          source, target: a position, a node id, or several of either; a position means all nodes there.
+
+        Raises:
+          InputError: there is no such position or node.
+        """
+        edges = self.graph.edges
+        between = self._at(source)[edges.source] & self._at(target)[edges.target]
+        through = np.flatnonzero(between & (edges.block >= 0))
+        shape = (self.n_blocks, edges.heads.shape[1])
+        loadings, influence = np.zeros(shape), np.zeros(shape)
+        np.add.at(loadings, edges.block[through], edges.heads[through])
+        np.add.at(influence, edges.block[through], self.graph.head_influence()[through])
+        return HeadLoadings(
+            source=self._describe(source),
+            target=self._describe(target),
+            loadings=loadings,
+            influence=influence,
+            residual=float(edges.residual[through].sum(dtype=float)),
+            mlp=float(edges.mlp[through].sum(dtype=float)),
+            n_edges=len(through),
+        )
+
+    def routes(self, n: int = 5) -> list[Route]:
+        """The strongest routes from the prompt into the targets, see `graph.paths`."""
+        return strongest_routes(self.graph, n)
+
+    def _at(self, ends: Ends) -> np.ndarray:
+        """Which nodes an end names: a mask over the nodes."""
+        nodes, mask = self.graph.nodes, np.zeros(len(self.graph.nodes), bool)
+        for end in [ends] if isinstance(ends, int | str) else ends:
+            named = self._ids.get(end) if isinstance(end, str) else None
+            if named is not None:
+                mask[named] = True
+            else:
+                mask |= nodes.position == self.position(end)
+        return mask
+
+    @functools.cached_property
+    def _ids(self) -> dict[str, int]:
+        return {self.node_id(i): i for i in range(len(self.graph.nodes))}
+
+    def _describe(self, ends: Ends) -> str:
+        if not isinstance(ends, int | str):
+            return ", ".join(self._describe(end) for end in ends)
+        if isinstance(ends, str) and ends in self._ids:
+            return ends
+        at = self.position(ends)
+        return f"{self.tokens[at]!r} at {at}"
+
+    def save(self, folder: str | Path) -> Path:
+        """Write `graph.json`, `graph.npz` and `index.html`; what was there survives a failure."""
+        from qkattr.export.folder import save_result
+
+        return save_result(self, Path(folder))
+
+    def to_html(self, path: str | Path) -> Path:
+        """Write the page alone."""
+        from qkattr.export.folder import write_files
+        from qkattr.export.html import page
+
+        path = Path(path)
+        write_files(path.parent, {path.name: page(self).encode()})
+        return path
+
+    def to_pandas(self, table: str = "edges"):
+        """A DataFrame: "edges", "heads" (one row an edge and head) or "nodes".
+
+        Raises:
+          InputError: no such table, or pandas is not installed.
+        """
+        from qkattr.export.frames import frame
+
+        return frame(self, table)
+
+    def to_json(self) -> dict[str, Any]:
+        """The graph JSON as an object."""
+        from qkattr.export.graph_json import graph_json
+
+        return graph_json(self)
+
+    def _repr_html_(self) -> str:
+        from html import escape
+
+        from qkattr.export.html import page
+
+        body = escape(page(self), quote=True)
+        return f'<iframe srcdoc="{body}" style="width:100%;height:640px;border:0"></iframe>'
+
+    def __repr__(self) -> str:
+        graph = self.graph
+        said = json.dumps("".join(self.tokens))
+        return f"Result({said}, {len(graph.nodes)} nodes, {len(graph.edges)} edges)"

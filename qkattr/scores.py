@@ -1,0 +1,181 @@
+"""QK attributions of a prompt: which place is meant, and its tables."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qkattr.config import ModelConfig
+from qkattr.errors import InputError
+from qkattr.load.bundle import Bundle, Prompt
+from qkattr.model.forward import block
+from qkattr.options import make_options
+from qkattr.qk.table import QKAttribution, qk_table
+from qkattr.qk.terms import QKTerms, qk_terms_many
+from qkattr.result import Result
+from qkattr.session import Progress, Session, find_position, start_session, token_texts
+from qkattr.sharding import bucket
+from qkattr.types import NO_WINDOW, Kind
+
+#: (block, head, query position, key position)
+Place = tuple[int, int, int, int]
+Labels = Mapping[tuple[int, int], str]
+
+
+def qk_attribution(
+    result: Result, *, layer: int, head: int, query: int | str, key: int | str
+) -> QKAttribution:
+    """Why head `head` of block `layer` attended from `query` to `key`: its score, expanded.
+
+    Args:
+      query, key: positions, negative positions, or token texts.
+
+    Raises:
+      InputError: no such head or position, the key comes after the query or lies outside the window,
+        or the result was opened without its model and does not hold this place in full.
+    """
+    settings = result.settings
+    place = find_place(
+        result.tokens,
+        (layer, head, query, key),
+        n_heads=settings["n_heads"],
+        windows=[NO_WINDOW if w is None else w for w in settings["windows"]],
+    )
+    stored = result.qk.get(".".join(map(str, place)))
+    if stored is not None and stored.n_pairs == len(stored.pairs):
+        return stored
+    return qk_tables(need_session(result), [place], result.labels, settings["precision"])[place]
+
+
+def attribute_qk(
+    bundle: Bundle,
+    prompt: Prompt,
+    *,
+    layer: int,
+    head: int,
+    query: int | str,
+    key: int | str,
+    labels: Labels | None = None,
+    progress: Progress = lambda stage: None,
+    **options: Any,
+) -> QKAttribution:
+    """`qk_attribution` of a prompt without tracing a graph first.
+
+    Raises:
+      InputError: the prompt, the place or an option (see `TraceOptions`) cannot be used.
+    """
+    opts = make_options(options)
+    ids, _ = bundle.tokenize(prompt, opts.bos)
+    place = find_place_in(bundle.config, token_texts(bundle, ids), (layer, head, query, key))
+    session = start_session(bundle, ids, opts, progress)
+    progress("QK attribution")
+    return qk_tables(session, [place], labels or {}, opts.precision)[place]
+
+
+def attention_at(session: Session, query: int, key: int) -> tuple[np.ndarray, np.ndarray]:
+    """Every head's score and attention at one (query, key): two arrays `[L, N]`."""
+    score, probability = _scores_at(
+        session.bundle.params.blocks,
+        session.boundaries,
+        query,
+        key,
+        cfg=session.bundle.config.block,
+    )
+    return np.asarray(score), np.asarray(probability)
+
+
+@partial(jax.jit, static_argnames=("cfg",))
+def _scores_at(blocks, boundaries, query, key, *, cfg):
+    def one(inputs):
+        weights, x = inputs
+        _, seen = block(weights, x, cfg=cfg)
+        return seen.scores_NTS[:, query, key], seen.pattern_NTS[:, query, key]
+
+    return jax.lax.map(one, (blocks, boundaries[:-1]))
+
+
+def find_place_in(config: ModelConfig, tokens: list[str], place: tuple) -> Place:
+    """`find_place` for a model."""
+    return find_place(tokens, place, n_heads=config.n_heads, windows=config.windows)
+
+
+def find_place(tokens: list[str], place: tuple, *, n_heads: int, windows: Sequence[int]) -> Place:
+    """A place whose positions may be given as token texts, checked.
+
+    Raises:
+      InputError: no such block, head or position, or the query does not see the key.
+    """
+    layer, head, query, key = place
+    if not 0 <= layer < len(windows):
+        raise InputError(
+            f"layer {layer} is out of range: the model has blocks 0..{len(windows) - 1}"
+        )
+    if not 0 <= head < n_heads:
+        raise InputError(f"head {head} is out of range: the model has heads 0..{n_heads - 1}")
+    t, s = find_position(tokens, query), find_position(tokens, key)
+    if s > t:
+        raise InputError(
+            f"the key at {s} ({tokens[s]!r}) comes after the query at {t} ({tokens[t]!r}); "
+            f"attention is causal, give a key at or before the query"
+        )
+    if t - s >= windows[layer]:
+        raise InputError(
+            f"the key at {s} is outside block {layer}'s window of {windows[layer]} before {t}; "
+            f"its score is masked and has no terms"
+        )
+    return int(layer), int(head), t, s
+
+
+def need_session(result: Result) -> Session:
+    """The result's session.
+
+    Raises:
+      InputError: it was opened from disk without its model.
+    """
+    if result.session is None:
+        raise InputError(
+            "this result was opened without its model and does not hold that; open it with "
+            "qkattr.open(folder, bundle=qkattr.load(...))"
+        )
+    return result.session
+
+
+def qk_tables(
+    session: Session, places: Sequence[Place], labels: Labels, precision: str
+) -> dict[Place, QKAttribution]:
+    """The QK attributions of several places, computed in one call."""
+    if not places:
+        return {}
+    padded = np.resize(np.asarray(places, np.int32), (bucket(len(places), smallest=1), 4))
+    terms: QKTerms = jax.device_get(
+        qk_terms_many(
+            session.bundle.params.blocks,
+            session.boundaries,
+            session.components,
+            jnp.asarray(padded),
+            cfg=session.bundle.config.block,
+            precision=precision,
+        )
+    )
+    tables = {}
+    for i, place in enumerate(places):
+        block_, _, query, key = place
+        tables[place] = qk_table(
+            jax.tree.map(lambda a, i=i: a[i], terms),
+            tokens=session.tokens,
+            place=place,
+            label_query=partial(_label, labels, block_, session.tokens[query]),
+            label_key=partial(_label, labels, block_, session.tokens[key]),
+        )
+    return tables
+
+
+def _label(labels: Labels, boundary: int, token: str, kind: Kind, index: int) -> str:
+    if kind == Kind.FEATURE:
+        return labels.get((boundary, index), "")
+    return token if kind == Kind.TOKEN else ""

@@ -1,0 +1,133 @@
+"""A prompt on the device: its residual stream and components, from which everything else is asked."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from qkattr.errors import InputError
+from qkattr.load.bundle import Bundle
+from qkattr.model.forward import residual_stream, unembed
+from qkattr.options import TraceOptions
+from qkattr.sharding import bucket
+from qkattr.sources.components import Components, decompose_prompt
+
+Progress = Callable[[str], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Session:
+    """boundaries: `[L+1, T, D]` of the prompt padded to its bucket. components: of every boundary. logits: `[V]` after
+    the last token. tokens: the prompt's, decoded."""
+
+    bundle: Bundle
+    boundaries: Float[Array, "L+1 T D"]
+    components: Components
+    logits: Float[Array, V]
+    tokens: list[str]
+
+
+def start_session(
+    bundle: Bundle,
+    ids: Sequence[int],
+    opts: TraceOptions,
+    progress: Progress = lambda stage: None,
+) -> Session:
+    """Run the model on a prompt's token ids and decompose every boundary."""
+    progress("forward")
+    padded = pad_tokens(ids)
+    boundaries, logits = _boundaries(
+        bundle.params,
+        jnp.asarray(padded),
+        len(ids) - 1,
+        cfg=bundle.config,
+        precision=opts.precision,
+    )
+    progress("components")
+    components = decompose_prompt(
+        bundle.params,
+        bundle.dictionaries,
+        boundaries,
+        padded,
+        n_real=len(ids),
+        sinks=opts.sinks,
+        read=opts.read,
+        max_slots=opts.max_slots,
+        precision=opts.precision,
+    )
+    return Session(
+        bundle=bundle,
+        boundaries=boundaries,
+        components=components,
+        logits=logits,
+        tokens=token_texts(bundle, ids),
+    )
+
+
+@partial(jax.jit, static_argnames=("cfg", "precision"))
+def _boundaries(params, tokens, last, *, cfg, precision):
+    x, captured = residual_stream(
+        params, tokens, cfg=cfg, capture=("boundaries",), precision=precision
+    )
+    return captured.boundaries, unembed(params, x[last], cfg=cfg, precision=precision)
+
+
+def pad_tokens(ids: Sequence[int]) -> np.ndarray:
+    """Token ids, right-padded to the bucket of their number."""
+    return np.pad(np.asarray(ids, np.int32), (0, bucket(len(ids)) - len(ids)))
+
+
+def token_text(bundle: Bundle, token: int) -> str:
+    """A token as text; its id where there is no tokenizer."""
+    return str(token) if bundle.tokenizer is None else bundle.tokenizer.token(int(token))
+
+
+def token_texts(bundle: Bundle, ids: Sequence[int]) -> list[str]:
+    """Every token as text."""
+    return [token_text(bundle, i) for i in ids]
+
+
+def find_position(tokens: list[str], where: int | str) -> int:
+    """A position from an index, a negative index, or a token's text with an optional `#n`.
+
+    Text that reads as a whole number is an index.
+
+    Raises:
+      InputError: there is no such position, or the text names several.
+    """
+    text = str(where)
+    try:
+        index = int(text)
+    except ValueError:
+        return _find_token(tokens, text)
+    if not -len(tokens) <= index < len(tokens):
+        raise InputError(
+            f"position {index} is out of range: the prompt has {len(tokens)} tokens, 0..{len(tokens) - 1}"
+        )
+    return index % len(tokens)
+
+
+def _find_token(tokens: list[str], text: str) -> int:
+    name, _, number = text.rpartition("#")
+    numbered = bool(name) and number.isdigit() and text not in tokens
+    name = name if numbered else text
+    found = [i for i, token in enumerate(tokens) if token == name]
+    found = found or [i for i, token in enumerate(tokens) if token.strip() == name.strip()]
+    if not found:
+        raise InputError(f"no token {name!r} in the prompt; `qkattr tokens` lists them")
+    if numbered:
+        if not 1 <= int(number) <= len(found):
+            raise InputError(
+                f"token {name!r} occurs {len(found)} times, {text!r} asks for number {number}"
+            )
+        return found[int(number) - 1]
+    if len(found) > 1:
+        listed = ", ".join(f"{name}#{i + 1} at {at}" for i, at in enumerate(found))
+        raise InputError(f"token {name!r} is ambiguous: {listed}; say which")
+    return found[0]

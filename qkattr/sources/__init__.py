@@ -1,0 +1,1 @@
+"""What turns a residual stream into vectors, and gives covectors back."""

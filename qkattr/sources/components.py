@@ -1,0 +1,353 @@
+"""A residual stream as a sum of components.
+
+    x[t] = sum_f coefficient[t, f] * rows[row[t, f]]  +  bias[t]  +  error[t]
+
+Slots of a position, in this order: A features (a boundary without a dictionary at b = 0: the token and the position
+embedding), one bias, one error (or sink). Empty slots are exact zeros, and the slots always sum to x[t].
+A sink is a position whose norm is out of all proportion, position 0 before all: it is one component, the whole residual.
+Directions are kept once (`rows`), so a linear map of all components costs one matmul over the U directions in use and
+one over the T biases and T errors, never one over T * C vectors.
+Axes: T position, A feature slots, C = A + 2 slots, U directions, D d_model. Exact to float32 rounding.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jaxtyping import Array, Bool, Float, Int
+
+from qkattr.model.layers import f32
+from qkattr.sharding import bucket
+from qkattr.sources.dictionary import Dictionary, Encoding, count_active, encode
+from qkattr.types import Kind, Params
+
+#: A position whose norm exceeds this many times the median over real positions >= 1 is a sink.
+SINK_RATIO = 10.0
+
+
+@struct.dataclass
+class Components:
+    """The components of one boundary, or of all of them stacked on a leading axis.
+
+    rows: `[U, D]` directions; row: `[T, A]` the slot's direction; coefficient: `[T, A]` what multiplies it.
+    bias, error: `[T, D]`. kind: `[T, C]` of `Kind`; index: `[T, C]` feature id, token id, position, or -1.
+    activation: `[T, A]` in the SAE's own units. read: `[U, D]` encoder directions in residual units, when covectors are
+    read through the encoder (None: a component's own vector is its covector). left_out: `[T]` share of the activation
+    that found no slot and so lies in `error`.
+    """
+
+    rows: Float[Array, "U D"]
+    row: Int[Array, "T A"]
+    coefficient: Float[Array, "T A"]
+    bias: Float[Array, "T D"]
+    error: Float[Array, "T D"]
+    kind: Int[Array, "T C"]
+    index: Int[Array, "T C"]
+    activation: Float[Array, "T A"]
+    left_out: Float[Array, T]
+    read: Float[Array, "U D"] | None = None
+
+    @property
+    def n_slots(self) -> int:
+        return self.kind.shape[-1]
+
+    def map(self, f: Callable[[Array], Array]) -> Float[Array, "T C X"]:
+        """`f` of every component, for a linear `f` from `[..., D]` to `[..., X]`."""
+        features = f(self.rows)[self.row]
+        coefficient = self.coefficient.reshape(*self.coefficient.shape, *(1,) * (features.ndim - 2))
+        parts = [features * coefficient, f(self.bias)[:, None], f(self.error)[:, None]]
+        return jnp.concatenate(parts, axis=1)
+
+    def vectors(self) -> Float[Array, "T C D"]:
+        """All components as vectors. Large: meant for small prompts and for tests."""
+        return self.map(lambda x: x)
+
+    def at(self, position: Int[Array, R], slot: Int[Array, R]) -> Float[Array, "R D"]:
+        """The vectors of R chosen components."""
+        direction, coefficient, n_features = self._slot(position, slot)
+        feature = self.rows[direction] * coefficient[:, None]
+        rest = jnp.where((slot == n_features)[:, None], self.bias[position], self.error[position])
+        return jnp.where((slot < n_features)[:, None], feature, rest)
+
+    def covectors(self, position: Int[Array, R], slot: Int[Array, R]) -> Float[Array, "R D"]:
+        """What reads each of R chosen components: its own vector, or a feature's encoder direction."""
+        own = self.at(position, slot)
+        if self.read is None:
+            return own
+        direction, coefficient, n_features = self._slot(position, slot)
+        is_feature = (slot < n_features) & (coefficient != 0)
+        return jnp.where(is_feature[:, None], self.read[direction], own)
+
+    def _slot(self, position: Array, slot: Array) -> tuple[Array, Array, int]:
+        n_features = self.row.shape[1]
+        at = jnp.minimum(slot, n_features - 1)
+        return self.row[position, at], self.coefficient[position, at], n_features
+
+
+def sink_positions(x: Float[Array, "T D"], n_real: Int[Array, ""] | int) -> Bool[Array, T]:
+    """Position 0, and every real position whose norm exceeds `SINK_RATIO` times the lower median of positions >= 1.
+
+    The second rule looks at the whole prompt: whether t is a sink can depend on tokens after t.
+    """
+    norm = jnp.linalg.norm(x, axis=-1)
+    position = jnp.arange(x.shape[0])
+    counted = (position >= 1) & (position < n_real)
+    ordered = jnp.sort(jnp.where(counted, norm, jnp.inf))
+    median = ordered[jnp.maximum((n_real - 2) // 2, 0)]  # the lower middle of n_real - 1 norms
+    return (position == 0) | (counted & (norm > SINK_RATIO * median))
+
+
+def assemble(
+    x: Float[Array, "T D"],
+    encoding: Encoding,
+    rows: Float[Array, "U D"],
+    row: Int[Array, "T A"],
+    *,
+    sink: Bool[Array, T],
+    real: Bool[Array, T],
+    slot_kind: Int[Array, A],
+    error_kind: Int[Array, ""] | int = Kind.ERROR,
+    read: Float[Array, "U D"] | None = None,
+) -> Components:
+    """Components from encoded features: the error slot takes what they leave, a sink all of it."""
+    keep = real & ~sink
+    active = keep[:, None] & (encoding.coefficient != 0)
+    coefficient = jnp.where(active, encoding.coefficient, 0.0)
+    bias = jnp.where(keep[:, None], encoding.bias, 0.0)
+    features = jnp.einsum("TA,TAD->TD", coefficient, rows[row], precision="highest")
+    error = jnp.where(real[:, None], x - features - bias, 0.0)
+    last = jnp.where(sink, int(Kind.SINK), error_kind)
+    kind = [
+        jnp.where(active, slot_kind, int(Kind.NONE)),
+        jnp.where(real, int(Kind.BIAS), int(Kind.NONE))[:, None],
+        jnp.where(real, last, int(Kind.NONE))[:, None],
+    ]
+    n_positions = x.shape[0]
+    index = [jnp.where(active, encoding.index, -1), jnp.full((n_positions, 2), -1)]
+    return Components(
+        rows=rows,
+        row=row,
+        coefficient=coefficient,
+        bias=bias,
+        error=error,
+        kind=jnp.concatenate(kind, axis=1).astype(jnp.int32),
+        index=jnp.concatenate(index, axis=1).astype(jnp.int32),
+        activation=jnp.where(active, encoding.activation, 0.0),
+        left_out=jnp.where(keep, encoding.left_out, 0.0),
+        read=read,
+    )
+
+
+@partial(jax.jit, static_argnames=("slots", "precision", "sinks"))
+def decompose(
+    dictionary: Dictionary,
+    x: Float[Array, "T D"],
+    *,
+    slots: int,
+    sinks: bool = True,
+    precision: str = "highest",
+) -> Components:
+    """The components of one boundary (b >= 1) of an unpadded prompt; for use inside other programs.
+
+    Args:
+      dictionary: the SAE of this boundary.
+      x: its residual stream.
+      slots: how many features a position may have; more go into the error slot, the smallest first.
+      sinks: make position 0 and positions of massive norm one component each.
+    """
+    encoding = encode(dictionary, x, slots=slots, precision=precision)
+    real = jnp.ones(x.shape[0], bool)
+    sink = sink_positions(x, x.shape[0]) if sinks else ~real
+    kinds = jnp.full(encoding.index.shape[1], int(Kind.FEATURE))
+    rows = f32(dictionary.w_dec_MD)
+    return assemble(x, encoding, rows, encoding.index, sink=sink, real=real, slot_kind=kinds)
+
+
+def decompose_prompt(
+    params: Params,
+    dictionaries: tuple[Dictionary | None, ...] | None,
+    boundaries: Float[Array, "L+1 T D"],
+    tokens: Int[Array, T],
+    *,
+    n_real: int,
+    sinks: bool = True,
+    read: str = "decoder",
+    max_slots: int = 256,
+    precision: str = "highest",
+) -> Components:
+    """The components of every boundary of a prompt, stacked on a leading axis L + 1.
+
+    Dictionaries are visited one at a time, and only the decoder rows of active features are kept. The number of slots
+    and of directions is bucketed, so that another prompt meets compiled code.
+
+    Args:
+      params: the model, for its embeddings.
+      dictionaries: one a boundary, None where there is none; None: no dictionary anywhere.
+      boundaries: the residual stream of the padded prompt.
+      tokens: `[T]`, padded.
+      n_real: how many positions are real.
+      sinks: see `sink_positions`; they apply from boundary 1 on.
+      read: "decoder" or "encoder", how features are read as targets.
+      max_slots: at most so many features a position.
+    """
+    n_boundaries = boundaries.shape[0]
+    dictionaries = dictionaries or (None,) * n_boundaries
+    real = np.arange(tokens.shape[0]) < n_real
+    slots = _slots_needed(dictionaries, boundaries, real, max_slots, precision)
+    sources = []
+    for b, dictionary in enumerate(dictionaries):
+        if dictionary is not None:
+            sources.append(_from_dictionary(dictionary, boundaries[b], slots, read, precision))
+        elif b == 0:
+            sources.append(_from_embeddings(params, tokens, slots))
+        else:
+            sources.append(_from_nothing(boundaries[b], slots))
+    rows, row, read_rows = _compact(sources, real, read)
+    return _assemble_all(
+        boundaries,
+        jax.tree.map(lambda *leaves: jnp.stack(leaves), *(source.encoding for source in sources)),
+        rows,
+        row,
+        n_real=n_real,
+        kinds=np.stack([source.kinds for source in sources]),
+        error_kind=np.array([source.error_kind for source in sources]),
+        read=read_rows,
+        sinks=sinks,
+    )
+
+
+@partial(jax.jit, static_argnames=("sinks",))
+def _assemble_all(boundaries, encoding, rows, row, *, n_real, kinds, error_kind, read, sinks):
+    real = jnp.arange(boundaries.shape[1]) < n_real
+    sink = jax.vmap(lambda x: sink_positions(x, n_real))(boundaries) if sinks else False
+    sink = jnp.broadcast_to(sink, boundaries.shape[:2]).at[0].set(False)
+
+    def one(x, encoding, rows, row, sink, kinds, error_kind, read):
+        return assemble(
+            x, encoding, rows, row, sink=sink, real=real, slot_kind=kinds, error_kind=error_kind, read=read
+        )  # fmt: skip
+
+    return jax.vmap(one)(boundaries, encoding, rows, row, sink, kinds, error_kind, read)
+
+
+def _slots_needed(dictionaries, boundaries, real, max_slots, precision) -> int:
+    """The largest number of features active at once, bucketed: known from k, or counted."""
+    most = 2
+    for b, dictionary in enumerate(dictionaries):
+        if dictionary is None:
+            continue
+        if dictionary.config.activation == "topk":
+            most = max(most, dictionary.config.k)
+        else:
+            counts = np.asarray(count_active(dictionary, boundaries[b], precision=precision))
+            # Position 0 is a sink for which SAEs were not trained: there thousands of features may fire.
+            most = max(most, int(counts[real][1:].max(initial=0)))
+    return min(bucket(most), max_slots)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Source:
+    """One boundary on its way to components: what is active, and where its directions are to be had.
+
+    direction_ids: `[T, A]` names of the directions, which `directions` turns into rows (and encoder rows).
+    """
+
+    encoding: Encoding
+    direction_ids: np.ndarray
+    directions: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
+    kinds: np.ndarray
+    error_kind: int = int(Kind.ERROR)
+
+
+def _from_dictionary(
+    dictionary: Dictionary, x: Array, slots: int, read: str, precision: str
+) -> _Source:
+    encoding = encode(dictionary, x, slots=slots, precision=precision)
+    padding = ((0, 0), (0, slots - encoding.index.shape[1]))
+    encoding = encoding.replace(
+        index=jnp.pad(encoding.index, padding),
+        activation=jnp.pad(encoding.activation, padding),
+        coefficient=jnp.pad(encoding.coefficient, padding),
+    )
+
+    def directions(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        decoder = np.asarray(dictionary.w_dec_MD[features], np.float32)
+        encoder = (
+            decoder
+            if read == "decoder"
+            else np.asarray(dictionary.w_enc_DM[:, features].T, np.float32)
+        )
+        return decoder, encoder
+
+    return _Source(
+        encoding, np.asarray(encoding.index), directions, np.full(slots, int(Kind.FEATURE))
+    )
+
+
+def _constant_encoding(index: np.ndarray, coefficient: np.ndarray, d_model: int) -> Encoding:
+    n_positions = index.shape[0]
+    return Encoding(
+        index=jnp.asarray(index, jnp.int32),
+        activation=jnp.asarray(coefficient, jnp.float32),
+        coefficient=jnp.asarray(coefficient, jnp.float32),
+        bias=jnp.zeros((n_positions, d_model)),
+        left_out=jnp.zeros(n_positions),
+    )
+
+
+def _from_embeddings(params: Params, tokens: np.ndarray, slots: int) -> _Source:
+    """Boundary 0 without a dictionary: the token's embedding in slot 0, the position's in slot 1."""
+    tokens = np.asarray(tokens)
+    vocab, d_model = params.embed_VD.shape
+    index, coefficient = np.zeros((2, tokens.shape[0], slots))
+    kinds = np.full(slots, int(Kind.TOKEN))
+    index[:, 0], coefficient[:, 0] = tokens, 1.0
+    ids = index.copy()
+    if params.position_PD is not None:
+        index[:, 1], coefficient[:, 1], kinds[1] = np.arange(tokens.shape[0]), 1.0, Kind.POSITION
+        ids[:, 1] = vocab + index[:, 1]
+
+    def directions(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        is_token = ids < vocab
+        rows = [np.asarray(params.embed_VD[ids[is_token]], np.float32)]
+        if params.position_PD is not None:
+            rows.append(np.asarray(params.position_PD[ids[~is_token] - vocab], np.float32))
+        rows = np.concatenate(rows)
+        return rows, rows
+
+    encoding = _constant_encoding(index, coefficient, d_model)
+    return _Source(encoding, ids.astype(np.int64), directions, kinds, error_kind=int(Kind.NONE))
+
+
+def _from_nothing(x: Array, slots: int) -> _Source:
+    """A boundary without a dictionary: everything is in the error slot."""
+    zeros = np.zeros((x.shape[0], slots))
+    empty = np.zeros((1, x.shape[1]), np.float32)
+    encoding = _constant_encoding(zeros, zeros, x.shape[1])
+    return _Source(
+        encoding, zeros.astype(np.int64), lambda ids: (empty[ids], empty[ids]), zeros.astype(int)
+    )
+
+
+def _compact(sources: list[_Source], real: np.ndarray, read: str):
+    """The directions in use at each boundary, padded to a common bucket, and where each slot finds its own."""
+    used = []
+    for source in sources:
+        active = (np.asarray(source.encoding.coefficient) != 0) & real[:, None]
+        used.append(np.unique(source.direction_ids[active]))
+    n_rows = bucket(max(len(ids) for ids in used), smallest=64)
+    d_model = sources[0].encoding.bias.shape[1]
+    rows = np.zeros((len(sources), n_rows, d_model), np.float32)
+    read_rows = rows if read == "decoder" else np.zeros_like(rows)
+    row = np.zeros((len(sources), *sources[0].direction_ids.shape), np.int32)
+    for b, (source, ids) in enumerate(zip(sources, used, strict=True)):
+        if len(ids):
+            rows[b, : len(ids)], read_rows[b, : len(ids)] = source.directions(ids)
+            row[b] = np.minimum(np.searchsorted(ids, source.direction_ids), len(ids) - 1)
+    return rows, row, None if read == "decoder" else read_rows
