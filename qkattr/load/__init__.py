@@ -1,4 +1,4 @@
-"""Models, tokenizers and SAEs from files; whatever does not fit is refused before any weights are read.
+"""Models, tokenizers and SAEs from files; what does not fit is refused before weights are read.
 
     bundle      load(model, saes): the one entrance, and prompts to token ids
     hf, gguf    model folders and GGUF files -> `ModelConfig`, and a `Checkpoint` of named tensors
@@ -9,5 +9,6 @@
     smollm2     the model that is fetched by name
     fingerprint what identifies weights in results
 
-Nothing is unpickled, and no code of a checkpoint is run; chat templates are rendered in jinja2's sandbox.
+Nothing is unpickled, and no code of a checkpoint is run; chat templates are rendered in jinja2's
+sandbox.
 """

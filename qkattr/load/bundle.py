@@ -1,4 +1,4 @@
-"""`load`: a model, its tokenizer and its SAEs, checked against one another before any weights are read."""
+"""`load`: a model, its tokenizer and SAEs, checked against one another before weights are read."""
 
 from __future__ import annotations
 
@@ -29,9 +29,10 @@ Prompt = str | Sequence[int] | Sequence[Message]
 class Bundle:
     """A model with what belongs to it. Its weights are read when `params` is first used.
 
-    tokenizer: None when the model's files hold none; prompts are token ids then. dictionaries: one a boundary, or None
-    without SAEs. model, saes: as they were asked for. model_hash, saes_hash: see `fingerprint`. bos: whether text gets
-    a BOS, as the SAEs say; None: as the tokenizer does, also when the SAEs disagree.
+    tokenizer: None when the model's files hold none; prompts are token ids then. dictionaries: one
+    a boundary, or None without SAEs. model, saes: as they were asked for. model_hash, saes_hash:
+    see `fingerprint`. bos: whether text gets a BOS, as the SAEs say; None: as the tokenizer does,
+    also when the SAEs disagree.
     """
 
     config: ModelConfig
@@ -43,6 +44,7 @@ class Bundle:
     model_hash: str
     saes_hash: str | None
     bos: bool | None = None
+    dtype: str = "float32"
 
     @functools.cached_property
     def params(self) -> Params:
@@ -56,25 +58,28 @@ class Bundle:
     def tokenize(self, prompt: Prompt, bos: bool | None = None) -> tuple[tuple[int, ...], str]:
         """Token ids of a prompt, and a phrase that says what was done about its BOS.
 
-        prompt: text; token ids, taken verbatim; or chat messages, `{"role": ..., "content": ...}`, which go through the
-          tokenizer's template. bos: whether text begins with a BOS; None: `Bundle.bos`.
+        prompt: text; token ids, taken verbatim; or chat messages, `{"role": ..., "content": ...}`,
+          which go through the tokenizer's template. bos: whether text begins with a BOS; None:
+          `Bundle.bos`.
 
         Raises:
-          InputError: there are no tokens, more than the model's context, or one outside its vocabulary; or text was
-            given and there is no tokenizer.
+          InputError: there are no tokens, more than the model's context, or one outside its
+            vocabulary; or text was given and there is no tokenizer.
         """
         ids, done = self._ids(prompt, bos)
         if not ids:
             raise InputError("the prompt has no tokens; give at least one")
         if len(ids) > self.config.context:
             raise InputError(
-                f"the prompt has {len(ids)} tokens, the model's context is {self.config.context}; shorten it"
+                f"the prompt has {len(ids)} tokens, the model's context is "
+                f"{self.config.context}; shorten it"
             )
         for position, id in enumerate(ids):
             if not 0 <= id < self.config.vocab:
                 last = self.config.vocab - 1
                 raise InputError(
-                    f"token id {id} at position {position} is outside the model's vocabulary, 0..{last}"
+                    f"token id {id} at position {position} is outside the model's vocabulary, "
+                    f"0..{last}"
                 )
         return tuple(ids), done
 
@@ -94,7 +99,8 @@ class Bundle:
                     tokenizer.chat(items), bos=False
                 ), "BOS as the chat template has it"
         raise InputError(
-            f"a prompt is text, a list of token ids, or a list of messages with role and content; got {prompt!r:.60}"
+            "a prompt is text, a list of token ids, or a list of messages with role and "
+            f"content; got {prompt!r:.60}"
         )
 
     def _text(self, text: str, bos: bool | None) -> tuple[list[int], str]:
@@ -164,8 +170,8 @@ def _prepend_bos(dictionaries: tuple[Dictionary | None, ...]) -> bool | None:
 def load(model: str | Path, saes: str | Path | None = None, *, dtype: str = "float32") -> Bundle:
     """Load a model and its SAEs.
 
-    model: "smollm2", a Hugging Face folder, or a .gguf file. saes: "smollm2", or a folder of SAELens SAEs, one after
-    every block. dtype: of the weight matrices, "float32" or "bfloat16".
+    model: "smollm2", a Hugging Face folder, or a .gguf file. saes: "smollm2", or a folder of
+    SAELens SAEs, one after every block. dtype: of the weight matrices, "float32" or "bfloat16".
 
     Raises:
       InputError: something is missing, damaged, not implemented, or does not belong together.
@@ -178,8 +184,9 @@ def load(model: str | Path, saes: str | Path | None = None, *, dtype: str = "flo
 def open_bundle(
     model: str | Path, saes: str | Path | None = None, *, dtype: str = "float32"
 ) -> Bundle:
-    """`load`, but with the model's weights still on disk: the config, the tokenizer, the names and shapes of all
-    tensors and the SAEs are read and checked, so that a wrong pairing or prompt fails at once."""
+    """`load`, but with the model's weights still on disk: the config, the tokenizer, the names and
+    shapes of all tensors and the SAEs are read and checked, so that a wrong pairing or prompt fails
+    at once."""
     if dtype not in DTYPES:
         raise InputError(f"dtype {dtype!r} is not known; expected {' or '.join(DTYPES)}")
     opened = _open_model(str(model))
@@ -202,4 +209,5 @@ def open_bundle(
         model_hash=fingerprint(opened.root, opened.files),
         saes_hash=saes_hash,
         bos=True if bos is None and model == smollm2.NAME else bos,
+        dtype=dtype,
     )

@@ -1,8 +1,9 @@
 """What identifies a model or a set of SAEs in results: a hash of its files, read in part.
 
-Hashed: each file's name, size, its first and last 64 KiB, and the whole header of a safetensors file (names, shapes and
-types of all tensors). That tells models, trainings and conversions apart in milliseconds, whatever their size. It is
-no proof against tampering: a change in the middle of a large file that keeps its size goes unseen.
+Hashed: each file's name, size, its first and last 64 KiB, and the whole header of a safetensors
+file (names, shapes and types of all tensors). That tells models, trainings and conversions apart in
+milliseconds, whatever their size. It is no proof against tampering: a change in the middle of a
+large file that keeps its size goes unseen.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """GGUF files of Llama-family models, seen as a checkpoint in Hugging Face names and layout.
 
-GGUF keeps the rows of each query and key head interleaved for its rotary convention, `(pair, half)`; ours is
-half-split, `(half, pair)`. Quantised tensors are dequantised one at a time, exactly as the gguf package defines them.
-Llama 3 files carry their rotary scaling as a tensor of factors; it is accepted when it is what Llama 3's formula gives.
+GGUF keeps the rows of each query and key head interleaved for its rotary convention,
+`(pair, half)`; ours is half-split, `(half, pair)`. Quantised tensors are dequantised one at a time,
+exactly as the gguf package defines them. Llama 3 files carry their rotary scaling as a tensor of
+factors; it is accepted when it is what Llama 3's formula gives.
 """
 
 from __future__ import annotations
@@ -112,7 +113,7 @@ class GGUF:
 
 
 def half_split(rows: np.ndarray, heads: int) -> np.ndarray:
-    """Reorder the first axis of a query or key projection from `(head, pair, half)` to `(head, half, pair)`."""
+    """The rows of a query or key projection from `(head, pair, half)` to `(head, half, pair)`."""
     pairs = rows.shape[0] // heads // 2
     return rows.reshape(heads, pairs, 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
 
@@ -122,7 +123,7 @@ def _shape(tensor: Any) -> tuple[int, ...]:
 
 
 def _hf_name(name: str) -> str:
-    """`blk.3.attn_q.weight` -> `model.layers.3.self_attn.q_proj.weight`; a name that is not known stays as it is."""
+    """`blk.3.attn_q.weight` -> `model.layers.3.self_attn.q_proj.weight`; other names stay."""
     parts = name.split(".")
     if len(parts) == 4 and parts[0] == "blk" and parts[2] in _MODULES:
         return f"model.layers.{parts[1]}.{_MODULES[parts[2]]}.{parts[3]}"
@@ -133,8 +134,8 @@ def open_gguf(path: str | Path) -> GGUF:
     """Open a GGUF file and read its config; no weights are read.
 
     Raises:
-      InputError: there is no such file, it is damaged, its architecture is not llama, or its metadata says something
-        that qkattr does not implement.
+      InputError: there is no such file, it is damaged, its architecture is not llama, or its
+        metadata says something that qkattr does not implement.
     """
     path, gguf = Path(path), import_gguf()
     if not path.is_file():
@@ -188,7 +189,8 @@ def _attributes(reader: Any, where: str) -> dict[str, Any]:
     """The metadata as attributes of a Hugging Face config; whatever is not known is refused."""
     if (architecture := contents(reader, "general.architecture")) != "llama":
         raise InputError(
-            f"{where}: its architecture is {architecture!r}; of GGUF files qkattr reads only 'llama'"
+            f"{where}: its architecture is {architecture!r}; of GGUF files qkattr reads only "
+            "'llama'"
         )
     found = {
         key.removeprefix("llama."): contents(reader, key)
@@ -201,18 +203,19 @@ def _attributes(reader: Any, where: str) -> dict[str, Any]:
         inert = key in _INERT and _INERT[key] in (None, value)
         if key not in _ATTRIBUTES and key not in _HEAD_SIZES and not inert:
             raise InputError(
-                f"{where}: llama.{key}={value!r:.40} in its metadata is not implemented; use another file"
+                f"{where}: llama.{key}={value!r:.40} in its metadata is not implemented; use "
+                "another file"
             )
     return {_ATTRIBUTES[key]: _decimal(value) for key, value in found.items() if key in _ATTRIBUTES}
 
 
 def _decimal(value: Any) -> Any:
-    """A float32 as the decimal that was meant: 1e-05, not 9.999999747378752e-06, as config.json has it."""
+    """A float32 as the decimal that was meant, as in config.json: 1e-05, not 9.9999997e-06."""
     return float(f"{value:.7g}") if isinstance(value, float) else value
 
 
 def _llama3(rotary: Rotary, factors: np.ndarray, where: str) -> Rotary:
-    """The rotary scaling whose divisors of the frequencies are `factors`: Llama 3's, of the largest factor."""
+    """The rotary scaling that divides the frequencies by `factors`: Llama 3's, of the largest."""
     scaled = dataclasses.replace(rotary, llama3=(float(factors.max()), *_LLAMA3))
     divisors = rotary.inv_freq() / scaled.inv_freq()
     if factors.shape != divisors.shape or not np.allclose(factors, divisors, rtol=_FACTOR_RTOL):

@@ -1,7 +1,8 @@
 """A byte-level BPE tokenizer from the metadata of a GGUF file.
 
-GGUF names its pre-tokenizer (how text is cut before merging) instead of carrying it. The ones here are those of the
-Hugging Face tokenizers that the names stand for; for any other name there is no tokenizer, and prompts are token ids.
+GGUF names its pre-tokenizer (how text is cut before merging) instead of carrying it. The ones here
+are those of the Hugging Face tokenizers that the names stand for; for any other name there is no
+tokenizer, and prompts are token ids.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ def _pre_tokenizer(name: str) -> pre_tokenizers.PreTokenizer | None:
 
 
 def tokenizer_from_gguf(reader: Any) -> Tokenizer | None:
-    """The tokenizer of an open `gguf.GGUFReader`, or None when it is not byte-level BPE of a known kind.
+    """The tokenizer of an open `gguf.GGUFReader`; None unless it is byte-level BPE of a known kind.
 
     Raises:
       InputError: its tokens, types and merges do not fit one another.

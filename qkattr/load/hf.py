@@ -1,4 +1,4 @@
-"""Hugging Face model folders: `config.json` with `model.safetensors`, or with the shards that an index lists."""
+"""Hugging Face model folders: `config.json` with `model.safetensors`, or with indexed shards."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ def read_json_object(path: Path) -> dict[str, Any]:
         raise InputError(f"{path} cannot be read as JSON ({e}); copy or download it again") from e
     if not isinstance(value, dict):
         raise InputError(
-            f"{path} holds a JSON {type(value).__name__}, expected an object; copy or download it again"
+            f"{path} holds a JSON {type(value).__name__}, expected an object; copy or download "
+            "it again"
         )
     return value
 
@@ -68,7 +69,8 @@ def weight_files(folder: str | Path) -> tuple[Path, ...]:
     """The safetensors files of a model folder, in order.
 
     Raises:
-      InputError: there are none, the index is malformed, or a shard is missing or lies outside the folder.
+      InputError: there are none, the index is malformed, or a shard is missing or lies outside the
+        folder.
     """
     folder = Path(folder)
     if (folder / _SINGLE).is_file():

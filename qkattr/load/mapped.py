@@ -1,7 +1,8 @@
 """A safetensors file as memory-mapped NumPy arrays: nothing is read until it is used.
 
-The safetensors library checks the file (header size, types, offsets against the shapes and the file's length). Its own
-NumPy loader copies, so the arrays are views made here, at the offsets of the header that it has just accepted.
+The safetensors library checks the file (header size, types, offsets against the shapes and the
+file's length). Its own NumPy loader copies, so the arrays are views made here, at the offsets of
+the header that it has just accepted.
 """
 
 from __future__ import annotations
@@ -54,7 +55,8 @@ def open_mapped(path: Path, where: str | None = None) -> MappedTensors:
     """Map a safetensors file.
 
     Raises:
-      InputError: there is no such file, it is cut short or corrupt, or a tensor is not float32, float16 or bfloat16.
+      InputError: there is no such file, it is cut short or corrupt, or a tensor is not float32,
+        float16 or bfloat16.
     """
     where = where or path.name
     try:
@@ -72,18 +74,20 @@ def open_mapped(path: Path, where: str | None = None) -> MappedTensors:
     for name, entry in entries.items():
         if entry.dtype not in _DTYPES:
             raise InputError(
-                f"{where}: {name} is {entry.dtype}, expected F32, F16 or BF16; convert the file to one of them"
+                f"{where}: {name} is {entry.dtype}, expected F32, F16 or BF16; convert the file "
+                "to one of them"
             )
     return MappedTensors(where, entries, data[length:])
 
 
 def check_finite(tensor: np.ndarray, name: str, where: str) -> None:
-    """Raise `InputError` if the tensor holds a NaN or an infinity. The sum finds them at a tenth of the cost."""
+    """Raise `InputError` if the tensor holds a NaN or an infinity; the sum finds them cheaply."""
     with np.errstate(all="ignore"):
         suspicious = not np.isfinite(tensor.sum(dtype=np.float32))
     if suspicious and not np.isfinite(tensor).all():
         raise InputError(
-            f"{where}: {name} holds NaN or infinite values; the file is damaged or its training diverged"
+            f"{where}: {name} holds NaN or infinite values; the file is damaged or its training "
+            "diverged"
         )
 
 

@@ -1,9 +1,10 @@
 """SAELens folders (`cfg.json`, `sae_weights.safetensors`) to one `Dictionary` a boundary.
 
-Read: architectures standard, topk and jumprelu (BatchTopK and Matryoshka SAEs are saved as jumprelu), with the configs
-of SAELens 6 (nested metadata) and of the versions before it (flat, with other names). Whatever changes what an SAE
-computes and is not implemented is refused by name. `blocks.{i}.hook_resid_post` is boundary i + 1,
-`blocks.{i}.hook_resid_pre` boundary i, `hook_embed` boundary 0. Arrays stay memory-mapped in the file's own type.
+Read: architectures standard, topk and jumprelu (BatchTopK and Matryoshka SAEs are saved as
+jumprelu), with the configs of SAELens 6 (nested metadata) and of the versions before it (flat, with
+other names). Whatever changes what an SAE computes and is not implemented is refused by name.
+`blocks.{i}.hook_resid_post` is boundary i + 1, `blocks.{i}.hook_resid_pre` boundary i, `hook_embed`
+boundary 0. Arrays stay memory-mapped in the file's own type.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ class _Header:
 
 
 class _Fields:
-    """A cfg.json: looked up flat, then in the metadata of SAELens 6, under the names that a field has had."""
+    """A cfg.json, looked up flat, then in SAELens 6's metadata, under all names a field has had."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -105,7 +106,8 @@ def _k(fields: _Fields) -> int:
     k = fields.get("k", default=arguments.get("k") if isinstance(arguments, dict) else None)
     if type(k) is not int or not 1 <= k <= fields.size("d_sae"):
         raise fields.refuse(
-            f"a topk SAE needs k in 1..d_sae={fields.size('d_sae')}, got {k!r}; restore its own {CONFIG}"
+            f"a topk SAE needs k in 1..d_sae={fields.size('d_sae')}, got {k!r}; restore its own "
+            f"{CONFIG}"
         )
     return k
 
@@ -118,11 +120,13 @@ def _normalisation(fields: _Fields) -> str:
     if kind == "expected_average_only_in":
         raise fields.refuse(
             "normalize_activations is expected_average_only_in, whose factor is not in the file; "
-            "fold it into the weights with SAELens (fold_activation_norm_scaling_factor) and save again"
+            "fold it into the weights with SAELens (fold_activation_norm_scaling_factor) and "
+            "save again"
         )
     if kind not in _NORMALISATIONS:
         raise fields.refuse(
-            f"normalize_activations {kind!r} is not implemented; known are {', '.join(_NORMALISATIONS)}"
+            f"normalize_activations {kind!r} is not implemented; known are "
+            f"{', '.join(_NORMALISATIONS)}"
         )
     return kind
 
@@ -130,7 +134,8 @@ def _normalisation(fields: _Fields) -> str:
 def _dictionary_config(fields: _Fields) -> DictionaryConfig:
     if (reshape := fields.get("reshape_activations", default="none")) != "none":
         raise fields.refuse(
-            f"reshape_activations is {reshape!r}; only SAEs over the residual stream itself are read"
+            f"reshape_activations is {reshape!r}; only SAEs over the residual stream itself are "
+            "read"
         )
     if (head := fields.get("hook_head_index")) is not None:
         raise fields.refuse(
@@ -149,7 +154,7 @@ def _dictionary_config(fields: _Fields) -> DictionaryConfig:
 
 
 def _check_tensors(header: _Header) -> None:
-    """Names and shapes against the config. A `scaling_factor` may be there; its values are looked at on loading."""
+    """Names and shapes against the config. The values of a `scaling_factor` are for `_map`."""
     d, m = header.d_in, header.d_sae
     expected = {"W_enc": (d, m), "W_dec": (m, d), "b_enc": (m,), "b_dec": (d,)}
     if header.config.activation == "jumprelu":
@@ -162,13 +167,15 @@ def _check_tensors(header: _Header) -> None:
         )
     if extra := [name for name in found if name not in expected and name != "scaling_factor"]:
         raise InputError(
-            f"{header.name}: {WEIGHTS} holds {some(extra)}, for which {kind} has no use; see its {CONFIG}"
+            f"{header.name}: {WEIGHTS} holds {some(extra)}, for which {kind} has no use; see its "
+            f"{CONFIG}"
         )
     for name, shape in expected.items():
         if found[name] != shape:
             got, want = list(found[name]), list(shape)
             raise InputError(
-                f"{header.name}: {name} has shape {got}, {CONFIG} (d_in={d}, d_sae={m}) calls for {want}"
+                f"{header.name}: {name} has shape {got}, {CONFIG} (d_in={d}, d_sae={m}) calls "
+                f"for {want}"
             )
 
 
@@ -202,7 +209,8 @@ def _map(header: _Header) -> Dictionary:
             check_finite(tensor, name, file.where)
     if not np.all(tensors.pop("scaling_factor", np.ones(1)) == 1):
         raise InputError(
-            f"{header.name} has a scaling_factor other than one, which is not implemented; fold it into W_dec"
+            f"{header.name} has a scaling_factor other than one, which is not implemented; fold "
+            "it into W_dec"
         )
     return Dictionary(
         w_enc_DM=tensors["W_enc"],
@@ -218,8 +226,8 @@ def load_sae(folder: str | Path) -> Dictionary:
     """Read one SAELens folder, whatever hook it was trained on.
 
     Raises:
-      InputError: files are missing or damaged, the tensors do not fit the config or are not finite, or the SAE computes
-        something that qkattr does not implement.
+      InputError: files are missing or damaged, the tensors do not fit the config or are not finite,
+        or the SAE computes something that qkattr does not implement.
     """
     return _map(_read_header(Path(folder)))
 
@@ -250,7 +258,8 @@ def _boundary(header: _Header) -> int:
     if not match:
         raise InputError(
             f"{header.name} was trained at {header.hook or 'a hook that it does not name'}; "
-            f"expected blocks.N.hook_resid_pre, blocks.N.hook_resid_post or hook_embed; load residual-stream SAEs"
+            "expected blocks.N.hook_resid_pre, blocks.N.hook_resid_post or hook_embed; load "
+            "residual-stream SAEs"
         )
     return 0 if match[1] is None else int(match[1]) + (match[2] == "post")
 
@@ -264,22 +273,24 @@ def _headers(path: str | Path, config: ModelConfig) -> dict[int, _Header]:
         if boundary in headers:
             first, second = headers[boundary].name, header.name
             raise InputError(
-                f"{first} and {second} are both for boundary {boundary}, expected one; move one away"
+                f"{first} and {second} are both for boundary {boundary}, expected one; move one "
+                "away"
             )
         if boundary > config.n_blocks:
             raise InputError(
-                f"{header.name} is for boundary {boundary}, the model has {config.n_blocks} blocks; "
-                f"load the SAEs trained on this model"
+                f"{header.name} is for boundary {boundary}, the model has "
+                f"{config.n_blocks} blocks; load the SAEs trained on this model"
             )
         if header.d_in != config.d_model:
             raise InputError(
-                f"SAE at boundary {boundary} has d_in={header.d_in}, the model has d_model={config.d_model}; "
-                f"load the SAEs trained on this model"
+                f"SAE at boundary {boundary} has d_in={header.d_in}, the model has "
+                f"d_model={config.d_model}; load the SAEs trained on this model"
             )
         headers[boundary] = header
     if missing := [str(b) for b in range(1, config.n_blocks + 1) if b not in headers]:
         raise InputError(
-            f"{path} has no SAE for boundary {some(missing, 12)}; expected one after every block, 1..{config.n_blocks}"
+            f"{path} has no SAE for boundary {some(missing, 12)}; expected one after every "
+            f"block, 1..{config.n_blocks}"
         )
     return headers
 
@@ -290,13 +301,13 @@ def check_saes(path: str | Path, config: ModelConfig) -> None:
 
 
 def load_saes(path: str | Path, config: ModelConfig) -> tuple[Dictionary | None, ...]:
-    """One dictionary a boundary, `n_blocks + 1` of them; None at boundary 0 when there is none for the embedding.
+    """One dictionary a boundary, `n_blocks + 1` of them; boundary 0 may have None.
 
     path: a folder with SAE folders in or below it, or one SAE folder (of a model of one block).
 
     Raises:
-      InputError: as `load_sae`; or an SAE is not on the residual stream, is not as wide as the model, shares its
-        boundary with another; or a boundary after a block has none.
+      InputError: as `load_sae`; or an SAE is not on the residual stream, is not as wide as the
+        model, shares its boundary with another; or a boundary after a block has none.
     """
     headers = _headers(path, config)
     return tuple(_map(headers[b]) if b in headers else None for b in range(config.n_blocks + 1))

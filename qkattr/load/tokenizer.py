@@ -1,7 +1,8 @@
 """Text and chat messages to token ids, and a token id to what it stands for in a text.
 
-A thin layer over the `tokenizers` library that settles what it leaves open: whether a text gets a BOS, how one token of
-a byte-level vocabulary reads, and the chat template, rendered in jinja2's sandbox.
+A thin layer over the `tokenizers` library that settles what it leaves open: whether a text gets a
+BOS, how one token of a byte-level vocabulary reads, and the chat template, rendered in jinja2's
+sandbox.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ class Tokenizer:
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> Tokenizer | None:
-        """Read tokenizer.json, tokenizer_config.json and chat_template.jinja; None when there is no tokenizer.json."""
+        """Read tokenizer.json, its config and chat_template.jinja; None without the first."""
         folder = Path(folder)
         path, config_path, template_path = (
             folder / name
@@ -50,7 +51,7 @@ class Tokenizer:
         config = read_json_object(config_path) if config_path.is_file() else {}
         template = _template(config.get("chat_template"))
         if template_path.is_file():
-            template = template_path.read_text(encoding="utf-8")
+            template = _read_text(template_path)
         return cls(
             _read(path), _special(config, "bos_token"), _special(config, "eos_token"), template
         )
@@ -67,7 +68,8 @@ class Tokenizer:
     def encode(self, text: str, bos: bool | None = None) -> list[int]:
         """Token ids of a text.
 
-        bos: None: as the tokenizer does by itself. True: one BOS first, not doubled when the text begins with it.
+        bos: None: as the tokenizer does by itself. True: one BOS first, not doubled when the text
+          begins with it.
         False: none is added.
         """
         if any("\ud800" <= c <= "\udfff" for c in text):
@@ -79,7 +81,8 @@ class Tokenizer:
             return ids
         if self.bos_id is None:
             raise InputError(
-                "a BOS was asked for, but the tokenizer names none (bos_token); ask for no BOS, or name one"
+                "a BOS was asked for, but the tokenizer names none (bos_token); ask for no BOS, "
+                "or name one"
             )
         return [self.bos_id, *ids]
 
@@ -141,12 +144,19 @@ class Tokenizer:
 
 def _read(path: Path) -> tokenizers.Tokenizer:
     try:
-        inner = tokenizers.Tokenizer.from_file(str(path))
+        inner = tokenizers.Tokenizer.from_buffer(path.read_bytes())
     except Exception as e:  # the tokenizers library raises bare Exceptions
         raise InputError(f"{path} is not a tokenizer ({e}); copy or download it again") from e
     inner.no_truncation()  # a prompt is never cut or filled up in silence
     inner.no_padding()
     return inner
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as e:
+        raise InputError(f"{path} is not UTF-8 text ({e}); copy or download it again") from e
 
 
 def _special(config: dict[str, Any], name: str) -> str | None:
@@ -170,7 +180,7 @@ def _template(value: Any) -> str | None:
 
 
 def _environment() -> jinja2.Environment:
-    """The environment that Hugging Face templates are written for. The date is left out: prompts must repeat."""
+    """What Hugging Face templates are written for, less the date: prompts must repeat."""
 
     def raise_exception(message: str) -> None:
         raise jinja2.TemplateError(message)
@@ -187,8 +197,8 @@ def _environment() -> jinja2.Environment:
 
 @cache
 def _byte_of() -> dict[str, int]:
-    """The byte that each character of a byte-level vocabulary stands for: printable Latin-1 stands for itself, and the
-    other bytes, in order, are the characters from 256 on (GPT-2)."""
+    """The byte that each character of a byte-level vocabulary stands for: printable Latin-1 stands
+    for itself, and the other bytes, in order, are the characters from 256 on (GPT-2)."""
     printable = [
         *range(ord("!"), ord("~") + 1),
         *range(ord("¡"), ord("¬") + 1),

@@ -1,9 +1,10 @@
 """From a checkpoint's tensors to `Params`: one table and one assembling path for every file format.
 
-A `Checkpoint` gives tensors under Hugging Face names and in Hugging Face layout: a linear map is `[out, in]`, queries
-and keys are half-split for rotary. Ours is `[in, out]` with the heads split, so that every field is the transposed
-tensor, reshaped: `wq_DNH = q_proj.T.reshape(D, N, H)`. All names and shapes are checked before any data is read. Blocks
-are copied one tensor at a time into arrays that already have the target type: the host never holds two models.
+A `Checkpoint` gives tensors under Hugging Face names and in Hugging Face layout: a linear map is
+`[out, in]`, queries and keys are half-split for rotary. Ours is `[in, out]` with the heads split,
+so that every field is the transposed tensor, reshaped: `wq_DNH = q_proj.T.reshape(D, N, H)`. All
+names and shapes are checked before any data is read. Blocks are copied one tensor at a time into
+arrays that already have the target type: the host never holds two models.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ class Checkpoint(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class _Field:
-    """One field of ours: the tensor it comes from (`{}` stands for the block), the shape there, and the shape here."""
+    """One field of ours: the tensor it comes from (`{}`: the block), the shape there and here."""
 
     tensor: str
     theirs: tuple[int, ...]
@@ -160,10 +161,11 @@ def _read_stack(checkpoint: Checkpoint, field: _Field, n_blocks: int, dtype: Any
 
 
 def read_params(checkpoint: Checkpoint, config: ModelConfig, *, dtype: str = "float32") -> Params:
-    """Assemble the model; matrices in `dtype` ("float32" or "bfloat16"), norms and biases in float32.
+    """Assemble the model: matrices in `dtype`, "float32" or "bfloat16", the rest in float32.
 
     Raises:
-      InputError: the dtype is neither, the tensors do not fit the config, or one holds NaN or infinite values.
+      InputError: the dtype is neither, the tensors do not fit the config, or one holds NaN or
+        infinite values.
     """
     if dtype not in DTYPES:
         raise InputError(f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}")
