@@ -1,7 +1,8 @@
-"""Model configuration: what `forward` and the linear block need to know, and how to read it from a Hugging Face config.
+"""Model configuration: what `forward` and the linear block need to know,
+and how to read it from a Hugging Face config.
 
-`from_hf` reads every attribute of `config.json`, or refuses the config by naming the one it does not handle: an
-attribute that is passed over in silence is a model that computes something else.
+`from_hf` reads every attribute of `config.json`, or refuses the config by naming the one it does
+not handle: an attribute that is passed over in silence is a model that computes something else.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ from qkattr.types import NO_WINDOW
 class BlockConfig:
     """What a block's arithmetic needs beyond its weights. Sizes are read off the weights.
 
-    scale: multiplies q . k. softcap: `c * tanh(score / c)` after it. parallel: the MLP reads the block's input, not the
-    stream after attention (GPT-NeoX).
+    scale: multiplies q . k. softcap: `c * tanh(score / c)` after it. parallel: the MLP reads the
+    block's input, not the stream after attention (GPT-NeoX).
     """
 
     scale: float
@@ -35,14 +36,18 @@ class BlockConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Rotary:
-    """Rotary embedding of the first `dims` of each head. llama3: (factor, low_freq, high_freq, original context)."""
+    """Rotary embedding of the first `dims` of each head.
+    llama3: (factor, low_freq, high_freq, original context).
+    """
 
     base: float
     dims: int
     llama3: tuple[float, float, float, int] | None = None
 
     def inv_freq(self) -> np.ndarray:
-        """`[dims/2]` radians per position, in float32 as the checkpoints' own code computes them."""
+        """`[dims/2]` radians per position, in float32 as the checkpoints' own
+        code computes them.
+        """
         exponent = np.arange(0, self.dims, 2, dtype=np.float32) / np.float32(self.dims)
         inv = (np.float32(1.0) / np.float32(self.base) ** exponent).astype(np.float32)
         if self.llama3 is None:
@@ -79,14 +84,16 @@ class ModelConfig:
 
 # Attributes of a Hugging Face config that change nothing a forward pass computes.
 _INERT = frozenset(
-    """architectures attention_dropout bos_token_id eos_token_id pad_token_id unk_token_id sep_token_id
-    decoder_start_token_id initializer_range torch_dtype dtype transformers_version use_cache _name_or_path name_or_path
-    _attn_implementation _attn_implementation_autoset attn_implementation auto_map tokenizer_class task_specific_params
-    problem_type id2label label2id num_labels finetuning_task return_dict output_attentions output_hidden_states
-    transformers.js_config is_llama_config unsloth_version unsloth_fixed max_window_layers temperature top_p top_k
-    typical_p repetition_penalty length_penalty num_beams do_sample max_length min_length chunk_size_feed_forward
-    is_decoder is_encoder_decoder add_cross_attention cross_attention_hidden_size tie_encoder_decoder prefix
-    model_max_length gradient_checkpointing""".split()
+    """architectures attention_dropout bos_token_id eos_token_id pad_token_id unk_token_id
+    sep_token_id decoder_start_token_id initializer_range torch_dtype dtype transformers_version
+    use_cache _name_or_path name_or_path _attn_implementation _attn_implementation_autoset
+    attn_implementation auto_map tokenizer_class task_specific_params problem_type id2label
+    label2id num_labels finetuning_task return_dict output_attentions output_hidden_states
+    transformers.js_config is_llama_config unsloth_version unsloth_fixed max_window_layers
+    temperature top_p top_k typical_p repetition_penalty length_penalty num_beams do_sample
+    max_length min_length chunk_size_feed_forward is_decoder is_encoder_decoder
+    add_cross_attention cross_attention_hidden_size tie_encoder_decoder prefix model_max_length
+    gradient_checkpointing""".split()
 )
 
 # Attributes that are handled only at the one value at which they do nothing.
@@ -119,7 +126,8 @@ class _Fields:
             value = float(value)
         if type(value) is not kind:
             raise InputError(
-                f"config.json: {name} should be {kind.__name__}, got {value!r}; restore the model's own config.json"
+                f"config.json: {name} should be {kind.__name__}, got {value!r}; "
+                f"restore the model's own config.json"
             )
         return value
 
@@ -127,7 +135,8 @@ class _Fields:
         value = self.take(name, int, default)
         if not 1 <= value <= most:
             raise InputError(
-                f"config.json: {name} should lie in 1..{most}, got {value}; restore the model's own config"
+                f"config.json: {name} should lie in 1..{most}, got {value}; "
+                f"restore the model's own config"
             )
         return value
 
@@ -135,12 +144,14 @@ class _Fields:
         for name, allowed in _FIXED.items():
             if name in self.left and self.left.pop(name) not in allowed:
                 raise InputError(
-                    f"config.json: {name} is set and qkattr does not implement it for {self.family} models"
+                    f"config.json: {name} is set and qkattr does not implement it "
+                    f"for {self.family} models"
                 )
         unknown = sorted(set(self.left) - _INERT)
         if unknown:
             raise InputError(
-                f"config.json has {', '.join(f'{n}={self.left[n]!r:.40}' for n in unknown)}, which qkattr does not know; "
+                f"config.json has {', '.join(f'{n}={self.left[n]!r:.40}' for n in unknown)}, "
+                f"which qkattr does not know; "
                 f"remove it if it changes nothing that the model computes"
             )
 
@@ -170,7 +181,8 @@ def _rotary(fields: _Fields, head_dim: int, context: int) -> Rotary:
             )
         except (KeyError, TypeError, ValueError) as e:
             raise InputError(
-                f"config.json: rope type llama3 lacks or has a bad {e}; restore the model's own config"
+                f"config.json: rope type llama3 lacks or has a bad {e}; "
+                f"restore the model's own config"
             ) from e
     else:
         raise InputError(
@@ -193,12 +205,13 @@ def _llama(fields: _Fields) -> ModelConfig:
     head_dim = fields.size("head_dim", d_model // n_heads)
     if n_heads % n_kv_heads or head_dim % 2:
         raise InputError(
-            f"config.json: {n_heads} heads over {n_kv_heads} key/value heads of {head_dim}: the first must be a multiple "
-            f"of the second, and the size even"
+            f"config.json: {n_heads} heads over {n_kv_heads} key/value heads of {head_dim}: "
+            f"the first must be a multiple of the second, and the size even"
         )
     if (activation := fields.take("hidden_act", str, "silu")) != "silu":
         raise InputError(
-            f"config.json: hidden_act {activation!r} is not a Llama-family activation; expected 'silu'"
+            f"config.json: hidden_act {activation!r} is not a Llama-family activation; "
+            f"expected 'silu'"
         )
     window = NO_WINDOW
     if fields.family == "mistral":
@@ -233,12 +246,14 @@ def from_hf(raw: Mapping[str, Any]) -> ModelConfig:
     """The `ModelConfig` of a Hugging Face `config.json`.
 
     Raises:
-      InputError: the family is not known, an attribute is missing or of the wrong type, or one is not handled.
+      InputError: the family is not known, an attribute is missing or of the wrong type, or one is
+        not handled.
     """
     fields = _Fields(raw)
     if fields.family not in _FAMILIES:
         raise InputError(
-            f"config.json: model_type is {fields.family!r}; qkattr implements {', '.join(sorted(_FAMILIES))}"
+            f"config.json: model_type is {fields.family!r}; "
+            f"qkattr implements {', '.join(sorted(_FAMILIES))}"
         )
     config = _FAMILIES[fields.family](fields)
     fields.refuse_the_rest()

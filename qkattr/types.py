@@ -2,14 +2,14 @@
 
 Axis letters, used verbatim in einsum strings and as suffixes of arrays that meet in one:
 
-    B batch              L block               F MLP hidden            C key-side or source components
-    T query position     N query heads         V vocabulary            E edges kept of one target
-    S key position       K key/value heads     M dictionary width      R target rows
-    D d_model            G = N / K             A feature slots,        U distinct directions in use
-                         H head_dim            query-side components
+    B batch             L block              F MLP hidden           C key-side or source components
+    T query position    N query heads        V vocabulary           E edges kept of one target
+    S key position      K key/value heads    M dictionary width     R target rows
+    D d_model           G = N / K            A feature slots,       U distinct directions in use
+                        H head_dim           query-side components
 
-Boundary b = 0..L: boundary 0 is the embedding output, boundary b the residual stream after block b - 1. The QK circuit
-of block b reads boundary b. Query head n reads key/value head n // G.
+Boundary b = 0..L: boundary 0 is the embedding output, boundary b the residual stream after block
+b - 1. The QK circuit of block b reads boundary b. Query head n reads key/value head n // G.
 """
 
 from __future__ import annotations
@@ -39,24 +39,29 @@ class Kind(IntEnum):
         return self.name.lower()
 
 
-#: Kinds that change with the prompt: edges are normalised over these, and only these receive influence.
+#: Kinds that change with the prompt: edges are normalised over these, and only these receive
+#: influence.
 PROMPT_KINDS = (Kind.FEATURE, Kind.ERROR, Kind.TOKEN, Kind.POSITION, Kind.SINK)
 
 
 @struct.dataclass
 class Norm:
-    """An RMSNorm (no bias) or LayerNorm (bias) with its gain as it multiplies: Gemma's 1 + w is stored as 1 + w."""
+    """An RMSNorm (no bias) or LayerNorm (bias) with its gain as it multiplies:
+    Gemma's 1 + w is stored as 1 + w.
+    """
 
-    weight: Float[Array, D]
-    bias: Float[Array, D] | None = None
+    weight: Float[Array, "D"]
+    bias: Float[Array, "D"] | None = None
 
 
 @struct.dataclass
 class BlockWeights:
-    """One transformer block, or L of them stacked on a leading axis. `None` is a part that the family does not have.
+    """One transformer block, or L of them stacked on a leading axis.
+    `None` is a part that the family does not have.
 
-    This is all that qkattr needs of a model to expand scores, edges and head loadings; `docs/embedding.md` maps a
-    Flax model onto it. Weights may be bfloat16; they are read as float32.
+    This is all that qkattr needs of a model to expand scores, edges and head loadings;
+    `docs/embedding.md` maps a Flax model onto it. Weights may be bfloat16; they are read as
+    float32.
     """
 
     wq_DNH: Float[Array, "D N H"]
@@ -65,9 +70,7 @@ class BlockWeights:
     wo_NHD: Float[Array, "N H D"]
     w_up_DF: Float[Array, "D F"]
     w_down_FD: Float[Array, "F D"]
-    inv_freq: Float[
-        Array, H/2
-    ]  # rotary frequencies, first 2 * len dimensions, half-split; empty: none
+    inv_freq: Float[Array, "P"]  # rotary, first 2P dimensions, half-split; empty: none
     window: Int[Array, ""]  # a query at t sees keys s > t - window; NO_WINDOW: all keys s <= t
     w_gate_DF: Float[Array, "D F"] | None = None  # None: an ungated MLP, act(x @ w_up) @ w_down
     norm_attn: Norm | None = None  # before attention; None: no norm
@@ -76,15 +79,15 @@ class BlockWeights:
         None  # on the attention output, before it joins the residual stream
     )
     norm_mlp_post: Norm | None = None  # on the MLP output
-    norm_q: Float[Array, H] | None = None  # QK-norm: RMSNorm of each head's query, before rotary
-    norm_k: Float[Array, H] | None = None
+    norm_q: Float[Array, "H"] | None = None  # QK-norm: RMSNorm of each head's query, before rotary
+    norm_k: Float[Array, "H"] | None = None
     bq_NH: Float[Array, "N H"] | None = None
     bk_KH: Float[Array, "K H"] | None = None
     bv_KH: Float[Array, "K H"] | None = None
-    bo_D: Float[Array, D] | None = None
-    b_up_F: Float[Array, F] | None = None
-    b_gate_F: Float[Array, F] | None = None
-    b_down_D: Float[Array, D] | None = None
+    bo_D: Float[Array, "D"] | None = None
+    b_up_F: Float[Array, "F"] | None = None
+    b_gate_F: Float[Array, "F"] | None = None
+    b_down_D: Float[Array, "D"] | None = None
 
 
 #: `BlockWeights.window` of a block that attends to everything before it.
@@ -99,7 +102,7 @@ class Params:
     blocks: BlockWeights
     norm_final: Norm | None = None
     unembed_DV: Float[Array, "D V"] | None = None  # None: tied to the embedding
-    unembed_bias_V: Float[Array, V] | None = None
+    unembed_bias_V: Float[Array, "V"] | None = None
     position_PD: Float[Array, "P D"] | None = None  # learned position embedding
 
 
@@ -107,7 +110,8 @@ class Params:
 class Trace:
     """What one forward pass computed; a field is None when it was not asked for.
 
-    boundaries: `[L+1, T, D]` residual stream at every boundary (the last one before the final norm).
+    boundaries: `[L+1, T, D]` residual stream at every boundary (the last one before the final
+    norm).
     scores: `[L, N, T, S]` attention scores after the scale, before softcap and mask.
     patterns: `[L, N, T, S]` attention probabilities.
     """

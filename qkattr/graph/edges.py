@@ -1,16 +1,24 @@
-"""Edges: what every component of boundary b gives to a covector at boundary b+1, in total and per head.
+"""Edges: what every component of boundary b gives to a covector at boundary b+1,
+in total and per head.
 
     edge = residual + mlp + sum_n head loading_n                 (paper, "Head loadings")
 
-The total over all sources is one contraction over (kv heads x head_dim), with the query heads of a group summed first:
+The total over all sources is one contraction over (kv heads x head_dim), with the query heads of a
+group summed first:
 
-    U[r, s] = sum_{n in group} A_n[t_r, s] O_n^T (g + g~)_r      attention edge[r, s, c] = U[r, s] . V N'(x_{s,c})
+    U[r, s] = sum_{n in group} A_n[t_r, s] O_n^T (g + g~)_r
+    attention edge[r, s, c] = U[r, s] . V N'(x_{s,c})
 
-so there is no per-head tensor of size R x T x C. Heads are split only for the edges that are kept (`kept_parts`).
-Axes: R target rows, T/S positions, C source slots, Q candidate sources, E kept sources of a row, N heads, K key/value heads, H head_dim.
+so there is no per-head tensor of size R x T x C. Heads are split only for the edges that are kept
+(`kept_parts`).
+Axes: R target rows, T/S positions, C source slots, Q candidate sources, E kept sources of a row,
+N heads, K key/value heads, H head_dim.
 """
 
 from __future__ import annotations
+
+import functools
+import operator
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +27,9 @@ from jaxtyping import Array, Float, Int
 
 from qkattr.model.linear import FrozenBlock, Pulled, head_loadings, values
 from qkattr.sources.components import Components
+
+#: Source positions whose edges are computed together: U of so many stays in cache.
+SOURCES_AT_ONCE = 16
 
 
 @struct.dataclass
@@ -32,9 +43,11 @@ class EdgeParts:
 
 @struct.dataclass
 class Candidates:
-    """Q sources among which edges are kept: where they are, their vectors, their values at the heads."""
+    """Q sources among which edges are kept: where they are, their vectors,
+    their values at the heads.
+    """
 
-    position: Int[Array, Q]
+    position: Int[Array, "Q"]
     vectors: Float[Array, "Q D"]
     values: Float[Array, "Q K H"]
 
@@ -47,38 +60,43 @@ def source_values(frozen: FrozenBlock, components: Components) -> Float[Array, "
 
 def edge_totals(
     frozen: FrozenBlock, pulled: Pulled, components: Components, v_SCKH: Float[Array, "S C K H"]
-) -> Float[Array, "R S C"]:
+) -> Float[Array, "S C R"]:
     """The edge from every component of boundary b to every row."""
     with jax.named_scope("edge_attention"):
         total = attention_edges(frozen, pulled, v_SCKH)
     with jax.named_scope("edge_own_position"):
         own = own_position(components, pulled.residual + pulled.mlp, pulled.position)
         rows = jnp.arange(pulled.position.shape[0])
-        return total.at[rows, pulled.position].add(own)
+        return total.at[pulled.position, :, rows].add(own)
 
 
 def attention_edges(
     frozen: FrozenBlock, pulled: Pulled, v_SCKH: Float[Array, "S C K H"]
-) -> Float[Array, "R S C"]:
-    """The part of every edge that heads carry."""
+) -> Float[Array, "S C R"]:
+    """The part of every edge that heads carry.
+
+    Mapped over source positions, a few at a time: U is made and used in cache, and never held
+    whole.
+    """
     (R, N, H), (S, C, K) = pulled.heads.shape, v_SCKH.shape[:3]
     G = N // K
     pattern = frozen.seen.pattern_NTS[:, pulled.position].reshape(K, G, R, S)
-    pattern_SKGR = jnp.transpose(pattern, (3, 0, 1, 2))
     covectors_KGHR = jnp.transpose(pulled.heads.reshape(R, K, G, H), (1, 2, 3, 0))
-    # A sum over G written out: XLA's CPU backend turns the einsum into a batch of tiny matmuls.
-    per_source = sum(pattern_SKGR[:, :, g, None] * covectors_KGHR[None, :, g] for g in range(G))
-    edges = jnp.einsum(
-        "SCX,SXR->SCR",
-        v_SCKH.reshape(S, C, K * H),
-        per_source.reshape(S, K * H, R),
-        precision=frozen.precision,
-    )
-    return jnp.transpose(edges, (2, 0, 1))
+
+    def one_source(inputs):
+        pattern_KGR, v_CKH = inputs
+        # Written out over G: as an einsum it becomes a batch of tiny matmuls on CPU.
+        heads = (pattern_KGR[:, g, None] * covectors_KGHR[:, g] for g in range(G))
+        per_source = functools.reduce(operator.add, heads)
+        v_CX, per_source_XR = v_CKH.reshape(C, K * H), per_source.reshape(K * H, R)
+        return jnp.dot(v_CX, per_source_XR, precision=frozen.precision)
+
+    sources = jnp.transpose(pattern, (3, 0, 1, 2)), v_SCKH
+    return jax.lax.map(one_source, sources, batch_size=SOURCES_AT_ONCE)
 
 
 def own_position(
-    components: Components, g: Float[Array, "R D"], position: Int[Array, R]
+    components: Components, g: Float[Array, "R D"], position: Int[Array, "R"]
 ) -> Float[Array, "R C"]:
     """`g . x_c` for the components at each row's own position."""
     with_rows = jnp.einsum("RD,UD->RU", g, components.rows, precision="highest")

@@ -1,9 +1,10 @@
 """The strongest routes through a graph, from its targets back to the prompt.
 
-A path's share is the product of its edges' shares |e| / sum |e| (over sources that depend on the prompt), times its
-target's influence: what of the targets' influence flows along it. Most of the many paths differ only in which feature
-carries the same thing through the residual stream, so paths are grouped into routes: the sequence of positions they
-visit. A route's share is the sum over its paths; it is shown by the strongest of them.
+A path's share is the product of its edges' shares |e| / sum |e| (over sources that depend on the
+prompt), times its target's influence: what of the targets' influence flows along it. Most of the
+many paths differ only in which feature carries the same thing through the residual stream, so paths
+are grouped into routes: the sequence of positions they visit. A route's share is the sum over its
+paths; it is shown by the strongest of them.
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ from qkattr.types import Kind
 
 @dataclasses.dataclass(frozen=True)
 class Route:
-    """positions: visited, from the prompt to the target. share: of the targets' influence. nodes, edges: the strongest
-    path along it, from its source; path_share: its own share."""
+    """positions: visited, from the prompt to the target. share: of the targets' influence.
+    nodes, edges: the strongest path along it, from its source; path_share: its own share.
+    """
 
     positions: tuple[int, ...]
     share: float
@@ -31,7 +33,9 @@ class Route:
 
 @dataclasses.dataclass(frozen=True)
 class _Flow:
-    """What reaches one boundary along one route: per node the flow, the strongest path's, and that path's next edge."""
+    """What reaches one boundary along one route: per node the flow, the strongest path's,
+    and that path's next edge.
+    """
 
     nodes: np.ndarray
     flow: np.ndarray
@@ -45,7 +49,8 @@ def strongest_routes(graph: Graph, n: int = 5, *, most: int = 200) -> list[Route
     Args:
       graph: the graph.
       n: how many.
-      most: how many routes are followed at a boundary, the strongest ones; more is slower and closer to all of them.
+      most: how many routes are followed at a boundary, the strongest ones; more is slower and
+        closer to all of them.
     """
     nodes, edges = graph.nodes, graph.edges
     absolute = np.nan_to_num(nodes.absolute[edges.target])
@@ -103,7 +108,8 @@ def _follow(graph: Graph, levels: list[dict], route: tuple[int, ...]) -> Route:
         target = graph.edges.target[edge]
         if graph.nodes.position[target] != graph.nodes.position[node]:
             rest = rest[1:]
-        path.append(int(target)), steps.append(int(edge))
+        path.append(int(target))
+        steps.append(int(edge))
         node = target
     return Route(
         positions=route,

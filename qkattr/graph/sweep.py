@@ -1,17 +1,21 @@
 """The backward sweep: from targets to the embeddings, one boundary after another, as one program.
 
-At every boundary the rows are covectors at boundary b+1 (nodes that were kept there, read back through block b) and
-direct targets at boundary b (logits at the last boundary, attention scores at their own). With e the edges of a row,
+At every boundary the rows are covectors at boundary b+1 (nodes that were kept there, read back
+through block b) and direct targets at boundary b (logits at the last boundary, attention scores at
+their own). With e the edges of a row,
 
-    influence of a source = sum_rows influence(row) * |e| / sum of |e| over sources that depend on the prompt
+    influence of a source
+        = sum_rows influence(row) * |e| / sum of |e| over sources that depend on the prompt
 
-(paper of attribution graphs, restricted to adjacent boundaries, so one pass suffices). Kept are the sources that carry
-`keep` of the boundary's influence, R at most; they are the next rows. `bias` and `const` keep their raw weights and get
-no influence; sinks are leaves, errors are when `through_errors` is off. A second channel of influence stops at errors:
-the replacement score.
+(paper of attribution graphs, restricted to adjacent boundaries, so one pass suffices). Kept are the
+sources that carry `keep` of the boundary's influence, R at most; they are the next rows. `bias` and
+`const` keep their raw weights and get no influence; sinks are leaves, errors are when
+`through_errors` is off. A second channel of influence stops at errors: the replacement score.
 
-No decision is taken on the host: R, E and all shapes are static, and the function can be `vmap`ped over prompts.
-Axes: R target rows, P direct targets, E kept sources of a row, T position, C slots, N heads, L blocks.
+No decision is taken on the host: R, E and all shapes are static, and the function can be `vmap`ped
+over prompts.
+Axes: R target rows, P direct targets, E kept sources of a row, T position, C slots, N heads,
+L blocks.
 """
 
 from __future__ import annotations
@@ -34,6 +38,7 @@ from qkattr.graph.edges import (
     source_values,
 )
 from qkattr.model.linear import freeze, pull
+from qkattr.sharding import on_any_mesh
 from qkattr.sources.components import Components
 from qkattr.types import PROMPT_KINDS, BlockWeights, Kind
 
@@ -45,12 +50,13 @@ LEAK_KINDS = (Kind.FEATURE, Kind.TOKEN, Kind.POSITION, Kind.ERROR, Kind.SINK)
 class SweepConfig:
     """Static options of the sweep.
 
-    max_rows: R, targets a boundary. max_edges: E, sources kept of one target. keep: share of a boundary's influence
-    that its kept sources carry. linearisation: of the MLP. through_errors: errors are targets too.
+    max_rows: R, targets a boundary. max_edges: E, sources kept of one target. keep: share of a
+    boundary's influence that its kept sources carry. linearisation: of the MLP. through_errors:
+    errors are targets too.
     """
 
     max_rows: int = 256
-    max_edges: int = 32
+    max_edges: int = 64
     keep: float = 0.95
     linearisation: str = "jacobian"
     through_errors: bool = True
@@ -59,16 +65,17 @@ class SweepConfig:
 
 @struct.dataclass
 class DirectTargets:
-    """Covectors that read the residual stream itself: `g . x[boundary, position] + constant` is the target's value.
+    """Covectors that read the residual stream itself:
+    `g . x[boundary, position] + constant` is the target's value.
 
     influence: what each starts with; a row of padding has influence 0 and boundary -1.
     """
 
-    boundary: Int[Array, P]
-    position: Int[Array, P]
+    boundary: Int[Array, "P"]
+    position: Int[Array, "P"]
     covector: Float[Array, "P D"]
-    constant: Float[Array, P]
-    influence: Float[Array, P]
+    constant: Float[Array, "P"]
+    influence: Float[Array, "P"]
 
 
 @struct.dataclass
@@ -78,19 +85,20 @@ class Kept:
     share is cumulative within the boundary, this node included.
     """
 
-    position: Int[Array, R]
-    slot: Int[Array, R]
-    kind: Int[Array, R]
-    index: Int[Array, R]
-    activation: Float[Array, R]
-    influence: Float[Array, R]
-    share: Float[Array, R]
-    valid: Bool[Array, R]
+    position: Int[Array, "R"]
+    slot: Int[Array, "R"]
+    kind: Int[Array, "R"]
+    index: Int[Array, "R"]
+    activation: Float[Array, "R"]
+    influence: Float[Array, "R"]
+    share: Float[Array, "R"]
+    valid: Bool[Array, "R"]
 
 
 @struct.dataclass
 class Leak:
-    """Where a boundary's influence went: all of it, its share of the targets' by kind, and what was dropped.
+    """Where a boundary's influence went: all of it, its share of the targets' by kind,
+    and what was dropped.
 
     overflow: more than R sources would have been needed.
     """
@@ -107,25 +115,28 @@ class Leak:
 class Rows:
     """The edges of R rows into the sources kept below them.
 
-    source: `[R, E]` into the boundary's kept nodes (< R), or R + position for the bias node there. weight: 0 where no
-    edge was kept. constant: the row's edge from `const`. total: sum over all sources, constant included; absolute,
-    error: sums of |e| over prompt-dependent sources, and over errors; kept: sum of |e| over the kept ones.
+    source: `[R, E]` into the boundary's kept nodes (< R), or R + position for the bias node there.
+    weight: 0 where no edge was kept. constant: the row's edge from `const`. total: sum over all
+    sources, constant included; absolute, error: sums of |e| over prompt-dependent sources, and over
+    errors; kept: sum of |e| over the kept ones.
     """
 
     source: Int[Array, "R E"]
     weight: Float[Array, "R E"]
-    constant: Float[Array, R]
-    total: Float[Array, R]
-    absolute: Float[Array, R]
-    error: Float[Array, R]
-    kept: Float[Array, R]
+    constant: Float[Array, "R"]
+    total: Float[Array, "R"]
+    absolute: Float[Array, "R"]
+    error: Float[Array, "R"]
+    kept: Float[Array, "R"]
     parts: EdgeParts | None = None  # direct targets have none: all residual
 
 
 @struct.dataclass
 class Sweep:
-    """The graph on the device. `kept`, `leak` and `direct` have a leading axis L + 1 (boundary of the sources), `rows`
-    a leading axis L (block): row r of block b is kept node r of boundary b + 1."""
+    """The graph on the device. `kept`, `leak` and `direct` have a leading axis L + 1 (boundary of
+    the sources), `rows` a leading axis L (block): row r of block b is kept node r of boundary
+    b + 1.
+    """
 
     kept: Kept
     leak: Leak
@@ -134,6 +145,7 @@ class Sweep:
 
 
 @partial(jax.jit, static_argnames=("cfg", "config"))
+@on_any_mesh
 def sweep(
     blocks: BlockWeights,
     boundaries: Float[Array, "L+1 T D"],
@@ -201,36 +213,40 @@ def _depends(kind: Int[Array, ...]) -> Bool[Array, ...]:
     return jnp.isin(kind, jnp.array([int(k) for k in PROMPT_KINDS]))
 
 
-def _carries(kind: Int[Array, R], config: SweepConfig) -> Bool[Array, R]:
+def _carries(kind: Int[Array, "R"], config: SweepConfig) -> Bool[Array, "R"]:
     """Which kept nodes are targets in their turn."""
     leaf = (kind == Kind.SINK) | (kind == Kind.TOKEN) | (kind == Kind.POSITION)
     return ~leaf if config.through_errors else ~leaf & (kind != Kind.ERROR)
 
 
 def _per_row(
-    influence: Float[Array, "... R"], absolute: Float[Array, R]
+    influence: Float[Array, "... R"], absolute: Float[Array, "R"]
 ) -> Float[Array, "... R"]:
     return jnp.where(absolute > 0, influence / jnp.where(absolute > 0, absolute, 1.0), 0.0)
 
 
-def _arriving(edges: Float[Array, "R T C"], influence: Float[Array, "2 R"], components: Components):
+def _arriving(edges: Float[Array, "T C R"], influence: Float[Array, "2 R"], components: Components):
     """Influence of every source, in both channels: `[2, T, C]`."""
-    strength = jnp.abs(edges) * _depends(components.kind)
-    weight = _per_row(influence, strength.sum((1, 2)))
-    return jnp.einsum("XR,RTC->XTC", weight, strength, precision="highest")
+    strength = jnp.abs(edges) * _depends(components.kind)[..., None]
+    weight = _per_row(influence, strength.sum((0, 1)))
+    return jnp.einsum("TCR,XR->XTC", strength, weight, precision="highest")
 
 
 def _direct_edges(
     components: Components, targets: DirectTargets, boundary, config
 ) -> Float[Array, "P C"]:
-    """Edges of the direct targets of this boundary, all from their own position; zeros for the others."""
+    """Edges of the direct targets of this boundary, all from their own position;
+    zeros for the others.
+    """
     with jax.named_scope("direct"):
         here = (targets.boundary == boundary)[:, None]
         return jnp.where(here, own_position(components, targets.covector, targets.position), 0.0)
 
 
 def _flow(edges: Float[Array, "P C"], targets: DirectTargets, components: Components, boundary):
-    """Influence that the direct targets of this boundary hand to their sources, the same in both channels."""
+    """Influence that the direct targets of this boundary hand to their sources,
+    the same in both channels.
+    """
     strength = jnp.abs(edges) * _depends(components.kind[targets.position])
     influence = jnp.where(targets.boundary == boundary, targets.influence, 0.0)
     share = strength * _per_row(influence, strength.sum(1))[:, None]
@@ -274,11 +290,11 @@ def _keep(components: Components, arriving: Float[Array, "2 T C"], config: Sweep
     return kept, clean_kept, leak
 
 
-def _row_sums(edges: Float[Array, "R X"], kind: Int[Array, "... X"]) -> dict[str, Array]:
+def _row_sums(edges: Float[Array, "X R"], kind: Int[Array, "X #R"]) -> dict[str, Array]:
     strength = jnp.abs(edges)
     return dict(
-        absolute=jnp.where(_depends(kind), strength, 0.0).sum(-1),
-        error=jnp.where(kind == Kind.ERROR, strength, 0.0).sum(-1),
+        absolute=jnp.where(_depends(kind), strength, 0.0).sum(0),
+        error=jnp.where(kind == Kind.ERROR, strength, 0.0).sum(0),
     )
 
 
@@ -295,7 +311,7 @@ def _block_rows(frozen, pulled, components, v, edges, kept: Kept, config: SweepC
     """Edges through the block from the kept nodes, and from the bias of every position."""
     with jax.named_scope("kept_edges"):
         n_positions, n_slots = components.kind.shape
-        n_rows, n_kept = edges.shape[0], kept.position.shape[0]
+        n_rows, n_kept = edges.shape[-1], kept.position.shape[0]
         everywhere = jnp.arange(n_positions)
         candidates = Candidates(
             position=jnp.concatenate([kept.position, everywhere]),
@@ -303,8 +319,8 @@ def _block_rows(frozen, pulled, components, v, edges, kept: Kept, config: SweepC
             values=jnp.concatenate([v[kept.position, kept.slot], v[:, n_slots - 2]]),
         )
         at = kept.position * n_slots + kept.slot
-        to_kept = jnp.where(kept.valid, edges.reshape(n_rows, -1)[:, at], 0.0)
-        weight = jnp.concatenate([to_kept, edges[:, :, n_slots - 2]], axis=1)
+        to_kept = jnp.where(kept.valid[:, None], edges.reshape(-1, n_rows)[at], 0.0).T
+        weight = jnp.concatenate([to_kept, edges[:, n_slots - 2].T], axis=1)
         depends = jnp.broadcast_to(jnp.arange(weight.shape[1]) < n_kept, weight.shape)
         chosen, strongest, carried = _strongest(weight, depends, config)
         parts = kept_parts(frozen, pulled, candidates, chosen, precision=config.precision)
@@ -312,17 +328,19 @@ def _block_rows(frozen, pulled, components, v, edges, kept: Kept, config: SweepC
             source=chosen,
             weight=strongest,
             constant=pulled.constant,
-            total=edges.sum((1, 2)) + pulled.constant,
+            total=edges.sum((0, 1)) + pulled.constant,
             kept=carried,
             parts=parts,
-            **_row_sums(edges.reshape(n_rows, -1), components.kind.reshape(-1)),
+            **_row_sums(edges.reshape(-1, n_rows), components.kind.reshape(-1, 1)),
         )
 
 
 def _direct_rows(
     components: Components, kept: Kept, edges, targets: DirectTargets, boundary, config: SweepConfig
 ) -> Rows:
-    """Edges of the direct targets from the kept nodes at their position, and from the bias there."""
+    """Edges of the direct targets from the kept nodes at their position,
+    and from the bias there.
+    """
     n_positions, n_slots = components.kind.shape
     same = kept.valid & (kept.position == targets.position[:, None])
     to_kept = jnp.where(same, edges[:, kept.slot], 0.0)
@@ -337,5 +355,5 @@ def _direct_rows(
         constant=constant,
         total=edges.sum(1) + constant,
         kept=carried,
-        **_row_sums(edges, components.kind[targets.position]),
+        **_row_sums(edges.T, components.kind[targets.position].T),
     )

@@ -1,7 +1,7 @@
 """The graph on the host: nodes and edges as columns, built once from what the sweep returned.
 
-Every edge carries its split (residual, mlp, one loading a head); every target what its row summed to, and what of it
-was kept. Rows of NumPy throughout: no loop over nodes or edges.
+Every edge carries its split (residual, mlp, one loading a head); every target what its row summed
+to, and what of it was kept. Rows of NumPy throughout: no loop over nodes or edges.
 """
 
 from __future__ import annotations
@@ -19,11 +19,13 @@ from qkattr.types import Kind
 class Nodes:
     """Columns of the nodes, each `[X]`.
 
-    boundary, position: where. kind: of `Kind`. index: feature, token, position id or -1 (a score: the row of `scores`).
-    activation: of features, else 0. influence: raw, of the targets' 1. share: cumulative within the boundary, by
-    falling influence (0 for targets, 1 for bias and const, which get none). For targets (logits, scores, and kept nodes
-    that the sweep went on from): total, what the row sums to, const included; absolute: sum of |edge| over sources that
-    depend on the prompt; error: of it, from errors; kept: of it, by edges in the table. NaN elsewhere.
+    boundary, position: where. kind: of `Kind`. index: feature, token, position id or -1 (a score:
+    the row of `scores`).
+    activation: of features, else 0. influence: raw, of the targets' 1. share: cumulative within the
+    boundary, by falling influence (0 for targets, 1 for bias and const, which get none). For
+    targets (logits, scores, and kept nodes that the sweep went on from): total, what the row sums
+    to, const included; absolute: sum of |edge| over sources that depend on the prompt; error: of
+    it, from errors; kept: of it, by edges in the table. NaN elsewhere.
     """
 
     boundary: np.ndarray
@@ -46,7 +48,8 @@ class Nodes:
 class Edges:
     """Columns of the edges, each `[X]`: indices of nodes, and the edge's parts.
 
-    block: which block the edge goes through, -1 for a direct read of the residual stream. heads: `[X, N]`.
+    block: which block the edge goes through, -1 for a direct read of the residual stream.
+    heads: `[X, N]`.
     """
 
     source: np.ndarray
@@ -65,7 +68,8 @@ class Edges:
 class Graph:
     """Nodes, edges, and what the graph leaves out.
 
-    leak: one row a boundary, from the last to the first. replacement, completeness: see `docs/method.md`.
+    leak: one row a boundary, from the last to the first. replacement, completeness: see
+    `docs/method.md`.
     """
 
     nodes: Nodes
@@ -75,14 +79,18 @@ class Graph:
     completeness: float
 
     def edge_influence(self) -> np.ndarray:
-        """`[X]` the influence that flows through each edge: its target's, times its share of the target's row."""
+        """`[X]` the influence that flows through each edge: its target's,
+        times its share of the target's row.
+        """
         target = self.edges.target
         scale = self.nodes.influence[target] / np.maximum(self.nodes.absolute[target], 1e-30)
         depends = ~np.isin(self.nodes.kind[self.edges.source], (Kind.BIAS, Kind.CONST))
         return np.where(depends, scale * np.abs(self.edges.weight), 0.0)
 
     def head_influence(self) -> np.ndarray:
-        """`[X, N]` each edge's influence, as far as each head carries it: |loading| instead of |weight|."""
+        """`[X, N]` each edge's influence, as far as each head carries it:
+        |loading| instead of |weight|.
+        """
         target = self.edges.target
         scale = self.nodes.influence[target] / np.maximum(self.nodes.absolute[target], 1e-30)
         depends = ~np.isin(self.nodes.kind[self.edges.source], (Kind.BIAS, Kind.CONST))
@@ -97,7 +105,8 @@ def build_graph(
     Args:
       swept: the sweep, on the device; transferred here, once.
       targets: its direct targets.
-      kinds, indices: `[P]` of each direct target: LOGIT and the token, or SCORE and the caller's number for it.
+      kinds, indices: `[P]` of each direct target: LOGIT and the token, or SCORE and the caller's
+        number for it.
     """
     swept, targets = jax.device_get((swept, targets))
     kept, n_rows = swept.kept, swept.kept.valid.shape[1]
@@ -161,7 +170,9 @@ def _target_nodes(swept, targets, is_target, kinds, indices) -> dict[str, np.nda
 
 
 def _through_blocks(swept: Sweep, ids: np.ndarray, n_rows: int) -> dict[str, np.ndarray]:
-    """Edges of kept nodes through their block. A source below 0 names a bias or const node, see `_name_extras`."""
+    """Edges of kept nodes through their block. A source below 0 names a bias or const node,
+    see `_name_extras`.
+    """
     rows = swept.rows
     block, row, slot = np.nonzero((rows.weight != 0) & swept.kept.valid[1:, :, None])
     source = _source(rows.source[block, row, slot], block, ids, n_rows)
@@ -272,7 +283,9 @@ def _leak_table(swept: Sweep) -> list[dict]:
 
 
 def _replacement(swept: Sweep) -> float:
-    """With errors as leaves: influence that reaches tokens over influence that reaches tokens or errors."""
+    """With errors as leaves: influence that reaches tokens over influence that
+    reaches tokens or errors.
+    """
     tokens, errors = swept.leak.clean_tokens.sum(), swept.leak.clean_errors.sum()
     return float(tokens / max(tokens + errors, 1e-30))
 

@@ -1,11 +1,14 @@
-"""Where a sweep starts: logits, differences of logits, attention scores, as covectors on the residual stream.
+"""Where a sweep starts: logits, differences of logits, attention scores,
+as covectors on the residual stream.
 
     logit       g = N'^T (W_U[:, v] - mean_v W_U)       at (L, t), through the frozen final norm
     difference  g = N'^T (W_U[:, v] - W_U[:, w])
-    score       g = scale * N'^T W_Q^T QN' R(t)^T k     at (b, t), read on the query side; likewise q on the key side
+    score       g = scale * N'^T W_Q^T QN' R(t)^T k     at (b, t), read on the query side;
+                                                        likewise q on the key side
 
-The value of a target is `g . x + constant`, the constant being what biases add. The mean over the vocabulary moves no
-probability, so a logit target is the logit less the mean logit. Exact given the frozen norm scales.
+The value of a target is `g . x + constant`, the constant being what biases add. The mean over the
+vocabulary moves no probability, so a logit target is the logit less the mean logit. Exact given the
+frozen norm scales.
 Axes: P targets, D d_model, V vocabulary, H head_dim.
 """
 
@@ -22,18 +25,20 @@ from qkattr.graph.sweep import DirectTargets
 from qkattr.model.attention import finish_head
 from qkattr.model.forward import block
 from qkattr.model.layers import f32, norm_bias, norm_scale, norm_transpose
+from qkattr.sharding import on_any_mesh
 from qkattr.types import BlockWeights, Params
 
 
 @partial(jax.jit, static_argnames=("cfg",))
+@on_any_mesh
 def logit_covectors(
     params: Params,
-    x: Float[Array, D],
-    tokens: Int[Array, P],
-    against: Int[Array, P],
+    x: Float[Array, "D"],
+    tokens: Int[Array, "P"],
+    against: Int[Array, "P"],
     *,
     cfg: ModelConfig,
-) -> tuple[Float[Array, "P D"], Float[Array, P]]:
+) -> tuple[Float[Array, "P D"], Float[Array, "P"]]:
     """Covectors and constants of logits at one position.
 
     Args:
@@ -56,6 +61,7 @@ def logit_covectors(
 
 
 @partial(jax.jit, static_argnames=("cfg", "precision"))
+@on_any_mesh
 def score_covectors(
     blocks: BlockWeights,
     boundaries: Float[Array, "L+1 T D"],
@@ -64,7 +70,8 @@ def score_covectors(
     cfg: BlockConfig,
     precision: str = "highest",
 ) -> tuple[Float[Array, "P 2 D"], Float[Array, "P 2"]]:
-    """Covectors and constants of P scores (block, head, query, key), read on the query and on the key side.
+    """Covectors and constants of P scores (block, head, query, key),
+    read on the query and on the key side.
 
     On either side `covector . x + constant` is the score before the softcap.
     """
@@ -92,7 +99,7 @@ def score_covectors(
 def _pull_score(weights, other, position, w, bias, head, gain, head_scale, scale, *, cfg):
     """`cfg.scale * other . finish_head(W N'(x) + bias)` as a covector on x and a constant."""
 
-    def finish(raw: Float[Array, H]) -> Float[Array, H]:
+    def finish(raw: Float[Array, "H"]) -> Float[Array, "H"]:
         return finish_head(
             raw[None],
             head_scale[None],

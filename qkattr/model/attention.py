@@ -1,10 +1,11 @@
 """Attention: projections to head space, scores, patterns.
 
-    q[t] = R(t) QN(W_Q y[t] + b_Q)      k[s] = R(s) KN(W_K y[s] + b_K)      score = scale * q[t] . k[s]
+    q[t] = R(t) QN(W_Q y[t] + b_Q)    k[s] = R(s) KN(W_K y[s] + b_K)    score = scale * q[t] . k[s]
 
-with y the block's normed input, R rotary, QN and KN an optional per-head RMSNorm (QK-norm). `finish_head` takes the
-QK-norm's scale as an argument, so that the forward pass (the scale of the whole query) and the expansion of a score
-into components (the same scale, frozen) are one piece of code.
+with y the block's normed input, R rotary, QN and KN an optional per-head RMSNorm (QK-norm).
+`finish_head` takes the QK-norm's scale as an argument, so that the forward pass (the scale of the
+whole query) and the expansion of a score into components (the same scale, frozen) are one piece of
+code.
 Axes: T query position, S key position, D d_model, N query heads, K key/value heads, H head_dim.
 """
 
@@ -35,10 +36,11 @@ def finish_head(
     scale: Float[Array, "T ..."],
     *,
     gain: Array | None,
-    inv_freq: Float[Array, P],
-    positions: Int[Array, T],
+    inv_freq: Float[Array, "P"],
+    positions: Int[Array, "T"],
 ) -> Float[Array, "T ... H"]:
-    """From a projection to the query or key that meets in the score: QK-norm at the given scale, then rotary.
+    """From a projection to the query or key that meets in the score:
+    QK-norm at the given scale, then rotary.
 
     Linear in `raw`, so that it takes whole queries and the components of queries alike.
     """

@@ -2,12 +2,14 @@
 
     x_0 = embedding        x_{b+1} = x_b + attention(N x_b) + MLP(N' ...)        logits = W_U N(x_L)
 
-Axes: T position, L block, D d_model, V vocabulary; N, K, H, F inside a block. Exact; float32 whatever the weights are.
-Prompts are right-padded by the caller where it wants to: attention is causal, so padding changes nothing before it.
+Axes: T position, L block, D d_model, V vocabulary; N, K, H, F inside a block. Exact; float32
+whatever the weights are. Prompts are right-padded by the caller where it wants to: attention is
+causal, so padding changes nothing before it.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from functools import partial
 
 import jax
@@ -26,6 +28,7 @@ from qkattr.model.attention import (
 )
 from qkattr.model.layers import apply_norm, f32, norm_bias, norm_linear, norm_scale
 from qkattr.model.mlp import hidden, mlp_out
+from qkattr.sharding import on_any_mesh
 from qkattr.types import BlockWeights, Params, Trace
 
 CAPTURE = ("boundaries", "scores", "patterns")
@@ -33,13 +36,14 @@ CAPTURE = ("boundaries", "scores", "patterns")
 
 @struct.dataclass
 class ResidualEdits:
-    """Vectors added to the residual stream: `delta[e]` at boundary `boundary[e]`, position `position[e]`.
+    """Vectors added to the residual stream: `delta[e]` at boundary `boundary[e]`,
+    position `position[e]`.
 
     A boundary outside 0..L-1 edits nothing, so edits can be padded.
     """
 
-    boundary_E: Int[Array, E]
-    position_E: Int[Array, E]
+    boundary_E: Int[Array, "E"]
+    position_E: Int[Array, "E"]
     delta_ED: Float[Array, "E D"]
 
 
@@ -54,18 +58,18 @@ class Edits:
 class Activations:
     """What a block computed on the way: the scales and pre-activations that freezing it needs."""
 
-    scale_attn_T: Float[Array, T]
+    scale_attn_T: Float[Array, "T"]
     scale_q_TN: Float[Array, "T N"]
     scale_k_SK: Float[Array, "S K"]
     q_TNH: Float[Array, "T N H"]
     k_SKH: Float[Array, "S K H"]
     scores_NTS: Float[Array, "N T S"]
     pattern_NTS: Float[Array, "N T S"]
-    scale_attn_post_T: Float[Array, T]
-    scale_mlp_T: Float[Array, T]
+    scale_attn_post_T: Float[Array, "T"]
+    scale_mlp_T: Float[Array, "T"]
     gate_TF: Float[Array, "T F"] | None
     up_TF: Float[Array, "T F"]
-    scale_mlp_post_T: Float[Array, T]
+    scale_mlp_post_T: Float[Array, "T"]
 
 
 def block(
@@ -101,7 +105,7 @@ def block(
     )  # fmt: skip
 
 
-def embed(params: Params, tokens: Int[Array, T]) -> Float[Array, "T D"]:
+def embed(params: Params, tokens: Int[Array, "T"]) -> Float[Array, "T D"]:
     """Boundary 0: token embedding, plus the learned position embedding where the model has one."""
     x = f32(params.embed_VD[tokens])
     return x if params.position_PD is None else x + f32(params.position_PD[: tokens.shape[0]])
@@ -121,7 +125,7 @@ def unembed(
 
 def residual_stream(
     params: Params,
-    tokens: Int[Array, T],
+    tokens: Int[Array, "T"],
     *,
     cfg: ModelConfig,
     edits: Edits = Edits(),  # noqa: B008  (an immutable, empty pytree)
@@ -153,14 +157,16 @@ def residual_stream(
     x, trace = jax.lax.scan(step, embed(params, tokens), (params.blocks, jnp.arange(n_blocks)))
     x = edited(x, n_blocks)
     if "boundaries" in capture:
-        trace = trace.replace(boundaries=jnp.concatenate([trace.boundaries, x[None]]))
+        boundaries = jnp.concatenate([trace.boundaries, x[None]])
+        trace = dataclasses.replace(trace, boundaries=boundaries)
     return x, trace
 
 
 @partial(jax.jit, static_argnames=("cfg", "capture", "precision"))
+@on_any_mesh
 def forward(
     params: Params,
-    tokens: Int[Array, T],
+    tokens: Int[Array, "T"],
     *,
     cfg: ModelConfig,
     edits: Edits = Edits(),  # noqa: B008

@@ -3,9 +3,10 @@
     RMSNorm     N(x) = w * x / rms(x)
     LayerNorm   N(x) = w * (x - mean(x)) / std(x) + b
 
-Given its scale (1 / rms or 1 / std), N without b is linear in x. `norm_scale` measures it, `norm_linear` applies the
-linear part with whatever scale it is handed, and everything else in the library is built from these two: the forward
-pass hands in the scale of x itself, the frozen block that of the prompt.
+Given its scale (1 / rms or 1 / std), N without b is linear in x. `norm_scale` measures it,
+`norm_linear` applies the linear part with whatever scale it is handed, and everything else in the
+library is built from these two: the forward pass hands in the scale of x itself, the frozen block
+that of the prompt.
 """
 
 from __future__ import annotations
@@ -72,9 +73,10 @@ def _centre(x: Array, cfg: BlockConfig) -> Array:
 
 
 def rotate(
-    x: Float[Array, "T ... H"], positions: Int[Array, T], inv_freq: Float[Array, P]
+    x: Float[Array, "T ... H"], positions: Int[Array, "T"], inv_freq: Float[Array, "P"]
 ) -> Float[Array, "T ... H"]:
-    """Rotary embedding of the first 2P dimensions, half-split: pair (i, i + P) turns by position * inv_freq[i].
+    """Rotary embedding of the first 2P dimensions, half-split:
+    pair (i, i + P) turns by position * inv_freq[i].
 
     Linear in x, and orthogonal: `rotate(x, -positions, inv_freq)` undoes it, and is its transpose.
     """

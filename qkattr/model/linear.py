@@ -1,19 +1,22 @@
 """A block made linear: patterns, norm scales and MLP frozen at the prompt.
 
-For a covector g at boundary b+1, position t, and a vector x_c at boundary b, position s (DESIGN: edges):
+For a covector g at boundary b+1, position t, and a vector x_c at boundary b, position s
+(DESIGN: edges):
 
     residual   [s = t]   g . x_c
     mlp        [s = t]   g~ . x_c            g~ = J_mlp[t]^T g
     head n               A_n[t,s] (g + g~) . O_n V_n N'(x_c)
 
-`push` carries vectors forward, `pull` carries covectors back, `constant` is what the block adds that depends on no
-source, and `head_loadings` gives one number a head. The identity that ties them to the model:
+`push` carries vectors forward, `pull` carries covectors back, `constant` is what the block adds
+that depends on no source, and `head_loadings` gives one number a head. The identity that ties them
+to the model:
 
-    push(x_b) + constant = x_{b+1}      exactly, to float32 rounding, for all three MLP linearisations.
+    push(x_b) + constant = x_{b+1}   exactly, to float32 rounding, for all three MLP linearisations.
 
-Exact given the frozen patterns and scales. In a parallel block the MLP reads boundary b itself, so the heads carry g
-alone. This module is the only place where frozen attention is computed.
-Axes: R covectors (rows), T/S positions, D d_model, N heads, K key/value heads, G = N/K, H head_dim, F hidden.
+Exact given the frozen patterns and scales. In a parallel block the MLP reads boundary b itself, so
+the heads carry g alone. This module is the only place where frozen attention is computed.
+Axes: R covectors (rows), T/S positions, D d_model, N heads, K key/value heads, G = N/K, H head_dim,
+F hidden.
 """
 
 from __future__ import annotations
@@ -46,16 +49,16 @@ class FrozenBlock:
 class Pulled:
     """Covectors carried back through a frozen block.
 
-    position: `[R]` where each row reads the block's output. residual, mlp: `[R, D]` covectors on boundary b at the same
-    position. heads: `[R, N, H]` covectors on each head's values, to be weighted by its pattern. constant: `[R]` the
-    row's edge from `const`.
+    position: `[R]` where each row reads the block's output. residual, mlp: `[R, D]` covectors on
+    boundary b at the same position. heads: `[R, N, H]` covectors on each head's values, to be
+    weighted by its pattern. constant: `[R]` the row's edge from `const`.
     """
 
-    position: Int[Array, R]
+    position: Int[Array, "R"]
     residual: Float[Array, "R D"]
     mlp: Float[Array, "R D"]
     heads: Float[Array, "R N H"]
-    constant: Float[Array, R]
+    constant: Float[Array, "R"]
 
 
 def freeze(
@@ -74,7 +77,9 @@ def freeze(
 
 
 def push(frozen: FrozenBlock, x: Float[Array, "T D"]) -> Float[Array, "T D"]:
-    """Vectors at every position of boundary b, carried to boundary b+1. Linear; `constant` is left out."""
+    """Vectors at every position of boundary b, carried to boundary b+1. Linear;
+    `constant` is left out.
+    """
     w, seen, cfg = frozen.weights, frozen.seen, frozen.cfg
     y = norm_linear(w.norm_attn, x, seen.scale_attn_T, cfg=cfg)
     attn = _attn_out(frozen, _einsum(frozen, "SD,DKH->SKH", y, w.wv_DKH))
@@ -83,14 +88,14 @@ def push(frozen: FrozenBlock, x: Float[Array, "T D"]) -> Float[Array, "T D"]:
 
 
 def constant(frozen: FrozenBlock) -> Float[Array, "T D"]:
-    """What the block adds that no source carries: value and output biases, norm biases, the MLP's rest."""
-    w, cfg = frozen.weights, frozen.cfg
-    attn = _attn_constant(frozen)
-    mlp = _mlp_constant(frozen)
-    return attn + mlp if cfg.parallel else attn + mlp + _mlp_push(frozen, attn)
+    """What the block adds that no source carries: value and output biases, norm biases,
+    the MLP's rest.
+    """
+    attn, mlp = _attn_constant(frozen), _mlp_constant(frozen)
+    return attn + mlp if frozen.cfg.parallel else attn + mlp + _mlp_push(frozen, attn)
 
 
-def pull(frozen: FrozenBlock, g: Float[Array, "R D"], position: Int[Array, R]) -> Pulled:
+def pull(frozen: FrozenBlock, g: Float[Array, "R D"], position: Int[Array, "R"]) -> Pulled:
     """Covectors at boundary b+1, row r at `position[r]`, carried back to boundary b."""
     w, seen, cfg = frozen.weights, frozen.seen, frozen.cfg
     with jax.named_scope("pull_mlp"):
@@ -111,7 +116,9 @@ def pull(frozen: FrozenBlock, g: Float[Array, "R D"], position: Int[Array, R]) -
 
 
 def values(frozen: FrozenBlock, directions: Float[Array, "... D"]) -> Float[Array, "... K H"]:
-    """Directions projected to head values, before the norm's scale at their position (a factor to apply)."""
+    """Directions projected to head values, before the norm's scale at their
+    position (a factor to apply).
+    """
     y = norm_direction(frozen.weights.norm_attn, directions, cfg=frozen.cfg)
     return _einsum(frozen, "...D,DKH->...KH", y, frozen.weights.wv_DKH)
 
@@ -187,13 +194,17 @@ def _grouped(frozen: FrozenBlock) -> Array:
 
 
 def _per_query_head(frozen: FrozenBlock, v_KH: Array) -> Array:
-    """A constant value of every key/value head as each query head sees it: patterns sum to 1 over keys."""
+    """A constant value of every key/value head as each query head sees it:
+    patterns sum to 1 over keys.
+    """
     K, G = v_KH.shape[0], frozen.weights.wo_NHD.shape[0] // v_KH.shape[0]
     return jnp.broadcast_to(v_KH[:, None], (K, G, v_KH.shape[1]))
 
 
 def _hidden_constant(frozen: FrozenBlock) -> Float[Array, "T F"]:
-    """The hidden layer's constant part: the linearisation's rest, and the norm's bias through gate and up."""
+    """The hidden layer's constant part: the linearisation's rest,
+    and the norm's bias through gate and up.
+    """
     w, mlp = frozen.weights, frozen.mlp
     rest = mlp.rest
     if w.norm_mlp is not None and w.norm_mlp.bias is not None:

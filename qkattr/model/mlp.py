@@ -1,16 +1,18 @@
 """The MLP, and its three linearisations.
 
-    gated      z = act(g) * u,  g = y W_gate + b_gate,  u = y W_up + b_up        out = z W_down + b_down
+    gated      z = act(g) * u,  g = y W_gate + b_gate,  u = y W_up + b_up    out = z W_down + b_down
     ungated    z = act(u)
 
-Each linearisation replaces z by `slope_gate * g + slope_up * u + rest` with the slopes measured at the prompt (marked 0):
+Each linearisation replaces z by `slope_gate * g + slope_up * u + rest` with the slopes measured at
+the prompt (marked 0):
 
-    jacobian      slope_gate = act'(g0) u0          slope_up = act(g0)         rest = z0 - slope_gate g0 - slope_up u0
-    frozen-gate   slope_gate = 0                    slope_up = act(g0)         rest = 0
-    half          slope_gate = act(g0)/g0 u0 / 2    slope_up = act(g0) / 2     rest = 0      (the LRP half rule)
+                  slope_gate          slope_up      rest
+    jacobian      act'(g0) u0         act(g0)       z0 - slope_gate g0 - slope_up u0
+    frozen-gate   0                   act(g0)       0
+    half          act(g0)/g0 u0 / 2   act(g0) / 2   0      (the LRP half rule)
 
-For an ungated MLP, jacobian has slope act'(u0), and the other two act(u0)/u0, whose limit at 0 is act'(0). All three
-reproduce z0 at the prompt. Axes: T position, D d_model, F MLP hidden.
+For an ungated MLP, jacobian has slope act'(u0), and the other two act(u0)/u0, whose limit at 0 is
+act'(0). All three reproduce z0 at the prompt. Axes: T position, D d_model, F MLP hidden.
 """
 
 from __future__ import annotations
@@ -29,7 +31,9 @@ LINEARISATIONS = ("jacobian", "frozen-gate", "half")
 
 @struct.dataclass
 class MLPSlopes:
-    """z = slope_gate * g + slope_up * u + rest, with g and u without their biases: all constants are in `rest`."""
+    """z = slope_gate * g + slope_up * u + rest, with g and u without their biases:
+    all constants are in `rest`.
+    """
 
     slope_gate: Float[Array, "T F"] | None  # None: z does not depend on g
     slope_up: Float[Array, "T F"]

@@ -1,4 +1,6 @@
-"""QK attributions as a table: what `qk_terms` computed, on the host, under the names of `qkattr qk --json`."""
+"""QK attributions as a table: what `qk_terms` computed, on the host,
+under the names of `qkattr qk --json`.
+"""
 
 from __future__ import annotations
 
@@ -20,8 +22,10 @@ Labeller = Callable[[Kind, int], str]
 class QKAttribution:
     """One head's score at one (query, key) position, expanded. Attributes are the keys of the JSON.
 
-    score: after the scale, before the softcap; capped: after it; slope: d capped / d score. sum: of all terms.
-    shares: by "query kind-key kind", the signed sums (adding to the score) and the absolute shares (adding to 1).
+    score: after the scale, before the softcap; capped: after it; slope: d capped / d score. sum: of
+    all terms.
+    shares: by "query kind-key kind", the signed sums (adding to the score) and the absolute shares
+    (adding to 1).
     pairs: by falling |value|; n_pairs: how many there are, listed or not. contrast: see `qk.terms`.
     """
 

@@ -1,22 +1,27 @@
 """QK attributions: one attention score as a sum over (query component, key component) pairs.
 
     q[a] = R(t) QN(W_Q N'(component a of t))      k[c] = R(s) KN(W_K N'(component c of s))
-    term[a, c] = scale * q[a] . k[c]              sum over a, c = the model's own score, before softcap and mask
+    term[a, c] = scale * q[a] . k[c]
+    sum over a, c = the model's own score, before softcap and mask
 
-(paper, "QK attributions"). N', QN and KN are the norms with their scales frozen at the prompt; every additive constant
-(norm biases, b_Q, b_K) joins the bias slot. A term moves attention only as far as it differs between keys, so each one
-carries its contrast:
+(paper, "QK attributions"). N', QN and KN are the norms with their scales frozen at the prompt;
+every additive constant (norm biases, b_Q, b_K) joins the bias slot. A term moves attention only as
+far as it differs between keys, so each one carries its contrast:
 
     contrast[a, c] = term[a, c] - sum_{s' != s} A'[s'] * term[a, the same key component at s']
 
-with A' the pattern renormalised over the other keys; a key component that is not active at s' counts 0 there. A query
-component's contrast, likewise, is its marginal at s minus its mean marginal over the other keys. Without another key to
-look at there is nothing to contrast, and contrasts are 0.
-Axes: T query position, S key position, A query-side slots, C key-side slots, H head_dim. Exact given the frozen scales.
+with A' the pattern renormalised over the other keys; a key component that is not active at s'
+counts 0 there. A query component's contrast, likewise, is its marginal at s minus its mean marginal
+over the other keys. Without another key to look at there is nothing to contrast, and contrasts
+are 0.
+Axes: T query position, S key position, A query-side slots, C key-side slots, H head_dim. Exact
+given the frozen scales.
 """
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -28,6 +33,7 @@ from qkattr.config import BlockConfig
 from qkattr.model.attention import MASKED, capped, finish_head, visible
 from qkattr.model.forward import Activations, block
 from qkattr.model.layers import f32, norm_bias, norm_direction
+from qkattr.sharding import on_any_mesh
 from qkattr.sources.components import Components
 from qkattr.types import BlockWeights, Kind, Norm
 
@@ -36,40 +42,42 @@ from qkattr.types import BlockWeights, Kind, Norm
 class QKTerms:
     """The score of one head at one (query, key), expanded.
 
-    terms, contrast: `[A, C]`. query_contrast: `[A]` of the query marginals. score: the model's, after the scale and
-    before the softcap; capped: after it; slope: d capped / d score; probability: the attention there.
-    query_used, key_used: `[A]`, `[C]` slots that hold something. query_kind, query_index, query_activation and their
-    key-side twins describe the slots as `Components` does.
+    terms, contrast: `[A, C]`. query_contrast: `[A]` of the query marginals. score: the model's,
+    after the scale and before the softcap; capped: after it; slope: d capped / d score;
+    probability: the attention there.
+    query_used, key_used: `[A]`, `[C]` slots that hold something. query_kind, query_index,
+    query_activation and their key-side twins describe the slots as `Components` does.
     """
 
     terms: Float[Array, "A C"]
     contrast: Float[Array, "A C"]
-    query_contrast: Float[Array, A]
+    query_contrast: Float[Array, "A"]
     score: Float[Array, ""]
     capped: Float[Array, ""]
     slope: Float[Array, ""]
     probability: Float[Array, ""]
-    query_used: Bool[Array, A]
-    key_used: Bool[Array, C]
-    query_kind: Int[Array, A]
-    key_kind: Int[Array, C]
-    query_index: Int[Array, A]
-    key_index: Int[Array, C]
-    query_activation: Float[Array, A]
-    key_activation: Float[Array, C]
+    query_used: Bool[Array, "A"]
+    key_used: Bool[Array, "C"]
+    query_kind: Int[Array, "A"]
+    key_kind: Int[Array, "C"]
+    query_index: Int[Array, "A"]
+    key_index: Int[Array, "C"]
+    query_activation: Float[Array, "A"]
+    key_activation: Float[Array, "C"]
 
     @property
-    def query_marginals(self) -> Float[Array, A]:
+    def query_marginals(self) -> Float[Array, "A"]:
         """Each query component's term summed over the key side."""
         return self.terms.sum(1)
 
     @property
-    def key_marginals(self) -> Float[Array, C]:
+    def key_marginals(self) -> Float[Array, "C"]:
         """Each key component's term summed over the query side."""
         return self.terms.sum(0)
 
 
 @partial(jax.jit, static_argnames=("cfg", "precision"))
+@on_any_mesh
 def qk_terms(
     weights: BlockWeights,
     x: Float[Array, "T D"],
@@ -81,7 +89,8 @@ def qk_terms(
     cfg: BlockConfig,
     precision: str = "highest",
 ) -> QKTerms:
-    """Expand the score of `head` at (`query`, `key`); the three may be traced, so this can be mapped over.
+    """Expand the score of `head` at (`query`, `key`); the three may be traced,
+    so this can be mapped over.
 
     Args:
       weights: the block's.
@@ -90,14 +99,14 @@ def qk_terms(
       head, query, key: query head, query position, key position (key <= query).
       cfg: the block's configuration.
     """
+    weights = one_head(weights, head)
     _, seen = block(weights, x, cfg=cfg, precision=precision)
-    kv = head // (weights.wq_DNH.shape[1] // weights.wk_DKH.shape[1])
-    q = _query_components(weights, components, seen, head, query, cfg=cfg, precision=precision)
-    k = _key_components(weights, components, seen, kv, cfg=cfg, precision=precision)
-    others = _other_keys(weights, seen.scores_NTS[head, query], query, key, cfg=cfg)
+    q = _query_components(weights, components, seen, query, cfg=cfg, precision=precision)
+    k = _key_components(weights, components, seen, cfg=cfg, precision=precision)
+    others = _other_keys(weights, seen.scores_NTS[0, query], query, key, cfg=cfg)
     baseline = _same_component_elsewhere(components, k, others, key)
     dots = partial(jnp.einsum, "AH,CH->AC", precision=precision)
-    score = seen.scores_NTS[head, query, key]
+    score = seen.scores_NTS[0, query, key]
     cap, slope = jax.jvp(lambda s: capped(s, cfg=cfg), (score,), (jnp.ones_like(score),))
     terms = dots(q, k[key]) * cfg.scale
     elsewhere = jnp.einsum("S,SCH->H", others, k, precision="highest")
@@ -109,7 +118,7 @@ def qk_terms(
         score=score,
         capped=cap,
         slope=slope,
-        probability=seen.pattern_NTS[head, query, key],
+        probability=seen.pattern_NTS[0, query, key],
         query_used=_used(components, query, weights.bq_NH, weights.norm_attn),
         key_used=_used(components, key, weights.bk_KH, weights.norm_attn),
         query_kind=components.kind[query],
@@ -122,6 +131,7 @@ def qk_terms(
 
 
 @partial(jax.jit, static_argnames=("cfg", "precision"))
+@on_any_mesh
 def qk_terms_many(
     blocks: BlockWeights,
     boundaries: Float[Array, "L+1 T D"],
@@ -131,7 +141,9 @@ def qk_terms_many(
     cfg: BlockConfig,
     precision: str = "highest",
 ) -> QKTerms:
-    """`qk_terms` for P places (block, head, query, key) of one prompt; blocks and components are stacked."""
+    """`qk_terms` for P places (block, head, query, key) of one prompt;
+    blocks and components are stacked.
+    """
 
     def one(place):
         b, head, query, key = place
@@ -143,32 +155,52 @@ def qk_terms_many(
     return jax.lax.map(one, places)
 
 
-def _constants(
-    w: Float[Array, "D H"], norm: Norm | None, bias: Array | None, precision: str
-) -> Array | float:
-    """What the projection adds to a zero residual stream: the norm's bias through W, and its own bias."""
-    beta = norm_bias(norm)
-    constant = (
-        0.0 if isinstance(beta, float) else jnp.einsum("D,DH->H", beta, w, precision=precision)
+def one_head(weights: BlockWeights, head: Int[Array, ""] | int) -> BlockWeights:
+    """A block with one query head and its key head only: its scores are those of that head."""
+    kv = head // (weights.wq_DNH.shape[1] // weights.wk_DKH.shape[1])
+
+    def pick(w: Array | None, axis: int, n) -> Array | None:
+        return None if w is None else jax.lax.dynamic_slice_in_dim(w, n, 1, axis)
+
+    return dataclasses.replace(
+        weights,
+        wq_DNH=pick(weights.wq_DNH, 1, head),
+        wk_DKH=pick(weights.wk_DKH, 1, kv),
+        wv_DKH=pick(weights.wv_DKH, 1, kv),
+        wo_NHD=pick(weights.wo_NHD, 0, head),
+        bq_NH=pick(weights.bq_NH, 0, head),
+        bk_KH=pick(weights.bk_KH, 0, kv),
+        bv_KH=pick(weights.bv_KH, 0, kv),
     )
-    return constant if bias is None else constant + bias
+
+
+def _project(
+    norm: Norm | None, w_DH: Array, bias_H: Array | None, cfg: BlockConfig, precision: str
+) -> tuple[Callable[[Array], Array], Array | float]:
+    """The linear map of vectors to one head, before the norm's scale;
+    and what it adds to a zero residual stream.
+    """
+    w_DH = f32(w_DH)
+    dot = partial(jnp.einsum, "...D,DH->...H", precision=precision)
+    beta = norm_bias(norm)
+    constant = 0.0 if isinstance(beta, float) else dot(beta, w_DH)
+    constant = constant if bias_H is None else constant + f32(bias_H)
+    return lambda vectors: dot(norm_direction(norm, vectors, cfg=cfg), w_DH), constant
 
 
 def _query_components(
-    weights: BlockWeights, components: Components, seen: Activations, head, query, *, cfg, precision
+    weights: BlockWeights, components: Components, seen: Activations, query, *, cfg, precision
 ) -> Float[Array, "A H"]:
+    """The query's components at one position, of a one-head block."""
     n_slots = components.n_slots
-    w = f32(weights.wq_DNH[:, head])
+    bias = None if weights.bq_NH is None else weights.bq_NH[0]
+    to_head, constant = _project(weights.norm_attn, weights.wq_DNH[:, 0], bias, cfg, precision)
     vectors = components.at(jnp.full(n_slots, query), jnp.arange(n_slots))
-    raw = jnp.einsum(
-        "AD,DH->AH", norm_direction(weights.norm_attn, vectors, cfg=cfg), w, precision=precision
-    )
-    bias = None if weights.bq_NH is None else f32(weights.bq_NH)[head]
-    raw = raw * seen.scale_attn_T[query]
-    raw = raw.at[n_slots - 2].add(_constants(w, weights.norm_attn, bias, precision))
+    raw = to_head(vectors) * seen.scale_attn_T[query]
+    raw = raw.at[n_slots - 2].add(constant)
     return finish_head(
         raw[None],
-        seen.scale_q_TN[query, head][None, None],
+        seen.scale_q_TN[query][None],
         gain=weights.norm_q,
         inv_freq=weights.inv_freq,
         positions=jnp.asarray(query)[None],
@@ -176,28 +208,24 @@ def _query_components(
 
 
 def _key_components(
-    weights: BlockWeights, components: Components, seen: Activations, kv, *, cfg, precision
+    weights: BlockWeights, components: Components, seen: Activations, *, cfg, precision
 ) -> Float[Array, "S C H"]:
+    """The keys' components at every position, of a one-head block."""
     n_positions, n_slots = components.kind.shape
-    w = f32(weights.wk_DKH[:, kv])
-    raw = components.map(
-        lambda d: jnp.einsum(
-            "...D,DH->...H", norm_direction(weights.norm_attn, d, cfg=cfg), w, precision=precision
-        )
-    )
-    bias = None if weights.bk_KH is None else f32(weights.bk_KH)[kv]
-    raw = raw * seen.scale_attn_T[:, None, None]
-    raw = raw.at[:, n_slots - 2].add(_constants(w, weights.norm_attn, bias, precision))
+    bias = None if weights.bk_KH is None else weights.bk_KH[0]
+    to_head, constant = _project(weights.norm_attn, weights.wk_DKH[:, 0], bias, cfg, precision)
+    raw = components.map(to_head) * seen.scale_attn_T[:, None, None]
+    raw = raw.at[:, n_slots - 2].add(constant)
     return finish_head(
         raw,
-        seen.scale_k_SK[:, kv, None],
+        seen.scale_k_SK,
         gain=weights.norm_k,
         inv_freq=weights.inv_freq,
         positions=jnp.arange(n_positions),
     )
 
 
-def _other_keys(weights, scores_S, query, key, *, cfg) -> Float[Array, S]:
+def _other_keys(weights, scores_S, query, key, *, cfg) -> Float[Array, "S"]:
     """The pattern renormalised over the visible keys other than `key`; zeros when there is none."""
     position = jnp.arange(scores_S.shape[0])
     seen = visible(scores_S.shape[0], weights.window)[query] & (position != key)
@@ -206,9 +234,11 @@ def _other_keys(weights, scores_S, query, key, *, cfg) -> Float[Array, S]:
 
 
 def _same_component_elsewhere(
-    components: Components, k: Float[Array, "S C H"], others: Float[Array, S], key
+    components: Components, k: Float[Array, "S C H"], others: Float[Array, "S"], key
 ) -> Float[Array, "C H"]:
-    """Each key component of `key` as it is, on average, at the other keys: matched by kind and index."""
+    """Each key component of `key` as it is, on average, at the other keys:
+    matched by kind and index.
+    """
     same = (components.kind[key][:, None, None] == components.kind) & (
         components.index[key][:, None, None] == components.index
     )
@@ -218,7 +248,7 @@ def _same_component_elsewhere(
 
 def _used(
     components: Components, position, bias: Array | None, norm: Norm | None
-) -> Bool[Array, C]:
+) -> Bool[Array, "C"]:
     """Slots that are components: the bias slot only where it carries a vector or constants."""
     kind = components.kind[position]
     constants = bias is not None or (norm is not None and norm.bias is not None)

@@ -2,12 +2,15 @@
 
     x[t] = sum_f coefficient[t, f] * rows[row[t, f]]  +  bias[t]  +  error[t]
 
-Slots of a position, in this order: A features (a boundary without a dictionary at b = 0: the token and the position
-embedding), one bias, one error (or sink). Empty slots are exact zeros, and the slots always sum to x[t].
-A sink is a position whose norm is out of all proportion, position 0 before all: it is one component, the whole residual.
-Directions are kept once (`rows`), so a linear map of all components costs one matmul over the U directions in use and
-one over the T biases and T errors, never one over T * C vectors.
-Axes: T position, A feature slots, C = A + 2 slots, U directions, D d_model. Exact to float32 rounding.
+Slots of a position, in this order: A features (a boundary without a dictionary at b = 0: the token
+and the position embedding), one bias, one error (or sink). Empty slots are exact zeros, and the
+slots always sum to x[t].
+A sink is a position whose norm is out of all proportion, position 0 before all: it is one
+component, the whole residual. Directions are kept once (`rows`), so a linear map of all components
+costs one matmul over the U directions in use and one over the T biases and T errors, never one over
+T * C vectors.
+Axes: T position, A feature slots, C = A + 2 slots, U directions, D d_model. Exact to float32
+rounding.
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
 from qkattr.model.layers import f32
-from qkattr.sharding import bucket
+from qkattr.sharding import bucket, on_any_mesh
 from qkattr.sources.dictionary import Dictionary, Encoding, count_active, encode
 from qkattr.types import Kind, Params
 
@@ -35,11 +38,13 @@ SINK_RATIO = 10.0
 class Components:
     """The components of one boundary, or of all of them stacked on a leading axis.
 
-    rows: `[U, D]` directions; row: `[T, A]` the slot's direction; coefficient: `[T, A]` what multiplies it.
-    bias, error: `[T, D]`. kind: `[T, C]` of `Kind`; index: `[T, C]` feature id, token id, position, or -1.
-    activation: `[T, A]` in the SAE's own units. read: `[U, D]` encoder directions in residual units, when covectors are
-    read through the encoder (None: a component's own vector is its covector). left_out: `[T]` share of the activation
-    that found no slot and so lies in `error`.
+    rows: `[U, D]` directions; row: `[T, A]` the slot's direction; coefficient: `[T, A]` what
+    multiplies it.
+    bias, error: `[T, D]`. kind: `[T, C]` of `Kind`; index: `[T, C]` feature id, token id, position,
+    or -1.
+    activation: `[T, A]` in the SAE's own units. read: `[U, D]` encoder directions, in the SAE's own
+    units, when covectors are read through the encoder (None: a component's own vector is its
+    covector). left_out: `[T]` share of the activation that found no slot and so lies in `error`.
     """
 
     rows: Float[Array, "U D"]
@@ -50,7 +55,7 @@ class Components:
     kind: Int[Array, "T C"]
     index: Int[Array, "T C"]
     activation: Float[Array, "T A"]
-    left_out: Float[Array, T]
+    left_out: Float[Array, "T"]
     read: Float[Array, "U D"] | None = None
 
     @property
@@ -68,21 +73,26 @@ class Components:
         """All components as vectors. Large: meant for small prompts and for tests."""
         return self.map(lambda x: x)
 
-    def at(self, position: Int[Array, R], slot: Int[Array, R]) -> Float[Array, "R D"]:
+    def at(self, position: Int[Array, "R"], slot: Int[Array, "R"]) -> Float[Array, "R D"]:
         """The vectors of R chosen components."""
         direction, coefficient, n_features = self._slot(position, slot)
         feature = self.rows[direction] * coefficient[:, None]
         rest = jnp.where((slot == n_features)[:, None], self.bias[position], self.error[position])
         return jnp.where((slot < n_features)[:, None], feature, rest)
 
-    def covectors(self, position: Int[Array, R], slot: Int[Array, R]) -> Float[Array, "R D"]:
-        """What reads each of R chosen components: its own vector, or a feature's encoder direction."""
+    def covectors(self, position: Int[Array, "R"], slot: Int[Array, "R"]) -> Float[Array, "R D"]:
+        """What reads each of R chosen components: its own vector,
+        or a feature's encoder direction.
+        """
         own = self.at(position, slot)
         if self.read is None:
             return own
         direction, coefficient, n_features = self._slot(position, slot)
         is_feature = (slot < n_features) & (coefficient != 0)
-        return jnp.where(is_feature[:, None], self.read[direction], own)
+        # The encoder reads the normalised residual stream: its gain is activation / coefficient.
+        activation = self.activation[position, jnp.minimum(slot, n_features - 1)]
+        gain = activation / jnp.where(coefficient == 0, 1.0, coefficient)
+        return jnp.where(is_feature[:, None], self.read[direction] * gain[:, None], own)
 
     def _slot(self, position: Array, slot: Array) -> tuple[Array, Array, int]:
         n_features = self.row.shape[1]
@@ -90,8 +100,9 @@ class Components:
         return self.row[position, at], self.coefficient[position, at], n_features
 
 
-def sink_positions(x: Float[Array, "T D"], n_real: Int[Array, ""] | int) -> Bool[Array, T]:
-    """Position 0, and every real position whose norm exceeds `SINK_RATIO` times the lower median of positions >= 1.
+def sink_positions(x: Float[Array, "T D"], n_real: Int[Array, ""] | int) -> Bool[Array, "T"]:
+    """Position 0, and every real position whose norm exceeds `SINK_RATIO` times
+    the lower median of positions >= 1.
 
     The second rule looks at the whole prompt: whether t is a sink can depend on tokens after t.
     """
@@ -109,9 +120,9 @@ def assemble(
     rows: Float[Array, "U D"],
     row: Int[Array, "T A"],
     *,
-    sink: Bool[Array, T],
-    real: Bool[Array, T],
-    slot_kind: Int[Array, A],
+    sink: Bool[Array, "T"],
+    real: Bool[Array, "T"],
+    slot_kind: Int[Array, "A"],
     error_kind: Int[Array, ""] | int = Kind.ERROR,
     read: Float[Array, "U D"] | None = None,
 ) -> Components:
@@ -145,6 +156,7 @@ def assemble(
 
 
 @partial(jax.jit, static_argnames=("slots", "precision", "sinks"))
+@on_any_mesh
 def decompose(
     dictionary: Dictionary,
     x: Float[Array, "T D"],
@@ -173,7 +185,7 @@ def decompose_prompt(
     params: Params,
     dictionaries: tuple[Dictionary | None, ...] | None,
     boundaries: Float[Array, "L+1 T D"],
-    tokens: Int[Array, T],
+    tokens: Int[Array, "T"],
     *,
     n_real: int,
     sinks: bool = True,
@@ -183,8 +195,8 @@ def decompose_prompt(
 ) -> Components:
     """The components of every boundary of a prompt, stacked on a leading axis L + 1.
 
-    Dictionaries are visited one at a time, and only the decoder rows of active features are kept. The number of slots
-    and of directions is bucketed, so that another prompt meets compiled code.
+    Dictionaries are visited one at a time, and only the decoder rows of active features are kept.
+    The number of slots and of directions is bucketed, so that another prompt meets compiled code.
 
     Args:
       params: the model, for its embeddings.
@@ -209,7 +221,8 @@ def decompose_prompt(
         else:
             sources.append(_from_nothing(boundaries[b], slots))
     rows, row, read_rows = _compact(sources, real, read)
-    return _assemble_all(
+    rows = jnp.asarray(rows)
+    parts = _assemble_all(
         boundaries,
         jax.tree.map(lambda *leaves: jnp.stack(leaves), *(source.encoding for source in sources)),
         rows,
@@ -217,23 +230,27 @@ def decompose_prompt(
         n_real=n_real,
         kinds=np.stack([source.kinds for source in sources]),
         error_kind=np.array([source.error_kind for source in sources]),
-        read=read_rows,
         sinks=sinks,
     )
+    read_rows = None if read == "decoder" else jnp.asarray(read_rows)
+    return dataclasses.replace(parts, rows=rows, read=read_rows)
 
 
 @partial(jax.jit, static_argnames=("sinks",))
-def _assemble_all(boundaries, encoding, rows, row, *, n_real, kinds, error_kind, read, sinks):
+def _assemble_all(boundaries, encoding, rows, row, *, n_real, kinds, error_kind, sinks):
+    """`assemble` of every boundary, one after the other; the directions stay with the caller."""
     real = jnp.arange(boundaries.shape[1]) < n_real
     sink = jax.vmap(lambda x: sink_positions(x, n_real))(boundaries) if sinks else False
     sink = jnp.broadcast_to(sink, boundaries.shape[:2]).at[0].set(False)
 
-    def one(x, encoding, rows, row, sink, kinds, error_kind, read):
-        return assemble(
-            x, encoding, rows, row, sink=sink, real=real, slot_kind=kinds, error_kind=error_kind, read=read
-        )  # fmt: skip
+    def one(inputs):
+        x, encoding, rows, row, sink, kinds, error_kind = inputs
+        parts = assemble(
+            x, encoding, rows, row, sink=sink, real=real, slot_kind=kinds, error_kind=error_kind
+        )
+        return dataclasses.replace(parts, rows=None)
 
-    return jax.vmap(one)(boundaries, encoding, rows, row, sink, kinds, error_kind, read)
+    return jax.lax.map(one, (boundaries, encoding, rows, row, sink, kinds, error_kind))
 
 
 def _slots_needed(dictionaries, boundaries, real, max_slots, precision) -> int:
@@ -246,16 +263,19 @@ def _slots_needed(dictionaries, boundaries, real, max_slots, precision) -> int:
             most = max(most, dictionary.config.k)
         else:
             counts = np.asarray(count_active(dictionary, boundaries[b], precision=precision))
-            # Position 0 is a sink for which SAEs were not trained: there thousands of features may fire.
+            # Position 0 is a sink for which SAEs were not trained: there thousands of features may
+            # fire.
             most = max(most, int(counts[real][1:].max(initial=0)))
     return min(bucket(most), max_slots)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Source:
-    """One boundary on its way to components: what is active, and where its directions are to be had.
+    """One boundary on its way to components: what is active,
+    and where its directions are to be had.
 
-    direction_ids: `[T, A]` names of the directions, which `directions` turns into rows (and encoder rows).
+    direction_ids: `[T, A]` names of the directions, which `directions` turns into rows (and encoder
+    rows).
     """
 
     encoding: Encoding
@@ -270,7 +290,8 @@ def _from_dictionary(
 ) -> _Source:
     encoding = encode(dictionary, x, slots=slots, precision=precision)
     padding = ((0, 0), (0, slots - encoding.index.shape[1]))
-    encoding = encoding.replace(
+    encoding = dataclasses.replace(
+        encoding,
         index=jnp.pad(encoding.index, padding),
         activation=jnp.pad(encoding.activation, padding),
         coefficient=jnp.pad(encoding.coefficient, padding),
@@ -302,7 +323,9 @@ def _constant_encoding(index: np.ndarray, coefficient: np.ndarray, d_model: int)
 
 
 def _from_embeddings(params: Params, tokens: np.ndarray, slots: int) -> _Source:
-    """Boundary 0 without a dictionary: the token's embedding in slot 0, the position's in slot 1."""
+    """Boundary 0 without a dictionary: the token's embedding in slot 0,
+    the position's in slot 1.
+    """
     tokens = np.asarray(tokens)
     vocab, d_model = params.embed_VD.shape
     index, coefficient = np.zeros((2, tokens.shape[0], slots))
@@ -329,14 +352,18 @@ def _from_nothing(x: Array, slots: int) -> _Source:
     """A boundary without a dictionary: everything is in the error slot."""
     zeros = np.zeros((x.shape[0], slots))
     empty = np.zeros((1, x.shape[1]), np.float32)
-    encoding = _constant_encoding(zeros, zeros, x.shape[1])
     return _Source(
-        encoding, zeros.astype(np.int64), lambda ids: (empty[ids], empty[ids]), zeros.astype(int)
+        encoding=_constant_encoding(zeros, zeros, x.shape[1]),
+        direction_ids=zeros.astype(np.int64),
+        directions=lambda ids: (empty[ids], empty[ids]),
+        kinds=np.full(slots, int(Kind.NONE)),
     )
 
 
 def _compact(sources: list[_Source], real: np.ndarray, read: str):
-    """The directions in use at each boundary, padded to a common bucket, and where each slot finds its own."""
+    """The directions in use at each boundary, padded to a common bucket,
+    and where each slot finds its own.
+    """
     used = []
     for source in sources:
         active = (np.asarray(source.encoding.coefficient) != 0) & real[:, None]
@@ -350,4 +377,4 @@ def _compact(sources: list[_Source], real: np.ndarray, read: str):
         if len(ids):
             rows[b, : len(ids)], read_rows[b, : len(ids)] = source.directions(ids)
             row[b] = np.minimum(np.searchsorted(ids, source.direction_ids), len(ids) - 1)
-    return rows, row, None if read == "decoder" else read_rows
+    return rows, row, read_rows
