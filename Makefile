@@ -16,7 +16,7 @@ test: lint $(VENV)/.tests
 lint: $(VENV)/.tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 figures: $(VENV)/.tests
 	$(BIN)/pip install --quiet matplotlib

@@ -2,8 +2,9 @@
 
     tokenize -> residual stream -> components -> targets -> sweep -> tables -> QK attributions
 
-Each stage is a pure function on arrays that knows nothing of bundles or text; this module only feeds them. Prompts are
-right-padded to a bucket on the way in, so a second prompt of about the same length compiles nothing.
+Each stage is a pure function on arrays that knows nothing of bundles or text; this module only
+feeds them. Prompts are right-padded to a bucket on the way in, so a second prompt of about the same
+length compiles nothing.
 """
 
 from __future__ import annotations
@@ -40,10 +41,12 @@ def run(
 
     Args:
       tokens: `[T]`.
-      capture: which fields of the trace to keep, of "boundaries", "scores", "patterns"; `()` keeps none.
+      capture: which fields of the trace to keep, of "boundaries", "scores", "patterns"; `()` keeps
+        none.
 
     Returns:
-      float32 logits `[T, V]`, and a `Trace` with boundaries `[L+1, T, D]`, scores and patterns `[L, N, T, S]`.
+      float32 logits `[T, V]`, and a `Trace` with boundaries `[L+1, T, D]`, scores and patterns
+      `[L, N, T, S]`.
 
     Raises:
       InputError: no tokens, too many, or one outside the vocabulary.
@@ -68,7 +71,8 @@ def trace(
     """Trace the model's next-token prediction back to the prompt.
 
     Args:
-      bundle: from `qkattr.load`, with SAEs (without them every boundary is one error slot, and the graph says little).
+      bundle: from `qkattr.load`, with SAEs (without them every boundary is one error slot, and the
+        graph says little).
       prompt: text, token ids, or chat messages.
       progress: called with the name of each stage as it begins.
       **options: see `TraceOptions`.
@@ -129,9 +133,15 @@ def attach(result: Result, bundle: Bundle) -> Result:
         if was != now:
             asked = result.settings["model" if what == "model" else "saes"]
             raise InputError(
-                f"the result was made with other {what} ({asked}, fingerprint {str(was)[:12]}) than the ones given "
-                f"({str(now)[:12]}); load what it was made with"
+                f"the result was made with other {what} ({asked}, fingerprint "
+                f"{str(was)[:12]}) than the ones given ({str(now)[:12]}); "
+                f"load what it was made with"
             )
+    if bundle.dtype != result.settings["dtype"]:
+        raise InputError(
+            f"the result was made with {result.settings['dtype']} weights, the model given has "
+            f"{bundle.dtype}; load it with dtype={result.settings['dtype']!r}"
+        )
     names = {field.name for field in dataclasses.fields(TraceOptions)}
     opts = TraceOptions(**{k: _tupled(v) for k, v in result.settings.items() if k in names})
     return dataclasses.replace(result, session=start_session(bundle, result.token_ids, opts))
@@ -223,8 +233,12 @@ def _predictions(
     probability = np.asarray(jax.nn.softmax(logits))
     order = np.argsort(-probability, kind="stable")[: max(opts.max_logits, 10)]
     before = np.cumsum(probability[order]) - probability[order]
-    found = {int(v): (not asked and opts.score is None) and i < opts.max_logits and before[i] < opts.logit_mass
-             for i, v in enumerate(order)}  # fmt: skip
+    found = {
+        int(v): (not asked and opts.score is None)
+        and i < opts.max_logits
+        and before[i] < opts.logit_mass
+        for i, v in enumerate(order)
+    }
     for token in asked:
         found[token] = True
     against = -1
@@ -262,13 +276,16 @@ def _token_id(bundle: Bundle, token: str | int) -> int:
     if len(ids) != 1:
         pieces = ", ".join(repr(token_text(bundle, i)) for i in ids)
         raise InputError(
-            f"target {token!r} is {len(ids)} tokens ({pieces}); give one token, mind its leading space"
+            f"target {token!r} is {len(ids)} tokens ({pieces}); "
+            f"give one token, mind its leading space"
         )
     return ids[0]
 
 
 def ranked_scores(graph: Graph, n: int) -> list[tuple[Place, float]]:
-    """The (block, head, query, key) that carry most influence between two positions, summed over edges."""
+    """The (block, head, query, key) that carry most influence between two positions,
+    summed over edges.
+    """
     nodes, edges = graph.nodes, graph.edges
     crossing = np.flatnonzero(
         (edges.block >= 0) & (nodes.position[edges.source] != nodes.position[edges.target])
@@ -283,7 +300,11 @@ def ranked_scores(graph: Graph, n: int) -> list[tuple[Place, float]]:
     distinct, inverse = np.unique(places, axis=0, return_inverse=True)
     total = np.bincount(inverse.ravel(), weights=carried[edge, head], minlength=len(distinct))
     order = np.argsort(-total, kind="stable")[:n]
-    return [(tuple(int(v) for v in distinct[i]), float(total[i])) for i in order]
+    ranked = []
+    for i in order:
+        block, head, query, key = (int(v) for v in distinct[i])
+        ranked.append(((block, head, query, key), float(total[i])))
+    return ranked
 
 
 def _strongest_scores(graph: Graph, n: int) -> tuple[list[Place], list[float]]:
@@ -325,6 +346,7 @@ def _settings(bundle: Bundle, opts: TraceOptions) -> dict[str, Any]:
     return dict(
         model=bundle.model,
         saes=bundle.saes,
+        dtype=bundle.dtype,
         n_blocks=config.n_blocks,
         n_heads=config.n_heads,
         windows=[None if w == NO_WINDOW else w for w in config.windows],

@@ -1,12 +1,13 @@
 """How well the SAEs fit the model on a text: a wrong SAE, hook or normalisation shows here first.
 
-Per boundary, over positions that are not sinks: L0 (features active at a position), unexplained variance
-|x - x^|^2 / |x - mean|^2, median relative error |x - x^| / |x|, features that never fire on the text, and
+Per boundary, over positions that are not sinks: L0 (features active at a position), unexplained
+variance |x - x^|^2 / |x - mean|^2, median relative error |x - x^| / |x|, features that never
+fire on the text, and
 
     loss recovered = (L_mean - L_sae) / (L_mean - L_clean)
 
-with L the next-token loss in nats, clean, with the reconstruction in place of the residual stream, and with its mean.
-Axes: B rows of the text, T position, D d_model, M dictionary width.
+with L the next-token loss in nats, clean, with the reconstruction in place of the residual stream,
+and with its mean. Axes: B rows of the text, T position, D d_model, M dictionary width.
 """
 
 from __future__ import annotations
@@ -148,7 +149,7 @@ def _fit(dictionary, x, sink):
 
 @partial(jax.jit, static_argnames=("cfg",))
 def _loss_from(params, tokens, boundary, x, *, cfg):
-    """Next-token loss when the residual stream at a boundary is `x`: only the blocks after it are run."""
+    """Next-token loss when the stream at a boundary is `x`: only the blocks after it are run."""
 
     def step(b, x):
         weights = jax.tree.map(lambda a: a[b], params.blocks)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-from qkattr.errors import InputError
+from qkattr.errors import InputError, quoted
 from qkattr.graph.sweep import SweepConfig
 from qkattr.model.mlp import LINEARISATIONS
 
@@ -14,14 +14,17 @@ from qkattr.model.mlp import LINEARISATIONS
 class TraceOptions:
     """Options of `trace`. Every output names them.
 
-    target: tokens (text or ids) to explain instead of the likeliest. contrast: two tokens; the difference of their
-      logits is the target. score: (layer, head, query, key); that attention score is the target, read on both sides.
+    target: tokens (text or ids) to explain instead of the likeliest. contrast: two tokens; the
+      difference of their logits is the target. score: (layer, head, query, key); that attention
+      score is the target, read on both sides.
     through_qk: also trace the scores behind the so many strongest edges.
-    linearisation: of the MLP, "jacobian", "frozen-gate" or "half". read: features as targets are read by their
-      "decoder" direction or "encoder". through_errors: errors are targets too. keep: share of each boundary's influence
-      that is kept. max_rows: kept nodes a boundary. max_edges: edges of one target. max_slots: features a position.
-    sinks: see `sources.components`. bos: None as the SAEs or the tokenizer say. max_logits, logit_mass: the likeliest
-      tokens up to this probability are targets. qk: how many QK attributions go along. precision: of all matmuls.
+    linearisation: of the MLP, "jacobian", "frozen-gate" or "half". read: features as targets are
+      read by their "decoder" direction or "encoder". through_errors: errors are targets too. keep:
+      share of each boundary's influence that is kept. max_rows: kept nodes a boundary. max_edges:
+      edges of one target. max_slots: features a position.
+    sinks: see `sources.components`. bos: None as the SAEs or the tokenizer say. max_logits,
+      logit_mass: the likeliest tokens up to this probability are targets. qk: how many QK
+      attributions go along. precision: of all matmuls.
     """
 
     target: tuple[str | int, ...] = ()
@@ -33,7 +36,7 @@ class TraceOptions:
     through_errors: bool = True
     keep: float = 0.95
     max_rows: int = 256
-    max_edges: int = 32
+    max_edges: int = 64
     max_slots: int = 256
     sinks: bool = True
     bos: bool | None = None
@@ -48,17 +51,25 @@ class TraceOptions:
         one_of("precision", self.precision, ("default", "high", "highest"))
         for name in ("keep", "logit_mass"):
             if not 0 < getattr(self, name) <= 1:
-                raise InputError(f"{name} should lie in (0, 1], got {getattr(self, name)}")
+                raise InputError(
+                    f"{name} should lie in (0, 1], got {getattr(self, name)}; give a share"
+                )
         for name in ("max_rows", "max_edges", "max_slots", "max_logits"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} should be at least 1, got {getattr(self, name)}")
         for name in ("through_qk", "qk"):
             if getattr(self, name) < 0:
                 raise InputError(f"{name} should be at least 0, got {getattr(self, name)}")
+        if self.contrast and self.contrast[0] == self.contrast[1]:
+            raise InputError(
+                f"contrast compares two tokens, both given are {quoted(str(self.contrast[0]))}; "
+                f"give two different ones"
+            )
         chosen = [n for n in ("target", "contrast", "score") if getattr(self, n)]
         if len(chosen) > 1:
             raise InputError(
-                f"{' and '.join(chosen)} were both given; a trace has one kind of target"
+                f"{' and '.join(chosen)} were both given; a trace has one kind of target, "
+                f"choose one"
             )
 
     @property
@@ -69,7 +80,9 @@ class TraceOptions:
 
 def one_of(name: str, value: str, known: Sequence[str]) -> None:
     if value not in known:
-        raise InputError(f"{name} {value!r} is not known; expected {', '.join(known)}")
+        raise InputError(
+            f"{name} {quoted(str(value))} is not known; give one of {', '.join(known)}"
+        )
 
 
 def make_options(options: dict) -> TraceOptions:

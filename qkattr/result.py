@@ -17,7 +17,8 @@ from qkattr.qk.table import QKAttribution
 from qkattr.session import Session, find_position
 from qkattr.types import Kind
 
-#: What names the nodes of one end of an edge: a position (index, negative index or token text), a node id, or several.
+#: What names the nodes of one end of an edge: a position (index, negative index or token text), a
+#: node id, or several of them.
 Ends = int | str | Iterable["int | str"]
 
 
@@ -25,8 +26,9 @@ Ends = int | str | Iterable["int | str"]
 class HeadLoadings:
     """Head loadings summed over the edges between two sets of nodes.
 
-    loadings: `[L, N]` signed sums, in the units of the targets. influence: `[L, N]` what flows through the head there,
-    as a share of the targets' influence. residual, mlp: the other parts' sums. n_edges: how many edges were summed.
+    loadings: `[L, N]` signed sums, in the units of the targets. influence: `[L, N]` what flows
+    through the head there, as a share of the targets' influence. residual, mlp: the other parts'
+    sums. n_edges: how many edges were summed.
     """
 
     source: str
@@ -57,10 +59,11 @@ class HeadLoadings:
 class Result:
     """An attribution graph with its prompt.
 
-    tokens: decoded; token_ids. bos: what was done about it. predictions: the next tokens, by falling probability.
-    graph: nodes and edges. sinks: positions by boundary. scores: `[X, 5]` block, head, query, key, side (0 query, 1 key)
-    of SCORE nodes. qk: by "L.H.query.key". settings: all options. provenance: what made it. labels: of features, by
-    (boundary, index).
+    tokens: decoded; token_ids. bos: what was done about it. predictions: the next tokens, by
+    falling probability. graph: nodes and edges. sinks: positions by boundary. scores: `[X, 5]`
+    block, head, query, key, side (0 query, 1 key) of SCORE nodes. qk: by "L.H.query.key".
+    settings: all options. provenance: what made it. labels: of features, by (boundary, index).
+    vocabulary: the text of logit nodes, by token id.
     """
 
     tokens: list[str]
@@ -82,7 +85,7 @@ class Result:
         return self.settings["n_blocks"]
 
     def position(self, where: int | str) -> int:
-        """A position from an index, a negative index, or a token's text (`" Aunt"`, or `" Aunt#2"` for its second)."""
+        """A position from an index, a negative index, or a token's text, as in `" Aunt#2"`."""
         return find_position(self.tokens, where)
 
     def node_id(self, node: int) -> str:
@@ -123,7 +126,8 @@ class Result:
         """Every head's loading between two ends, summed over the edges of the graph between them.
 
         Args:
-          source, target: a position, a node id, or several of either; a position means all nodes there.
+          source, target: a position, a node id, or several of either; a position means all nodes
+            there.
 
         Raises:
           InputError: there is no such position or node.
@@ -180,11 +184,11 @@ class Result:
 
     def to_html(self, path: str | Path) -> Path:
         """Write the page alone."""
-        from qkattr.export.folder import write_files
+        from qkattr.export.folder import encoded, write_files
         from qkattr.export.html import page
 
         path = Path(path)
-        write_files(path.parent, {path.name: page(self).encode()})
+        write_files(path.parent, {path.name: encoded(page(self))})
         return path
 
     def to_pandas(self, table: str = "edges"):

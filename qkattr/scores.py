@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qkattr.config import ModelConfig
-from qkattr.errors import InputError
+from qkattr.errors import InputError, quoted
 from qkattr.load.bundle import Bundle, Prompt
 from qkattr.model.forward import block
 from qkattr.options import make_options
@@ -36,20 +36,32 @@ def qk_attribution(
       query, key: positions, negative positions, or token texts.
 
     Raises:
-      InputError: no such head or position, the key comes after the query or lies outside the window,
-        or the result was opened without its model and does not hold this place in full.
+      InputError: no such head or position, the key comes after the query or lies outside the
+        window, or the result was opened without its model and does not hold this place in full.
     """
+    place = place_in(result, (layer, head, query, key))
+    stored = stored_in_full(result, place)
+    if stored is not None:
+        return stored
+    precision = result.settings["precision"]
+    return qk_tables(need_session(result), [place], result.labels, precision)[place]
+
+
+def place_in(result: Result, place: tuple) -> Place:
+    """`find_place` for a result, with or without its model."""
     settings = result.settings
-    place = find_place(
+    return find_place(
         result.tokens,
-        (layer, head, query, key),
+        place,
         n_heads=settings["n_heads"],
         windows=[NO_WINDOW if w is None else w for w in settings["windows"]],
     )
+
+
+def stored_in_full(result: Result, place: Place) -> QKAttribution | None:
+    """The attribution that the result itself holds, unless some of its pairs were left out."""
     stored = result.qk.get(".".join(map(str, place)))
-    if stored is not None and stored.n_pairs == len(stored.pairs):
-        return stored
-    return qk_tables(need_session(result), [place], result.labels, settings["precision"])[place]
+    return stored if stored is not None and stored.n_pairs == len(stored.pairs) else None
 
 
 def attribute_qk(
@@ -113,20 +125,24 @@ def find_place(tokens: list[str], place: tuple, *, n_heads: int, windows: Sequen
     layer, head, query, key = place
     if not 0 <= layer < len(windows):
         raise InputError(
-            f"layer {layer} is out of range: the model has blocks 0..{len(windows) - 1}"
+            f"layer {layer} is out of range: the model has blocks 0..{len(windows) - 1}; "
+            f"give one of these"
         )
     if not 0 <= head < n_heads:
-        raise InputError(f"head {head} is out of range: the model has heads 0..{n_heads - 1}")
+        raise InputError(
+            f"head {head} is out of range: the model has heads 0..{n_heads - 1}; give one of these"
+        )
     t, s = find_position(tokens, query), find_position(tokens, key)
     if s > t:
         raise InputError(
-            f"the key at {s} ({tokens[s]!r}) comes after the query at {t} ({tokens[t]!r}); "
+            f"the key at {s} ({quoted(tokens[s])}) comes after the query at {t} "
+            f"({quoted(tokens[t])}); "
             f"attention is causal, give a key at or before the query"
         )
     if t - s >= windows[layer]:
         raise InputError(
             f"the key at {s} is outside block {layer}'s window of {windows[layer]} before {t}; "
-            f"its score is masked and has no terms"
+            f"its score is masked and has no terms, give a nearer key"
         )
     return int(layer), int(head), t, s
 

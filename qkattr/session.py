@@ -1,8 +1,9 @@
-"""A prompt on the device: its residual stream and components, from which everything else is asked."""
+"""A prompt on the device: its residual stream and components, of which all else is asked."""
 
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -11,8 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from qkattr.errors import InputError
+from qkattr.errors import InputError, clipped, quoted
 from qkattr.load.bundle import Bundle
+from qkattr.load.mapped import some
 from qkattr.model.forward import residual_stream, unembed
 from qkattr.options import TraceOptions
 from qkattr.sharding import bucket
@@ -20,16 +22,19 @@ from qkattr.sources.components import Components, decompose_prompt
 
 Progress = Callable[[str], None]
 
+#: What reads as an index. `int` takes more, such as the node id "0_1_2".
+_INDEX = re.compile(r"\s*[+-]?[0-9]{1,9}\s*")
+
 
 @dataclasses.dataclass(frozen=True)
 class Session:
-    """boundaries: `[L+1, T, D]` of the prompt padded to its bucket. components: of every boundary. logits: `[V]` after
-    the last token. tokens: the prompt's, decoded."""
+    """boundaries: `[L+1, T, D]` of the prompt padded to its bucket. components: of every boundary.
+    logits: `[V]` after the last token. tokens: the prompt's, decoded."""
 
     bundle: Bundle
     boundaries: Float[Array, "L+1 T D"]
     components: Components
-    logits: Float[Array, V]
+    logits: Float[Array, "V"]
     tokens: list[str]
 
 
@@ -41,14 +46,19 @@ def start_session(
 ) -> Session:
     """Run the model on a prompt's token ids and decompose every boundary."""
     progress("forward")
-    padded = pad_tokens(ids)
+    padded = jnp.asarray(pad_tokens(ids))
     boundaries, logits = _boundaries(
         bundle.params,
-        jnp.asarray(padded),
+        padded,
         len(ids) - 1,
         cfg=bundle.config,
         precision=opts.precision,
     )
+    if not np.isfinite(logits).all():
+        raise InputError(
+            f"{bundle.model} computes logits on this prompt that are not finite; "
+            f"its weights overflow, give an undamaged checkpoint"
+        )
     progress("components")
     components = decompose_prompt(
         bundle.params,
@@ -102,32 +112,33 @@ def find_position(tokens: list[str], where: int | str) -> int:
       InputError: there is no such position, or the text names several.
     """
     text = str(where)
-    try:
-        index = int(text)
-    except ValueError:
+    if not _INDEX.fullmatch(text):
         return _find_token(tokens, text)
+    index = int(text)
     if not -len(tokens) <= index < len(tokens):
         raise InputError(
-            f"position {index} is out of range: the prompt has {len(tokens)} tokens, 0..{len(tokens) - 1}"
+            f"position {clipped(text, 20)} is out of range: the prompt has {len(tokens)} tokens; "
+            f"give one of 0..{len(tokens) - 1}, or of -{len(tokens)}..-1 from the end"
         )
     return index % len(tokens)
 
 
 def _find_token(tokens: list[str], text: str) -> int:
     name, _, number = text.rpartition("#")
-    numbered = bool(name) and number.isdigit() and text not in tokens
+    numbered = bool(name) and number.isdecimal() and len(number) < 10 and text not in tokens
     name = name if numbered else text
     found = [i for i, token in enumerate(tokens) if token == name]
     found = found or [i for i, token in enumerate(tokens) if token.strip() == name.strip()]
     if not found:
-        raise InputError(f"no token {name!r} in the prompt; `qkattr tokens` lists them")
+        raise InputError(f"no token {quoted(name)} in the prompt; `qkattr tokens` lists them")
     if numbered:
         if not 1 <= int(number) <= len(found):
             raise InputError(
-                f"token {name!r} occurs {len(found)} times, {text!r} asks for number {number}"
+                f"token {quoted(name)} occurs {len(found)} times, {quoted(text)} asks for number "
+                f"{number}; give #1..#{len(found)}"
             )
         return found[int(number) - 1]
     if len(found) > 1:
-        listed = ", ".join(f"{name}#{i + 1} at {at}" for i, at in enumerate(found))
-        raise InputError(f"token {name!r} is ambiguous: {listed}; say which")
+        listed = some([f"{quoted(f'{name}#{i + 1}')} at {at}" for i, at in enumerate(found)], 8)
+        raise InputError(f"token {quoted(name)} is ambiguous: {listed}; say which")
     return found[0]

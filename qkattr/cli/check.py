@@ -25,12 +25,8 @@ def check(
 ) -> None:
     """L0, unexplained variance, dead features and loss recovered, boundary by boundary."""
     with common.progress() as progress:
-        if saes is None:
-            raise InputError(
-                '--saes is missing; give "smollm2" or a folder of SAEs, one after every block'
-            )
         passage = _read(text)
-        bundle = common.open_model(model, saes, dtype)
+        bundle = common.open_model(common.need_model(model), common.need_saes(saes), dtype)
         from qkattr.check import check_saes
 
         report = check_saes(bundle, _rows(bundle, passage, bos, rows), progress=progress)
@@ -45,9 +41,9 @@ def _read(path: Path | None) -> str:
         return resources.files("qkattr").joinpath("sample.txt").read_text(encoding="utf-8")
     try:
         return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as e:
+    except (OSError, ValueError) as e:
         reason = e.strerror if isinstance(e, OSError) else "it is not UTF-8 text"
-        raise InputError(f"cannot read {path}: {reason}; give a text file") from e
+        raise InputError(f"cannot read {str(path)!r}: {reason}; give a text file") from e
 
 
 def _rows(bundle, text: str, bos: bool | None, most: int) -> list[list[int]]:
@@ -55,7 +51,7 @@ def _rows(bundle, text: str, bos: bool | None, most: int) -> list[list[int]]:
     from qkattr.check import ROW
 
     if not text.strip():
-        raise InputError("the text is empty; give some")
+        raise InputError("the text is empty; give at least 16 tokens of text")
     wanted = bundle.bos if bos is None else bos
     ids = bundle.tokenizer.encode(text, bos=wanted) if bundle.tokenizer else None
     if ids is None:
@@ -70,13 +66,21 @@ def _rows(bundle, text: str, bos: bool | None, most: int) -> list[list[int]]:
 
 
 def _show(report: dict) -> None:
-    from qkattr.cli.show import console, show_table
+    from qkattr.cli.show import console, say, show_table
 
     rows = [
-        (c["boundary"], f"{c['l0']:.1f}", f"{c['unexplained_variance']:.4f}", f"{c['median_relative_error']:.3f}",
-         f"{c['dead']}/{c['width']}", f"{c['loss']:.3f}", f"{c['loss_recovered']:.3f}", c["verdict"])
+        (
+            c["boundary"],
+            f"{c['l0']:.1f}",
+            f"{c['unexplained_variance']:.4f}",
+            f"{c['median_relative_error']:.3f}",
+            f"{c['dead']}/{c['width']}",
+            f"{c['loss']:.3f}",
+            f"{c['loss_recovered']:.3f}",
+            c["verdict"],
+        )
         for c in report["boundaries"]
-    ]  # fmt: skip
+    ]
     columns = (
         "boundary|",
         "L0|",
@@ -87,11 +91,12 @@ def _show(report: dict) -> None:
         "recovered|",
         "",
     )
-    title = f"SAEs on {report['rows']} rows of text; clean next-token loss {report['clean_loss']:.3f} nats"
+    loss = f"clean next-token loss {report['clean_loss']:.3f} nats"
+    title = f"SAEs on {report['rows']} rows of text; {loss}"
     out = console()
     show_table(out, title, columns, rows)
     poor = sum(c["verdict"] != "ok" for c in report["boundaries"])
     said = (
         "All boundaries fit." if not poor else f"{poor} boundaries do NOT fit: see the last column."
     )
-    out.print(said)
+    say(out, said)

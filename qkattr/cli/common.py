@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import json
+import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from qkattr.errors import InputError
+from qkattr.errors import InputError, quoted
 
 if TYPE_CHECKING:
     from qkattr.load.bundle import Bundle, Prompt
@@ -59,13 +59,15 @@ def read_prompt(text: str, ids: bool) -> Prompt:
     if not ids:
         return text
     try:
-        return [int(part) for part in text.split(",") if part.strip()]
+        return [int(part) for part in text.split(",")] if text.strip() else []
     except ValueError as e:
-        raise InputError(f"--ids expects token ids separated by commas, got {text!r:.60}") from e
+        raise InputError(
+            f"--ids expects token ids separated by commas, as in 1,34,5; got {quoted(text)}"
+        ) from e
 
 
 def is_result(prompt: str) -> bool:
-    """Whether PROMPT|DIR names a folder with a saved result (a folder without one is an error, not a prompt)."""
+    """Whether PROMPT|DIR names a folder. One without a result is an error, not a prompt."""
     with contextlib.suppress(OSError, ValueError):
         path = Path(prompt)
         if path.is_dir() and ("/" in prompt or (path / "graph.json").is_file()):
@@ -84,28 +86,50 @@ def need_model(model: str | None) -> str:
 
 def open_model(model: str | None, saes: str | None = None, dtype: str = "float32") -> Bundle:
     """The bundle with its weights still on disk, and JAX's compilation cache switched on."""
-    _compilation_cache()
+    use_compilation_cache()
     from qkattr.load.bundle import open_bundle
 
     return open_bundle(need_model(model), saes, dtype=dtype)
 
 
-def open_with_model(folder: str, model: str | None, saes: str | None, dtype: str) -> Result:
-    """A saved result with the model that it names, or the one given."""
+def need_saes(saes: str | None) -> str:
+    """The SAEs, or an error that says how to give them."""
+    if saes is None:
+        raise InputError(
+            '--saes is missing; give "smollm2" or a folder of SAEs, one after every block'
+        )
+    return saes
+
+
+def open_saved(folder: str, *, ids: bool, bos: bool | None, sink: bool) -> Result:
+    """A saved result, without its model. Options of a prompt do not go with one."""
     from qkattr.export.folder import open_result
 
-    result = open_result(folder)
-    bundle = open_model(model or result.settings["model"], saes or result.settings["saes"], dtype)
-    return open_result(folder, bundle=bundle)
+    given = {"--ids": ids, "--bos/--no-bos": bos is not None, "--no-sink": not sink}
+    for name in (name for name, is_given in given.items() if is_given):
+        raise InputError(
+            f"{name} goes with a prompt, and {quoted(folder)} is a folder, whose result keeps the "
+            f"settings it was traced with; leave {name} out, or give the prompt"
+        )
+    return open_result(folder)
 
 
-def _compilation_cache() -> None:
+def with_model(result: Result, model: str | None, saes: str | None) -> Result:
+    """A saved result joined with the model and SAEs that it names, or with the ones given."""
+    from qkattr.analysis import attach
+
+    settings = result.settings
+    bundle = open_model(model or settings["model"], saes or settings["saes"], settings["dtype"])
+    return attach(result, bundle)
+
+
+def use_compilation_cache() -> None:
     """Keep compiled programs beside the downloaded model, so that the second run starts fast."""
     import jax
 
     from qkattr.load.smollm2 import cache_folder
 
-    if jax.config.jax_compilation_cache_dir is None:
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "jax"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
@@ -123,5 +147,7 @@ def progress() -> Iterator[Callable[[str], None]]:
 
 
 def print_json(value: Any) -> None:
-    """One JSON object on stdout."""
-    print(json.dumps(value, ensure_ascii=False, allow_nan=False))
+    """One JSON object on stdout, in ASCII: safe on any terminal, whatever the prompt holds."""
+    from qkattr.export.graph_json import dumps
+
+    print(dumps(value, ascii=True))

@@ -31,19 +31,21 @@ def heads(
     dtype: common.Dtype = "float32",
     json: common.Json = False,
 ) -> None:
-    """Which heads carried information from one position to another, and how strongly they looked there."""
-    from qkattr.session import find_position, token_texts
-
+    """Which heads carried information between two positions, and how strongly they looked."""
     with common.progress() as progress:
         if common.is_result(prompt):
-            result = common.open_with_model(prompt, model, saes, dtype)
+            result = common.open_saved(prompt, ids=ids, bos=bos, sink=sink)
+            _ends(result.tokens, source, target)
+            progress("loading the model")
+            result = common.with_model(result, model, saes)
         else:
             from qkattr.analysis import trace
+            from qkattr.session import token_texts
 
             given = common.read_prompt(prompt, ids)
             bundle = common.open_model(model, saes, dtype)
             tokens = token_texts(bundle, bundle.tokenize(given, bos)[0])
-            find_position(tokens, source), find_position(tokens, target)
+            _ends(tokens, source, target)
             result = trace(bundle, given, progress=progress, qk=0, sinks=sink, bos=bos)
         report = heads_between(result, source, target)
     if json:
@@ -52,16 +54,24 @@ def heads(
         _show(report, top or 20)
 
 
-def heads_between(result, source: str, target: str) -> dict[str, Any]:
-    """The loadings with scores and attention, by falling |loading|."""
+def _ends(tokens: list[str], source: str, target: str) -> tuple[int, int]:
+    """Both positions, in the order in which attention runs."""
     from qkattr.errors import InputError
-    from qkattr.scores import attention_at, need_session
+    from qkattr.session import find_position
 
-    s, t = result.position(source), result.position(target)
+    s, t = find_position(tokens, source), find_position(tokens, target)
     if s > t:
         raise InputError(
             f"--from {s} comes after --to {t}; attention is causal, give the earlier position first"
         )
+    return s, t
+
+
+def heads_between(result, source: str, target: str) -> dict[str, Any]:
+    """The loadings with scores and attention, by falling |loading|."""
+    from qkattr.scores import attention_at, need_session
+
+    s, t = _ends(result.tokens, source, target)
     loadings = result.head_loadings(source=s, target=t)
     score, probability = attention_at(need_session(result), t, s)
     rows = [
@@ -85,11 +95,13 @@ def heads_between(result, source: str, target: str) -> dict[str, Any]:
 
 
 def _show(report: dict[str, Any], top: int) -> None:
-    from qkattr.cli.show import console, percent, show_table
+    from qkattr.cli.show import console, percent, say, show_table
+    from qkattr.errors import quoted
 
     out, tokens = console(), report["tokens"]
     s, t = report["source"], report["target"]
-    out.print(f"From {tokens[s]!r} {s} to {tokens[t]!r} {t}: {report['edges']} edges of the graph")
+    ends = f"{quoted(tokens[s])} {s} to {quoted(tokens[t])} {t}"
+    say(out, f"From {ends}: {report['edges']} edges of the graph")
     rows = [
         (
             f"{h['layer']}.{h['head']}",

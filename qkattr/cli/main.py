@@ -5,18 +5,25 @@ Exit codes: 0 done; 2 the input is wrong (one line on stderr); 1 a fault of qkat
 
 from __future__ import annotations
 
+import os
 import sys
+from typing import Any, cast
 
-import click
 import typer
 
 from qkattr.cli import check, heads, qk, tokens, trace
-from qkattr.errors import InputError
+from qkattr.errors import InputError, clipped, printable, quoted
+
+#: Characters of an error message that are printed, at most.
+LONGEST = 1000
+
+# What is wrong with a command line. Some versions of typer bring a click of their own, so that it
+# is not always `click.UsageError`.
+_UsageError: type[Exception] = cast(Any, typer.BadParameter.__bases__[0])
 
 app = typer.Typer(
     name="qkattr",
     help="Attribution graphs that explain attention: why did that head look there?",
-    no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
@@ -26,16 +33,22 @@ for command in (trace.trace, qk.qk, heads.heads, tokens.tokens, check.check):
 
 
 @app.callback(invoke_without_command=True)
-def _options(version: bool = typer.Option(False, "--version", help="Print the version.")) -> None:
+def _options(
+    context: typer.Context,
+    version: bool = typer.Option(False, "--version", help="Print the version."),
+) -> None:
     if version:
         import qkattr
 
         print(qkattr.__version__)
         raise typer.Exit()
+    if context.invoked_subcommand is None:
+        print(context.get_help(), file=sys.stderr)
+        raise typer.Exit(2)
 
 
-def _said(error: click.UsageError) -> str:
-    """What click found wrong with the command line, in one line."""
+def _said(error: Any) -> str:
+    """What is wrong with the command line, in one line."""
     command = error.ctx.command_path if error.ctx else "qkattr"
     return f"{error.format_message().rstrip('.')}; see `{command} --help`"
 
@@ -43,22 +56,28 @@ def _said(error: click.UsageError) -> str:
 def main(arguments: list[str] | None = None) -> int:
     """Run a command line and return its exit code."""
     try:
-        code = app(arguments, standalone_mode=False)
+        code = app(arguments, prog_name="qkattr", standalone_mode=False)
+        sys.stdout.flush()
         return code if isinstance(code, int) else 0
     except InputError as e:
         message = str(e)
-    except click.exceptions.NoArgsIsHelpError as e:
-        print(e.ctx.get_help() if e.ctx else e)
-        return 2
-    except click.UsageError as e:
+    except _UsageError as e:
         message = _said(e)
-    except (KeyboardInterrupt, click.Abort):
+    except (KeyboardInterrupt, typer.Abort):
         print("qkattr: interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:
-        sys.stderr.close()
+    except (BrokenPipeError, SystemExit) as e:
+        # Whoever read the output has seen enough; typer makes an exit with code 1 of that.
+        if not isinstance(e.__context__ if isinstance(e, SystemExit) else e, BrokenPipeError):
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    print(f"qkattr: {' '.join(message.split())}", file=sys.stderr)
+    except OSError as e:
+        if e.filename is None:
+            raise
+        message = f"cannot use {quoted(os.fsdecode(e.filename))}: {e.strerror}; give another path"
+    line = printable(" ".join(message.split()))
+    print(f"qkattr: {clipped(line, LONGEST)}", file=sys.stderr)
     return 2
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from qkattr.cli import common
+from qkattr.errors import quoted
 
 if TYPE_CHECKING:
     from qkattr.qk.table import QKAttribution
@@ -43,12 +44,12 @@ def qk(
     """A head's attention score as a sum over pairs of query-side and key-side components."""
     with common.progress() as progress:
         if common.is_result(prompt):
-            from qkattr.export.folder import open_result
-            from qkattr.scores import qk_attribution
+            from qkattr.scores import place_in, qk_attribution, stored_in_full
 
-            stored = open_result(prompt)
-            qk_place_check(stored, layer, head, query, key)
-            result = common.open_with_model(prompt, model, saes, dtype)
+            result = common.open_saved(prompt, ids=ids, bos=bos, sink=sink)
+            if stored_in_full(result, place_in(result, (layer, head, query, key))) is None:
+                progress("loading the model")
+                result = common.with_model(result, model, saes)
             table = qk_attribution(result, layer=layer, head=head, query=query, key=key)
         else:
             given = common.read_prompt(prompt, ids)
@@ -74,20 +75,22 @@ def qk(
 
 def show(table: QKAttribution, top: int) -> None:
     """The score, its shares, the strongest pairs and marginals."""
-    from qkattr.cli.show import bar, console, percent, show_table
+    from qkattr.cli.show import bar, console, percent, say, show_table
     from qkattr.export.summary import component
 
     out = console()
-    query, key = (f"{table.tokens[p]!r} {p}" for p in (table.query, table.key))
-    out.print(
-        f"Head {table.layer}.{table.head} at {query} looks at {key}: attention {table.probability:.4f}"
+    query, key = (f"{quoted(table.tokens[p])} {p}" for p in (table.query, table.key))
+    say(
+        out,
+        f"Head {table.layer}.{table.head} at {query} looks at {key}: "
+        f"attention {table.probability:.4f}",
     )
     capped = (
         f", capped {table.capped:.4f} with slope {table.slope:.4f}"
         if table.capped != table.score
         else ""
     )
-    out.print(f"score {table.score:.4f}{capped}; its {table.n_pairs} terms sum to {table.sum:.4f}")
+    say(out, f"score {table.score:.4f}{capped}; its {table.n_pairs} terms sum to {table.sum:.4f}")
     rows = [
         (name, f"{s['signed']:+.4f}", percent(s["absolute"])) for name, s in table.shares.items()
     ]

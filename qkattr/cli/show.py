@@ -1,4 +1,7 @@
-"""Tables for the terminal. Prompt text is hostile: it is printed as `repr`, never as markup."""
+"""Tables for the terminal. Prompts, tokens and labels are hostile: nothing of them is markup.
+
+Whatever is printed goes through `printable`, so that no escape sequence reaches the terminal.
+"""
 
 from __future__ import annotations
 
@@ -10,23 +13,33 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from qkattr.errors import printable
+
 
 def console() -> Console:
-    """Standard output, as wide as the terminal (100 columns in a pipe)."""
-    out = Console(highlight=False, markup=False)
-    return out if out.is_terminal else Console(highlight=False, markup=False, width=120)
+    """Standard output, as wide as the terminal (120 columns in a pipe)."""
+    out = Console(highlight=False, markup=False, emoji=False)
+    if out.is_terminal:
+        return out
+    return Console(highlight=False, markup=False, emoji=False, width=120)
+
+
+def say(out: Console, text: str) -> None:
+    """A line of text."""
+    out.print(Text(printable(text)))
 
 
 def show_table(
     out: Console, title: str, columns: Iterable[str], rows: Iterable[Iterable[Any]]
 ) -> None:
     """A table; columns whose name ends in "|" are numbers, to the right."""
-    table = Table(box=box.SIMPLE_HEAD, title=Text(title), title_justify="left", title_style="bold")
+    heading = Text(printable(title))
+    table = Table(box=box.SIMPLE_HEAD, title=heading, title_justify="left", title_style="bold")
     for column in columns:
         right = column.endswith("|")
         table.add_column(column.rstrip("|"), justify="right" if right else "left", no_wrap=right)
     for row in rows:
-        table.add_row(*(Text(str(cell)) for cell in row))
+        table.add_row(*(Text(printable(str(cell))) for cell in row))
     out.print(table)
 
 

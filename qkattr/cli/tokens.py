@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from qkattr.cli import common
+from qkattr.errors import quoted
 
 
 def tokens(
@@ -35,5 +36,5 @@ def tokens(
         return
     from qkattr.cli.show import console, show_table
 
-    rows = [(i, t, repr(text)) for i, (t, text) in enumerate(zip(token_ids, texts, strict=True))]
+    rows = [(i, t, quoted(text)) for i, (t, text) in enumerate(zip(token_ids, texts, strict=True))]
     show_table(console(), f"{len(rows)} tokens, {done}", ("position|", "id|", "token"), rows)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from qkattr.cli import common
-from qkattr.errors import InputError
+from qkattr.errors import InputError, printable, quoted
 
 if TYPE_CHECKING:
     from qkattr.result import Result
@@ -53,7 +53,7 @@ def trace(
     ] = True,
     keep: Annotated[float, Option(help="Share of each boundary's influence to keep.")] = 0.95,
     max_rows: Annotated[int, Option(help="Nodes kept at a boundary, at most.")] = 256,
-    max_edges: Annotated[int, Option(help="Edges kept of one target, at most.")] = 32,
+    max_edges: Annotated[int, Option(help="Edges kept of one target, at most.")] = 64,
     max_slots: Annotated[int, Option(help="Features of one position, at most.")] = 256,
     max_logits: Annotated[int, Option(help="Likeliest tokens taken as targets, at most.")] = 10,
     logit_mass: Annotated[float, Option(help="Probability that they cover.")] = 0.95,
@@ -69,22 +69,12 @@ def trace(
 ) -> None:
     """Trace the next token of PROMPT back to its tokens, with head loadings and QK attributions."""
     with common.progress() as progress:
+        common.need_model(model)
+        common.need_saes(saes)
         given = common.read_prompt(prompt, ids)
-        if out is not None:
-            from qkattr.export.folder import check_writable
+        from qkattr.options import make_options
 
-            check_writable(out)
-        if saes is None:
-            raise InputError(
-                '--saes is missing; give "smollm2" or a folder of SAEs, one after every block'
-            )
-        bundle = common.open_model(model, saes, dtype)
-        from qkattr.analysis import trace as trace_prompt
-
-        result = trace_prompt(
-            bundle,
-            given,
-            progress=progress,
+        options = dict(
             target=tuple(target or ()),
             contrast=contrast,
             score=_place(score),
@@ -103,6 +93,15 @@ def trace(
             bos=bos,
             precision=precision,
         )
+        make_options(options)
+        if out is not None:
+            from qkattr.export.folder import check_writable
+
+            check_writable(out)
+        bundle = common.open_model(model, saes, dtype)
+        from qkattr.analysis import trace as trace_prompt
+
+        result = trace_prompt(bundle, given, progress=progress, **options)
         progress("writing")
         page = result.save(out) if out is not None else None
     if json:
@@ -110,7 +109,7 @@ def trace(
     else:
         summarise(result)
         if page is not None:
-            print(f"\nOpen {page.resolve()}")
+            print(printable(f"Open {page.resolve()}"))
 
 
 def _place(score: str | None) -> tuple[int, int, str, str] | None:
@@ -121,20 +120,23 @@ def _place(score: str | None) -> tuple[int, int, str, str] | None:
         return int(parts[0]), int(parts[1]), parts[2], parts[3]
     except (ValueError, IndexError) as e:
         raise InputError(
-            f"--score expects LAYER.HEAD.QUERY.KEY, as in 23.2.-1.6, got {score!r}"
+            f"--score expects LAYER.HEAD.QUERY.KEY, as in 23.2.-1.6, got {quoted(score)}"
         ) from e
 
 
 def summarise(result: Result) -> None:
     """Predictions, the strongest routes, the heads that carried most, and what leaked."""
-    from qkattr.cli.show import console, percent, show_table
+    from qkattr.cli.show import console, percent, say, show_table
     from qkattr.export.summary import carrying_heads, route_hops
 
     out, graph = console(), result.graph
-    out.print(f"{result.bos[:1].upper()}{result.bos[1:]}. {len(result.tokens)} tokens, "
-              f"{len(graph.nodes)} nodes, {len(graph.edges)} edges.")  # fmt: skip
+    say(
+        out,
+        f"{result.bos[:1].upper()}{result.bos[1:]}. {len(result.tokens)} tokens, "
+        f"{len(graph.nodes)} nodes, {len(graph.edges)} edges.",
+    )
     rows = [
-        (repr(p["token"]), f"{p['probability']:.4f}", "traced" if p["target"] else "")
+        (quoted(p["token"]), f"{p['probability']:.4f}", "traced" if p["target"] else "")
         for p in result.predictions[:5]
     ]
     show_table(out, "Next token", ("token", "probability|", ""), rows)
@@ -144,8 +146,8 @@ def summarise(result: Result) -> None:
     rows = [
         (
             h["head"],
-            f"{h['source']!r} {h['key']}",
-            f"{h['target']!r} {h['query']}",
+            f"{quoted(h['source'])} {h['key']}",
+            f"{quoted(h['target'])} {h['query']}",
             percent(h["influence"]),
             h["loading"],
         )
@@ -158,11 +160,11 @@ def summarise(result: Result) -> None:
 
 def _hop(hop: dict) -> str:
     position = hop["position"]
-    return f"{hop['via']}{hop['text']!r}" + (f" {position}" if position != "" else "")
+    return f"{hop['via']}{quoted(hop['text'])}" + (f" {position}" if position != "" else "")
 
 
 def _leak(result: Result, out) -> None:
-    from qkattr.cli.show import show_table
+    from qkattr.cli.show import say, show_table
 
     leak = result.graph.leak
     shown = [row for i, row in enumerate(leak) if i % 5 == 0 or i == len(leak) - 1]
@@ -179,17 +181,24 @@ def _leak(result: Result, out) -> None:
     rows = [
         (
             r["boundary"],
-            *(f"{v:.4f}" for v in (r["surviving"], r["feature"], r["token"] + r["position"], r["error"], r["sink"], r["dropped"])),
+            f"{r['surviving']:.4f}",
+            f"{r['feature']:.4f}",
+            f"{r['token'] + r['position']:.4f}",
+            f"{r['error']:.4f}",
+            f"{r['sink']:.4f}",
+            f"{r['dropped']:.4f}",
             f"{r['kept_nodes']}{'+' if r['overflow'] else ''}",
         )
         for r in shown
-    ]  # fmt: skip
+    ]
     show_table(
         out, "What leaked (shares of the targets' influence; every fifth boundary)", columns, rows
     )
     settings = result.settings
-    out.print(
-        f"Completeness {result.graph.completeness:.3f}, replacement {result.graph.replacement:.4f}. Frozen: patterns, norm "
-        f"scales; MLP linearisation {settings['linearisation']}; errors {'are' if settings['through_errors'] else 'are not'} "
-        f"traced through."
+    say(
+        out,
+        f"Completeness {result.graph.completeness:.3f}, "
+        f"replacement {result.graph.replacement:.4f}. Frozen: patterns, norm scales; "
+        f"MLP linearisation {settings['linearisation']}; "
+        f"errors {'are' if settings['through_errors'] else 'are not'} traced through.",
     )

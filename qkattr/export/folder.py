@@ -1,7 +1,8 @@
-"""A result as a folder: `graph.json` (for people and viewers), `graph.npz` (the same in columns), `index.html`.
+"""A result as a folder: `graph.json` (for viewers), `graph.npz` (in columns) and `index.html`.
 
-Everything is written under temporary names beside the old files and renamed at the end, so that a full disk or a killed
-process leaves the old output whole. Both data files carry the run's id; a folder of two runs is refused.
+Everything is written under temporary names beside the old files and renamed at the end, so that a
+full disk or a process killed while it writes leaves the old output whole. Both data files carry the
+run's id; a folder of two runs is refused.
 """
 
 from __future__ import annotations
@@ -12,13 +13,14 @@ import json
 import os
 import tempfile
 import zipfile
+import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from qkattr.errors import InputError
-from qkattr.export.graph_json import SCHEMA, graph_json
+from qkattr.export.graph_json import SCHEMA, dumps, graph_json
 from qkattr.export.html import page
 from qkattr.graph.tables import Edges, Graph, Nodes
 from qkattr.qk.table import QKAttribution
@@ -27,42 +29,70 @@ from qkattr.result import Result
 if TYPE_CHECKING:
     from qkattr.load.bundle import Bundle
 
+# What np.load raises on a file that is cut short, overwritten or no archive at all.
+_DAMAGE = (
+    ValueError,
+    OSError,
+    EOFError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    SyntaxError,
+    RuntimeError,
+    zipfile.BadZipFile,
+    zlib.error,
+)
+
 
 def save_result(result: Result, folder: Path) -> Path:
     """Write the folder and return the path of its page."""
-    text = json.dumps(graph_json(result), ensure_ascii=False, allow_nan=False)
     files = {
         "graph.npz": _columns(result),
-        "graph.json": text.encode(),
-        "index.html": page(result).encode(),
+        "graph.json": encoded(dumps(graph_json(result))),
+        "index.html": encoded(page(result)),
     }
     write_files(folder, files)
     return folder / "index.html"
 
 
+def encoded(text: str) -> bytes:
+    r"""UTF-8; half a surrogate pair becomes `\udc80`, which is also its escape in JSON."""
+    return text.encode(errors="backslashreplace")
+
+
 def check_writable(folder: Path) -> None:
-    """Fail before the work, not after it.
+    """Fail before the work, not after it. Nothing is made yet.
 
     Raises:
       InputError: the folder cannot be made or written to.
     """
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
+        existing = folder
+        while not existing.exists() and existing != existing.parent:
+            existing = existing.parent
+        if not existing.is_dir():
+            raise NotADirectoryError(None, f"{existing} is a file")
+        with tempfile.TemporaryFile(dir=existing):
             pass
-    except OSError as e:
-        raise InputError(f"cannot write to {folder}: {e.strerror}; choose another folder") from e
+    except (OSError, ValueError) as e:
+        raise InputError(f"cannot write to {folder}: {_reason(e)}; choose another folder") from e
+
+
+def _reason(error: Exception) -> str:
+    return getattr(error, "strerror", None) or str(error)
 
 
 def write_files(folder: Path, files: dict[str, bytes]) -> None:
     """Write all of the files or none: to temporary names first, then renamed.
 
     Raises:
-      InputError: the folder cannot be written, or the disk is full; files that were there are unchanged.
+      InputError: the folder cannot be written, or the disk is full; files that were there are
+        unchanged.
     """
     check_writable(folder)
     written: dict[str, str] = {}
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         for name, content in files.items():
             handle, temporary = tempfile.mkstemp(dir=folder, prefix=f".{name}.")
             written[name] = temporary
@@ -78,7 +108,8 @@ def write_files(folder: Path, files: dict[str, bytes]) -> None:
             del written[name]
     except OSError as e:
         raise InputError(
-            f"cannot write {folder}: {e.strerror}; what was there is unchanged, make room"
+            f"cannot write to {folder}: {_reason(e)}; what was there is unchanged, make room or "
+            f"choose another folder"
         ) from e
     finally:
         for temporary in written.values():
@@ -93,10 +124,25 @@ def open_result(folder: str | Path, *, bundle: Bundle | None = None) -> Result:
       bundle: the model and SAEs it was made with, to ask for more than it holds.
 
     Raises:
-      InputError: not such a folder, damaged, of another schema, or made with another model or other SAEs.
+      InputError: not such a folder, damaged, of another schema, or made with another model or other
+        SAEs.
     """
     folder = Path(folder)
     header, columns = _read(folder)
+    try:
+        result = _build(header, columns)
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError) as e:
+        raise InputError(
+            f"{folder} holds a damaged result ({type(e).__name__}: {e}); trace the prompt again"
+        ) from e
+    if bundle is None:
+        return result
+    from qkattr.analysis import attach
+
+    return attach(result, bundle)
+
+
+def _build(header: dict[str, Any], columns: dict[str, np.ndarray]) -> Result:
     graph = Graph(
         nodes=Nodes(**{f.name: columns[f"nodes.{f.name}"] for f in dataclasses.fields(Nodes)}),
         edges=Edges(**{f.name: columns[f"edges.{f.name}"] for f in dataclasses.fields(Edges)}),
@@ -104,7 +150,8 @@ def open_result(folder: str | Path, *, bundle: Bundle | None = None) -> Result:
         replacement=header["replacement"],
         completeness=header["completeness"],
     )
-    result = Result(
+    _check_columns(graph, n_tokens=len(header["tokens"]))
+    return Result(
         tokens=header["tokens"],
         token_ids=tuple(header["token_ids"]),
         bos=header["bos"],
@@ -118,11 +165,22 @@ def open_result(folder: str | Path, *, bundle: Bundle | None = None) -> Result:
         labels=_labels(header["labels"]),
         vocabulary={int(i): text for i, text in header["vocabulary"].items()},
     )
-    if bundle is None:
-        return result
-    from qkattr.analysis import attach
 
-    return attach(result, bundle)
+
+def _check_columns(graph: Graph, *, n_tokens: int) -> None:
+    """The columns of each table are equally long, and what they point at exists."""
+    for table in (graph.nodes, graph.edges):
+        lengths = {len(getattr(table, field.name)) for field in dataclasses.fields(table)}
+        if len(lengths) != 1:
+            raise ValueError(f"columns of {sorted(lengths)} rows in one table")
+    pointers = (
+        (graph.edges.source, len(graph.nodes)),
+        (graph.edges.target, len(graph.nodes)),
+        (graph.nodes.position, n_tokens),
+    )
+    for column, size in pointers:
+        if len(column) and not 0 <= column.min() <= column.max() < size:
+            raise ValueError(f"a row points outside 0..{size - 1}")
 
 
 def _labels(raw: dict[str, str]) -> dict[tuple[int, int], str]:
@@ -149,23 +207,25 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
             )
     try:
         header = json.loads((folder / "graph.json").read_text(encoding="utf-8"))["qkattr"]
-        schema = header["schema"]
-    except (ValueError, KeyError, TypeError) as e:
+        schema, run = header["schema"], header["provenance"]["run"]
+    except (ValueError, KeyError, TypeError, RecursionError) as e:
         raise InputError(
             f"{folder / 'graph.json'} is not a qkattr graph; write it again with `qkattr trace`"
         ) from e
     if schema != SCHEMA:
         raise InputError(
-            f"{folder} has schema {schema}, this qkattr reads schema {SCHEMA}; trace the prompt again"
+            f"{folder} has schema {schema}, this qkattr reads schema {SCHEMA}; trace the prompt "
+            "again"
         )
     try:
-        with np.load(folder / "graph.npz", allow_pickle=False) as data:
+        with (folder / "graph.npz").open("rb") as file, np.load(file, allow_pickle=False) as data:
             columns = {name: data[name] for name in data.files}
-    except (ValueError, OSError, zipfile.BadZipFile, EOFError) as e:
+        written_by = str(columns["run"])
+    except _DAMAGE as e:
         raise InputError(
             f"{folder / 'graph.npz'} is damaged; write it again with `qkattr trace`"
         ) from e
-    if str(columns["run"]) != header["provenance"]["run"]:
+    if written_by != run:
         raise InputError(
             f"{folder} holds graph.json and graph.npz of different runs; trace the prompt again"
         )

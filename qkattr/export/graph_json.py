@@ -1,11 +1,14 @@
 """The graph as JSON: valid against Neuronpedia's graph schema, with qkattr's own keys beside it.
 
-Per node `boundary`, `kind`, `index` (`ctx_idx` is its position); per link `resid`, `mlp` and `heads`; on top a `qkattr`
-object. Numbers are rounded to 7 significant digits; the columns beside it (`graph.npz`) hold them as computed.
+Per node `boundary`, `kind`, `index` (`ctx_idx` is its position); per link `resid`, `mlp` and
+`heads`; on top a `qkattr` object. Numbers are rounded to 6 significant digits; the columns beside
+it (`graph.npz`) hold them as computed.
 """
 
 from __future__ import annotations
 
+import json
+import math
 from typing import Any
 
 import numpy as np
@@ -29,6 +32,22 @@ _FEATURE_TYPES = {
     Kind.CONST: "bias",
     Kind.SINK: "attention sink",
 }
+
+
+def dumps(value: Any, *, ascii: bool = False) -> str:
+    """JSON as the standard has it: what is not finite is null."""
+    try:
+        return json.dumps(value, ensure_ascii=ascii, allow_nan=False)
+    except ValueError:
+        return json.dumps(_finite(value), ensure_ascii=ascii, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def graph_json(result: Result) -> dict[str, Any]:
@@ -167,7 +186,7 @@ def _links(result: Result) -> list[dict[str, Any]]:
     ]
 
 
-def _significant(x: np.ndarray, digits: int = 7) -> np.ndarray:
+def _significant(x: np.ndarray, digits: int = 6) -> np.ndarray:
     x = x.astype(float)
     with np.errstate(divide="ignore"):
         power = np.floor(np.log10(np.abs(np.where(x == 0, 1, x))))
@@ -175,5 +194,5 @@ def _significant(x: np.ndarray, digits: int = 7) -> np.ndarray:
     return np.round(x * scale) / scale
 
 
-def _round(x: float, digits: int = 7) -> float:
+def _round(x: float, digits: int = 6) -> float:
     return float(f"{float(x):.{digits}g}")

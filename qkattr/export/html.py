@@ -1,4 +1,7 @@
-"""The page: one self-contained HTML file without scripts. Prompt and labels are hostile: everything is escaped."""
+"""The page: one self-contained HTML file without scripts.
+
+Prompts, tokens and labels are hostile: everything is escaped.
+"""
 
 from __future__ import annotations
 
@@ -7,13 +10,13 @@ from typing import Any
 
 import jinja2
 
+from qkattr.errors import quoted
 from qkattr.export.summary import (
     carrying_heads,
     component,
-    name,
-    number,
     route_hops,
     strongest_edges,
+    visible,
 )
 from qkattr.result import Result
 
@@ -25,7 +28,7 @@ def page(result: Result) -> str:
     sinks = {s["position"]: len(s["boundaries"]) for s in result.sinks}
     leak = result.graph.leak
     return _template().render(
-        title="qkattr: " + "".join(result.tokens)[:80],
+        title="qkattr: " + visible("".join(result.tokens), 80),
         answer=_answer(result),
         bos=result.bos[:1].upper() + result.bos[1:],
         settings=result.settings,
@@ -41,8 +44,6 @@ def page(result: Result) -> str:
         replacement=result.graph.replacement,
         reached=leak[-1]["token"] + leak[-1]["position"],
         overflow=sum(row["overflow"] for row in leak),
-        name=name,
-        number=number,
     )
 
 
@@ -52,6 +53,7 @@ def _template() -> jinja2.Template:
     environment = jinja2.Environment(
         loader=loader, autoescape=True, undefined=jinja2.StrictUndefined
     )
+    environment.filters["visible"] = visible
     return environment.get_template("page.html.j2")
 
 
@@ -59,7 +61,7 @@ def _answer(result: Result) -> str:
     targets = [p["token"] for p in result.predictions if p["target"]]
     if len(result.scores) and not targets:
         block, head, query, key, _ = result.scores[0]
-        return f"{block}.{head}: {result.tokens[query]!r} to {result.tokens[key]!r}"
+        return f"{block}.{head}: {quoted(result.tokens[query])} to {quoted(result.tokens[key])}"
     return targets[0]
 
 
@@ -70,7 +72,7 @@ def _note(result: Result, prediction: dict[str, Any]) -> str:
     if against < 0:
         return "its logit"
     other = next(p["token"] for p in result.predictions if p["id"] == against)
-    return f"its logit less that of {other!r}"
+    return f"its logit less that of {quoted(other)}"
 
 
 def _qk(table) -> dict[str, Any]:

@@ -6,38 +6,50 @@ from typing import Any
 
 import numpy as np
 
+from qkattr.errors import clipped, printable, quoted
 from qkattr.graph.paths import Route
 from qkattr.result import Result
 from qkattr.types import Kind
 
 
 def number(x: float) -> str:
-    """A signed number in four significant digits."""
-    return f"{x:+.4g}"
+    """A signed number in four significant digits; large ones whole, with separators."""
+    if x == 0:
+        return "0"
+    return f"{x:+,.0f}" if 1000 <= abs(x) < 1e9 else f"{x:+.4g}"
+
+
+def visible(text: str, most: int = 100) -> str:
+    """Text of a prompt or a label on one line, with what has no glyph written out."""
+    for white, sign in (("\n", "⏎"), ("\t", "⇥")):
+        text = text.replace(white, sign)
+    return clipped(printable(text), most)
 
 
 def name(result: Result, node: int) -> str:
     """A node in words: what it is, where."""
     nodes = result.graph.nodes
     kind, t, b = Kind(nodes.kind[node]), int(nodes.position[node]), int(nodes.boundary[node])
-    label, token = result.label(node), result.tokens[t]
+    label, token = result.label(node), quoted(result.tokens[t])
     if kind == Kind.FEATURE:
-        said = f" {label}" if label else ""
-        return f"feature {b}:{nodes.index[node]}{said} on {token!r} {t}"
+        said = f" {visible(label)}" if label else ""
+        return f"feature {b}:{nodes.index[node]}{said} on {token} {t}"
     if kind == Kind.LOGIT:
-        return f"logit {label!r}"
+        return f"logit {quoted(label)}"
     if kind == Kind.SCORE:
         return label
     if kind == Kind.TOKEN:
-        return f"token {token!r} {t}"
-    return f"{kind.label} {b} on {token!r} {t}"
+        return f"token {token} {t}"
+    return f"{kind.label} {b} on {token} {t}"
 
 
 def component(described: dict[str, Any]) -> str:
     """A component of a QK attribution in words."""
     kind, index, label = described["kind"], described["index"], described.get("label", "")
     text = kind if index is None else f"{kind} {index}"
-    return f"{text} {label}" if label else text
+    if not label:
+        return text
+    return f"{text} {quoted(label) if kind == Kind.TOKEN.label else visible(label)}"
 
 
 def route_hops(result: Result, route: Route) -> list[dict[str, Any]]:
@@ -49,12 +61,21 @@ def route_hops(result: Result, route: Route) -> list[dict[str, Any]]:
         source, target = nodes.position[edges.source[edge]], nodes.position[edges.target[edge]]
         if source == target:
             continue
-        head = int(np.abs(edges.heads[edge]).argmax())
+        head = _leading_head(result, int(edges.block[edge]), int(source), int(target))
         via = f" → {edges.block[edge]}.{head} → "
         hops.append(dict(via=via, position=int(target), text=result.tokens[target]))
     target = route.nodes[-1]
     hops.append(dict(via=" → ", position="", text=result.label(target)))
     return hops
+
+
+def _leading_head(result: Result, block: int, source: int, target: int) -> int:
+    """The head of a block that carried most influence from one position to another."""
+    edges, nodes = result.graph.edges, result.graph.nodes
+    there = edges.block == block
+    there &= nodes.position[edges.source] == source
+    there &= nodes.position[edges.target] == target
+    return int(result.graph.head_influence()[there].sum(0).argmax())
 
 
 def carrying_heads(result: Result, n: int = 15) -> list[dict[str, Any]]:
@@ -90,21 +111,21 @@ def strongest_edges(result: Result, n: int = 40) -> list[dict[str, Any]]:
     crossing = nodes.position[edges.source] != nodes.position[edges.target]
     moved = crossing | (np.abs(edges.residual) < np.abs(edges.weight) / 2)
     rows = []
-    for i in np.argsort(-np.where(moved & (edges.block >= 0), influence, 0.0), kind="stable")[:n]:
+    order = np.argsort(-np.where(moved & (edges.block >= 0), influence, 0.0), kind="stable")
+    for i in order[:n].tolist():
         if influence[i] == 0 or not moved[i] or edges.block[i] < 0:
             break
-        order = np.argsort(-np.abs(edges.heads[i]))[:3]
-        carried = [
-            f"{edges.block[i]}.{h} {number(edges.heads[i, h])}" for h in order if edges.heads[i, h]
-        ]
+        loadings = edges.heads[i].tolist()
+        strongest = sorted(range(len(loadings)), key=lambda h: -abs(loadings[h]))[:3]
+        carried = [f"{edges.block[i]}.{h} {number(loadings[h])}" for h in strongest if loadings[h]]
         rows.append(
             dict(
-                source=name(result, edges.source[i]),
-                target=name(result, edges.target[i]),
+                source=name(result, int(edges.source[i])),
+                target=name(result, int(edges.target[i])),
                 influence=float(influence[i]),
-                weight=number(edges.weight[i]),
-                residual=number(edges.residual[i]),
-                mlp=number(edges.mlp[i]),
+                weight=number(float(edges.weight[i])),
+                residual=number(float(edges.residual[i])),
+                mlp=number(float(edges.mlp[i])),
                 heads=", ".join(carried),
             )
         )
