@@ -1,0 +1,56 @@
+"""JAX settings for every test, and the real model, loaded once a session."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import jax
+import pytest
+
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_default_matmul_precision", "highest")
+jax.config.update("jax_numpy_rank_promotion", "allow")
+
+import real  # noqa: E402  (after the settings)
+import tiny  # noqa: E402
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: runs on the real model")
+
+
+@pytest.fixture(scope="session", params=list(tiny.HOUSES))
+def case(request) -> tiny.Case:
+    """Every house with a prompt."""
+    return tiny.case(request.param)
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder with the real model's SAEs: $QKATTR_SHARED,
+    by default ../shared beside the repository.
+    """
+    root = Path(__file__).parent.parent
+    folder = (root / os.environ.get("QKATTR_SHARED", "../shared")).resolve()
+    if not (folder / "smollm2" / "saes").is_dir():
+        pytest.fail(
+            "QKATTR_SHARED names no folder with smollm2/saes; "
+            "set it, or deselect with -m 'not slow'"
+        )
+    os.environ["QKATTR_SHARED"] = str(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def bundle(shared):
+    """SmolLM2 with its SAEs."""
+    from qkattr.load.bundle import load
+
+    return load("smollm2", "smollm2")
+
+
+@pytest.fixture(scope="session", params=list(real.PROMPTS))
+def real_case(request, bundle) -> tiny.Case:
+    """A prompt that went through the real model."""
+    return real.case(bundle, request.param)

@@ -1,0 +1,446 @@
+"""The mathematics once more, in float64 NumPy with loops: slow, and written from the formulas,
+not from the library.
+
+A block is run position by position and head by head; frozen, it becomes an explicit matrix for
+every pair of positions. Vectors are columns here: a matrix `[D_out, D_in]` acts from the left.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+
+import numpy as np
+
+from qkattr.config import BlockConfig
+from qkattr.types import BlockWeights, Kind, Norm
+
+_erf = np.vectorize(math.erf, otypes=[float])
+
+ACTIVATIONS: dict[str, Callable] = {
+    "silu": lambda x: x / (1 + np.exp(-x)),
+    "relu": lambda x: np.maximum(x, 0.0),
+    "gelu": lambda x: x * (1 + _erf(x / np.sqrt(2))) / 2,
+    "gelu_tanh": lambda x: x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3))) / 2,
+}
+
+
+def f64(x) -> np.ndarray:
+    return np.asarray(x, np.float64)
+
+
+def _or_zero(bias, size: int) -> np.ndarray:
+    return np.zeros(size) if bias is None else f64(bias)
+
+
+def _derivative(act, x):
+    step = 1e-6
+    return (act(x + step) - act(x - step)) / (2 * step)
+
+
+# Norms --------------------------------------------------------------------------------------------
+
+
+def inverse_norm(norm: Norm | None, x: np.ndarray, cfg: BlockConfig) -> float:
+    """1 / rms, or 1 / std."""
+    if norm is None:
+        return 1.0
+    variance = np.mean((x - x.mean()) ** 2) if cfg.norm == "layer" else np.mean(x**2)
+    return 1 / np.sqrt(variance + cfg.eps)
+
+
+def norm_matrix(norm: Norm | None, scale: float, d: int, cfg: BlockConfig) -> np.ndarray:
+    """The norm with its scale frozen, as a matrix."""
+    if norm is None:
+        return np.eye(d)
+    centre = np.eye(d) - np.full((d, d), 1 / d) if cfg.norm == "layer" else np.eye(d)
+    return scale * np.diag(f64(norm.weight)) @ centre
+
+
+def norm_constant(norm: Norm | None, d: int) -> np.ndarray:
+    return np.zeros(d) if norm is None else _or_zero(norm.bias, d)
+
+
+# One block ----------------------------------------------------------------------------------------
+
+
+def rotation(position: int, inv_freq: np.ndarray, size: int) -> np.ndarray:
+    """The rotary embedding at a position, as a matrix `[H, H]`."""
+    out, pairs = np.eye(size), len(inv_freq)
+    for i, frequency in enumerate(f64(inv_freq)):
+        # The library's angles are float32 products; at these positions they differ from exact ones
+        # by 1e-7.
+        c, s = np.cos(position * frequency), np.sin(position * frequency)
+        out[i, i], out[i, i + pairs], out[i + pairs, i], out[i + pairs, i + pairs] = c, -s, s, c
+    return out
+
+
+@dataclasses.dataclass
+class Seen:
+    """What a block computed. Arrays are indexed [head, query, key], [position, ...]."""
+
+    x: np.ndarray
+    out: np.ndarray
+    scores: np.ndarray
+    pattern: np.ndarray
+    norm_attn: list  # matrices, one a position
+    norm_mlp: list
+    post_attn: list
+    post_mlp: list
+    head_q: np.ndarray  # [head, position] scale of the QK-norm
+    head_k: np.ndarray
+    gate: np.ndarray | None
+    up: np.ndarray
+
+
+def _qk_scale(gain, raw, cfg):
+    return 1.0 if gain is None else 1 / np.sqrt(np.mean(raw**2) + cfg.eps)
+
+
+def _head_matrix(gain, scale, position, inv_freq, size) -> np.ndarray:
+    """QK-norm at a frozen scale, then rotary."""
+    normed = np.eye(size) if gain is None else scale * np.diag(f64(gain))
+    return rotation(position, inv_freq, size) @ normed
+
+
+def group_of(w: BlockWeights) -> int:
+    return w.wq_DNH.shape[1] // w.wk_DKH.shape[1]
+
+
+def run_block(
+    w: BlockWeights, x: np.ndarray, cfg: BlockConfig, pattern: np.ndarray | None = None
+) -> Seen:
+    """A block's forward pass; `pattern` overrides its own."""
+    x = f64(x)
+    T, d = x.shape
+    n_heads, size = w.wq_DNH.shape[1:]
+    n_mlp = w.w_up_DF.shape[1]
+    beta = norm_constant(w.norm_attn, d)
+    norm_attn = [
+        norm_matrix(w.norm_attn, inverse_norm(w.norm_attn, x[t], cfg), d, cfg) for t in range(T)
+    ]
+    y = np.stack([norm_attn[t] @ x[t] + beta for t in range(T)])
+    scores, own = np.zeros((n_heads, T, T)), np.zeros((n_heads, T, T))
+    head_q, head_k = np.ones((n_heads, T)), np.ones((n_heads, T))
+    attn = np.tile(_or_zero(w.bo_D, d), (T, 1))
+    for n in range(n_heads):
+        k = n // group_of(w)
+        queries, keys, values = [], [], []
+        for t in range(T):
+            q = y[t] @ f64(w.wq_DNH[:, n]) + (0 if w.bq_NH is None else f64(w.bq_NH[n]))
+            key = y[t] @ f64(w.wk_DKH[:, k]) + (0 if w.bk_KH is None else f64(w.bk_KH[k]))
+            head_q[n, t], head_k[n, t] = _qk_scale(w.norm_q, q, cfg), _qk_scale(w.norm_k, key, cfg)
+            queries.append(_head_matrix(w.norm_q, head_q[n, t], t, w.inv_freq, size) @ q)
+            keys.append(_head_matrix(w.norm_k, head_k[n, t], t, w.inv_freq, size) @ key)
+            values.append(y[t] @ f64(w.wv_DKH[:, k]) + (0 if w.bv_KH is None else f64(w.bv_KH[k])))
+        scores[n] = cfg.scale * np.stack(queries) @ np.stack(keys).T
+        for t in range(T):
+            seen = [s for s in range(t + 1) if t - s < int(w.window)]
+            own[n, t, seen] = softmax(cap(scores[n, t, seen], cfg))
+        used = own[n] if pattern is None else pattern[n]
+        attn += used @ np.stack(values) @ f64(w.wo_NHD[n])
+    post_attn = [
+        norm_matrix(w.norm_attn_post, inverse_norm(w.norm_attn_post, attn[t], cfg), d, cfg)
+        for t in range(T)
+    ]
+    middle = (
+        x
+        + np.stack([post_attn[t] @ attn[t] for t in range(T)])
+        + norm_constant(w.norm_attn_post, d)
+    )
+    read = x if cfg.parallel else middle
+    norm_mlp = [
+        norm_matrix(w.norm_mlp, inverse_norm(w.norm_mlp, read[t], cfg), d, cfg) for t in range(T)
+    ]
+    y = np.stack([norm_mlp[t] @ read[t] for t in range(T)]) + norm_constant(w.norm_mlp, d)
+    act = ACTIVATIONS[cfg.activation]
+    up = y @ f64(w.w_up_DF) + _or_zero(w.b_up_F, n_mlp)
+    gate = None if w.w_gate_DF is None else y @ f64(w.w_gate_DF) + _or_zero(w.b_gate_F, n_mlp)
+    z = act(up) if gate is None else act(gate) * up
+    mlp = z @ f64(w.w_down_FD) + _or_zero(w.b_down_D, d)
+    post_mlp = [
+        norm_matrix(w.norm_mlp_post, inverse_norm(w.norm_mlp_post, mlp[t], cfg), d, cfg)
+        for t in range(T)
+    ]
+    out = (
+        middle
+        + np.stack([post_mlp[t] @ mlp[t] for t in range(T)])
+        + norm_constant(w.norm_mlp_post, d)
+    )
+    return Seen(
+        x, out, scores, own if pattern is None else pattern, norm_attn, norm_mlp, post_attn,
+        post_mlp, head_q, head_k, gate, up,
+    )  # fmt: skip
+
+
+def softmax(x: np.ndarray) -> np.ndarray:
+    e = np.exp(x - x.max())
+    return e / e.sum()
+
+
+def cap(scores: np.ndarray, cfg: BlockConfig) -> np.ndarray:
+    return scores if cfg.softcap is None else cfg.softcap * np.tanh(scores / cfg.softcap)
+
+
+# QK terms -----------------------------------------------------------------------------------------
+
+
+def qk_vectors(
+    w: BlockWeights, seen: Seen, cfg, vectors: np.ndarray, head: int, t: int, side: str
+) -> np.ndarray:
+    """Every component of position t in head space `[C, H]`; the constants are in the bias slot,
+    the last but one.
+    """
+    d, size = vectors.shape[1], w.wq_DNH.shape[2]
+    kv = head // group_of(w)
+    if side == "query":
+        weight, bias, gain, scale = w.wq_DNH[:, head], w.bq_NH, w.norm_q, seen.head_q[head, t]
+        bias = None if bias is None else bias[head]
+    else:
+        weight, bias, gain, scale = w.wk_DKH[:, kv], w.bk_KH, w.norm_k, seen.head_k[head, t]
+        bias = None if bias is None else bias[kv]
+    raw = np.stack([f64(weight).T @ seen.norm_attn[t] @ v for v in f64(vectors)])
+    raw[-2] += f64(weight).T @ norm_constant(w.norm_attn, d) + _or_zero(bias, size)
+    return raw @ _head_matrix(gain, scale, t, w.inv_freq, size).T
+
+
+# The frozen block ---------------------------------------------------------------------------------
+
+
+def mlp_slopes(
+    seen: Seen, cfg: BlockConfig, linearisation: str
+) -> tuple[np.ndarray | None, np.ndarray]:
+    """dz/dg and dz/du `[T, F]` of the linearised hidden layer."""
+    act = ACTIVATIONS[cfg.activation]
+    if seen.gate is None:
+        if linearisation == "jacobian":
+            return None, _derivative(act, seen.up)
+        return None, act(seen.up) / seen.up
+    g, u = seen.gate, seen.up
+    if linearisation == "jacobian":
+        return _derivative(act, g) * u, act(g)
+    if linearisation == "frozen-gate":
+        return np.zeros_like(g), act(g)
+    return act(g) / g * u / 2, act(g) / 2
+
+
+@dataclasses.dataclass
+class Linear:
+    """A frozen block as matrices. heads: `[N, T, S, D, D]` each head's direct part;
+    mlp: `[T, D, D]`.
+    """
+
+    heads: np.ndarray
+    mlp: np.ndarray
+    parallel: bool
+
+    def matrix(self) -> np.ndarray:
+        """`[T, D, S, D]`, everything together."""
+        T, d = self.mlp.shape[:2]
+        total = np.zeros((T, d, T, d))
+        for t in range(T):
+            through = np.eye(d) if self.parallel else np.eye(d) + self.mlp[t]
+            total[t, :, t] += np.eye(d) + self.mlp[t]
+            for s in range(T):
+                total[t, :, s] += through @ self.heads[:, t, s].sum(0)
+        return total
+
+
+def linearise(w: BlockWeights, seen: Seen, cfg: BlockConfig, linearisation: str) -> Linear:
+    T, d = seen.x.shape
+    n_heads = w.wq_DNH.shape[1]
+    slope_gate, slope_up = mlp_slopes(seen, cfg, linearisation)
+    heads, mlp = np.zeros((n_heads, T, T, d, d)), np.zeros((T, d, d))
+    for t in range(T):
+        hidden = slope_up[t][:, None] * f64(w.w_up_DF).T
+        if slope_gate is not None:
+            hidden += slope_gate[t][:, None] * f64(w.w_gate_DF).T
+        mlp[t] = seen.post_mlp[t] @ f64(w.w_down_FD).T @ hidden @ seen.norm_mlp[t]
+        for n in range(n_heads):
+            ov = f64(w.wo_NHD[n]).T @ f64(w.wv_DKH[:, n // group_of(w)]).T
+            for s in range(t + 1):
+                heads[n, t, s] = seen.pattern[n, t, s] * seen.post_attn[t] @ ov @ seen.norm_attn[s]
+    return Linear(heads, mlp, cfg.parallel)
+
+
+# The graph ----------------------------------------------------------------------------------------
+
+_DEPENDS = {Kind.FEATURE, Kind.ERROR, Kind.TOKEN, Kind.POSITION, Kind.SINK}
+
+Node = tuple  # (boundary, position, kind, index), or ("target", number)
+
+
+@dataclasses.dataclass
+class Edge:
+    weight: float
+    residual: float
+    mlp: float
+    heads: np.ndarray
+
+
+@dataclasses.dataclass
+class NaiveGraph:
+    """influence, share: by kept node. rows: by target, its sums. edges: by (source, target)."""
+
+    influence: dict[Node, float]
+    share: dict[Node, float]
+    rows: dict[Node, dict[str, float]]
+    edges: dict[tuple[Node, Node], Edge]
+    leak: list[dict]
+    replacement: float
+    completeness: float
+
+
+@dataclasses.dataclass
+class Source:
+    node: Node
+    vector: np.ndarray
+
+    position = property(lambda self: self.node[1])
+    kind = property(lambda self: self.node[2])
+
+
+def list_sources(b: int, vectors: np.ndarray, kind: np.ndarray, index: np.ndarray) -> list[Source]:
+    """The components of a boundary that hold something."""
+    return [
+        Source((b, t, Kind(int(kind[t, c])), int(index[t, c])), f64(vectors[t, c]))
+        for t, c in np.ndindex(kind.shape)
+        if kind[t, c] != Kind.NONE
+    ]
+
+
+def _block_edge(linear: Linear, g: np.ndarray, t: int, source: Source) -> Edge:
+    s, x = source.position, source.vector
+    pulled = linear.mlp[t].T @ g
+    carried = g if linear.parallel else g + pulled
+    residual, mlp = (g @ x, pulled @ x) if s == t else (0.0, 0.0)
+    heads = np.array([carried @ m @ x for m in linear.heads[:, t, s]])
+    return Edge(residual + mlp + heads.sum(), residual, mlp, heads)
+
+
+def graph(
+    blocks: list[BlockWeights],
+    boundaries: np.ndarray,
+    sources: list[list[Source]],
+    targets: list[dict],
+    cfg: BlockConfig,
+    *,
+    keep: float,
+    max_rows: int,
+    max_edges: int,
+    linearisation: str,
+    through_errors: bool,
+) -> NaiveGraph:
+    """The backward sweep. targets: dicts of boundary, position, covector, constant, influence."""
+    n_heads = blocks[0].wq_DNH.shape[1]
+    made = NaiveGraph({}, {}, {}, {}, [], 0.0, 0.0)
+    tokens = errors = 0.0
+    above: list[
+        tuple[Source, float, float]
+    ] = []  # rows at the boundary above: node, influence, clean influence
+    for b in reversed(range(len(boundaries))):
+        # Rows that read this boundary: (name, influence, clean, an edge to each source, const, what
+        # it must sum to).
+        rows = []
+        if b < len(blocks):
+            seen = run_block(blocks[b], boundaries[b], cfg)
+            linear = linearise(blocks[b], seen, cfg, linearisation)
+            for node, influence, clean in above:
+                edges = [
+                    _block_edge(linear, node.vector, node.position, source) for source in sources[b]
+                ]
+                total = node.vector @ seen.out[node.position]
+                const = total - sum(e.weight for e in edges)
+                rows.append(
+                    (
+                        node.node,
+                        influence,
+                        clean,
+                        edges,
+                        const,
+                        total,
+                        (b + 1, node.position, Kind.CONST, -1),
+                    )
+                )
+        for number, target in enumerate(targets):
+            if target["boundary"] != b:
+                continue
+            edges = []
+            for source in sources[b]:
+                e = (
+                    target["covector"] @ source.vector
+                    if source.position == target["position"]
+                    else 0.0
+                )
+                edges.append(Edge(e, e, 0.0, np.zeros(n_heads)))
+            total = sum(e.weight for e in edges) + target["constant"]
+            const_node = (b, target["position"], Kind.CONST, -1)
+            start = target["influence"]
+            rows.append(
+                (("target", number), start, start, edges, target["constant"], total, const_node)
+            )
+
+        depends = np.array([source.kind in _DEPENDS for source in sources[b]])
+        is_error = np.array([source.kind == Kind.ERROR for source in sources[b]])
+        arriving, arriving_clean = np.zeros(len(depends)), np.zeros(len(depends))
+        for name, influence, clean, edges, _, total, _ in rows:
+            strength = np.abs([e.weight for e in edges]) * depends
+            made.rows[name] = dict(
+                total=total,
+                absolute=strength.sum(),
+                error=(strength * is_error).sum(),
+                influence=influence,
+            )
+            if strength.sum() > 0:
+                arriving += influence * strength / strength.sum()
+                arriving_clean += clean * strength / strength.sum()
+
+        kept, running, everything = [], 0.0, arriving.sum()
+        for i in np.argsort(-arriving, kind="stable")[:max_rows]:
+            if arriving[i] <= 0 or running >= keep * everything:
+                break
+            kept.append(i)
+            running += arriving[i]
+            made.influence[sources[b][i].node] = arriving[i]
+            made.share[sources[b][i].node] = running / everything
+        made.leak.append(_leak(b, sources[b], arriving, running, len(kept), keep))
+        for i, source in enumerate(sources[b]):
+            tokens += arriving_clean[i] * (source.kind in (Kind.TOKEN, Kind.POSITION))
+            errors += arriving_clean[i] * (source.kind == Kind.ERROR)
+
+        candidates = kept + [i for i, source in enumerate(sources[b]) if source.kind == Kind.BIAS]
+        for name, _, _, edges, const, _, const_node in rows:
+            strongest = sorted(candidates, key=lambda i: -abs(edges[i].weight))[:max_edges]
+            for i in strongest:
+                made.edges[sources[b][i].node, name] = edges[i]
+            made.rows[name]["kept"] = sum(abs(edges[i].weight) for i in strongest if depends[i])
+            made.edges[const_node, name] = Edge(const, 0.0, 0.0, np.zeros(n_heads))
+
+        leaves = {Kind.SINK, Kind.TOKEN, Kind.POSITION} | (
+            set() if through_errors else {Kind.ERROR}
+        )
+        above = [
+            (sources[b][i], arriving[i], arriving_clean[i] * (not is_error[i]))
+            for i in kept
+            if sources[b][i].kind not in leaves
+        ]
+    made.replacement = tokens / (tokens + errors)
+    weights = np.array([row["influence"] for row in made.rows.values()])
+    explained = np.array([1 - row["error"] / row["absolute"] for row in made.rows.values()])
+    made.completeness = (weights * explained).sum() / weights.sum()
+    return made
+
+
+def _leak(b, sources, arriving, kept, n_kept, keep) -> dict:
+    by_kind = {
+        k: sum(a for a, s in zip(arriving, sources, strict=True) if s.kind == k) for k in _DEPENDS
+    }
+    return dict(
+        boundary=b,
+        surviving=arriving.sum(),
+        **{kind.label: share for kind, share in by_kind.items()},
+        dropped=arriving.sum() - kept,
+        kept_nodes=n_kept,
+        overflow=bool(kept < keep * arriving.sum()),
+    )

