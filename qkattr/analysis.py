@@ -283,27 +283,24 @@ def _token_id(bundle: Bundle, token: str | int) -> int:
 
 
 def ranked_scores(graph: Graph, n: int) -> list[tuple[Place, float]]:
-    """The (block, head, query, key) that carry most influence between two positions,
-    summed over edges.
-    """
+    """The (block, head, query, key) that carry most influence between two positions."""
     nodes, edges = graph.nodes, graph.edges
-    crossing = np.flatnonzero(
-        (edges.block >= 0) & (nodes.position[edges.source] != nodes.position[edges.target])
-    )
-    carried = graph.head_influence()[crossing]
-    edge, head = np.nonzero(carried)
-    at = crossing[edge]
-    places = np.stack(
-        [edges.block[at], head, nodes.position[edges.target[at]], nodes.position[edges.source[at]]],
-        1,
-    )
-    distinct, inverse = np.unique(places, axis=0, return_inverse=True)
-    total = np.bincount(inverse.ravel(), weights=carried[edge, head], minlength=len(distinct))
-    order = np.argsort(-total, kind="stable")[:n]
+    query, key = nodes.position[edges.target], nodes.position[edges.source]
+    crossing = np.flatnonzero((edges.block >= 0) & (query != key))
+    if not len(crossing):
+        return []
+    span = int(nodes.position.max()) + 1
+    code = (edges.block[crossing].astype(np.int64) * span + query[crossing]) * span + key[crossing]
+    order = np.argsort(code, kind="stable")
+    code, first = np.unique(code[order], return_index=True)
+    total = np.add.reduceat(graph.head_influence()[crossing[order]], first, axis=0)
+    strongest = np.argsort(-total, axis=None, kind="stable")[:n]
     ranked = []
-    for i in order:
-        block, head, query, key = (int(v) for v in distinct[i])
-        ranked.append(((block, head, query, key), float(total[i])))
+    for group, head in zip(*np.unravel_index(strongest, total.shape), strict=True):
+        if total[group, head] > 0:
+            rest, s = divmod(int(code[group]), span)
+            block, t = divmod(rest, span)
+            ranked.append(((block, int(head), t, s), float(total[group, head])))
     return ranked
 
 

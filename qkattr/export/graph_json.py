@@ -18,6 +18,9 @@ from qkattr.types import Kind
 
 SCHEMA = 1
 
+#: Links listed in the file, the strongest by influence; `graph.npz` has all. Viewers take 100 MB.
+LINKS = 200_000
+
 #: Pairs and marginals listed of each QK attribution in the file.
 LISTED = 100
 
@@ -82,6 +85,7 @@ def header(result: Result) -> dict[str, Any]:
         "completeness": graph.completeness,
         "replacement": graph.replacement,
         "leak": graph.leak,
+        "links": {"listed": min(LINKS, len(graph.edges)), "all": len(graph.edges)},
         "sinks": result.sinks,
         "scores": result.scores.tolist(),
         "labels": {f"{b}:{i}": text for (b, i), text in result.labels.items()},
@@ -161,16 +165,16 @@ def _feature(kind: Kind, boundary: int, index: int, position: int) -> int | None
 
 def _links(result: Result) -> list[dict[str, Any]]:
     edges = result.graph.edges
+    at = _listed(result)
     names = [result.node_id(i) for i in range(len(result.graph.nodes))]
-    heads = _significant(edges.heads).tolist()
     columns = zip(
-        edges.source.tolist(),
-        edges.target.tolist(),
-        edges.block.tolist(),
-        _significant(edges.weight).tolist(),
-        _significant(edges.residual).tolist(),
-        _significant(edges.mlp).tolist(),
-        heads,
+        edges.source[at].tolist(),
+        edges.target[at].tolist(),
+        edges.block[at].tolist(),
+        _significant(edges.weight[at]).tolist(),
+        _significant(edges.residual[at]).tolist(),
+        _significant(edges.mlp[at]).tolist(),
+        _significant(edges.heads[at]).tolist(),
         strict=True,
     )
     return [
@@ -184,6 +188,14 @@ def _links(result: Result) -> list[dict[str, Any]]:
         }
         for source, target, block, weight, resid, mlp, loadings in columns
     ]
+
+
+def _listed(result: Result) -> np.ndarray:
+    """Which edges the file lists, in their order: all, or the strongest by influence."""
+    influence = result.graph.edge_influence()
+    if len(influence) <= LINKS:
+        return np.arange(len(influence))
+    return np.sort(np.argsort(-influence, kind="stable")[:LINKS])
 
 
 def _significant(x: np.ndarray, digits: int = 6) -> np.ndarray:

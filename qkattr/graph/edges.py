@@ -125,5 +125,5 @@ def kept_parts(
     return EdgeParts(
         residual=dot(pulled.residual),
         mlp=dot(pulled.mlp),
-        heads=head_loadings(frozen, pulled, candidates.values[chosen], candidates.position[chosen]),
+        heads=head_loadings(frozen, pulled, candidates.values, candidates.position, chosen),
     )

@@ -124,20 +124,27 @@ def values(frozen: FrozenBlock, directions: Float[Array, "... D"]) -> Float[Arra
 
 
 def head_loadings(
-    frozen: FrozenBlock, pulled: Pulled, v: Float[Array, "R E K H"], source: Int[Array, "R E"]
+    frozen: FrozenBlock,
+    pulled: Pulled,
+    v_QKH: Float[Array, "Q K H"],
+    source: Int[Array, "Q"],
+    chosen: Int[Array, "R E"],
 ) -> Float[Array, "R E N"]:
-    """One number a head for E sources of every row: `A_n[t,s] (g + g~) . O_n v`.
+    """One number a head for E of Q sources, for every row: `A_n[t,s] (g + g~) . O_n v`.
 
     Args:
-      v: the sources' values (`values`, times the norm's scale at their position).
+      v_QKH: the sources' values (`values`, times the norm's scale at their position).
       source: their positions.
+      chosen: which E of them each row asks for.
     """
     R, N, H = pulled.heads.shape
-    K = v.shape[2]
+    K = v_QKH.shape[1]
     covectors = pulled.heads.reshape(R, K, N // K, H)
-    read = jnp.einsum("RKGH,REKH->REKG", covectors, v, precision=frozen.precision)
-    weight = frozen.seen.pattern_NTS[:, pulled.position[:, None], source]
-    return read.reshape(*source.shape, N) * jnp.moveaxis(weight, 0, -1)
+    # One matmul a head over all Q, then a gather: cheaper than gathering values for every row.
+    read = jnp.einsum("RKGH,QKH->KGRQ", covectors, v_QKH, precision=frozen.precision)
+    read = jnp.take_along_axis(read.reshape(N, R, -1), chosen[None], axis=2)
+    weight = frozen.seen.pattern_NTS[:, pulled.position[:, None], source[chosen]]
+    return jnp.moveaxis(read * weight, 0, -1)
 
 
 def _einsum(frozen: FrozenBlock, spec: str, x: Array, w: Array) -> Array:
