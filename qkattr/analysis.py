@@ -21,6 +21,7 @@ import numpy as np
 
 import qkattr
 from qkattr.errors import InputError
+from qkattr.graph.paths import Place, ranked_scores
 from qkattr.graph.sweep import DirectTargets, sweep
 from qkattr.graph.tables import Graph, build_graph
 from qkattr.graph.targets import direct_targets, logit_covectors, score_covectors
@@ -28,7 +29,7 @@ from qkattr.load.bundle import Bundle, Prompt
 from qkattr.model.forward import CAPTURE, forward
 from qkattr.options import TraceOptions, make_options, one_of
 from qkattr.result import Result
-from qkattr.scores import Place, find_place_in, qk_tables
+from qkattr.scores import find_place_in, qk_tables
 from qkattr.session import Progress, Session, pad_tokens, start_session, token_text, token_texts
 from qkattr.sharding import bucket
 from qkattr.types import NO_WINDOW, Kind, Trace
@@ -280,28 +281,6 @@ def _token_id(bundle: Bundle, token: str | int) -> int:
             f"give one token, mind its leading space"
         )
     return ids[0]
-
-
-def ranked_scores(graph: Graph, n: int) -> list[tuple[Place, float]]:
-    """The (block, head, query, key) that carry most influence between two positions."""
-    nodes, edges = graph.nodes, graph.edges
-    query, key = nodes.position[edges.target], nodes.position[edges.source]
-    crossing = np.flatnonzero((edges.block >= 0) & (query != key))
-    if not len(crossing):
-        return []
-    span = int(nodes.position.max()) + 1
-    code = (edges.block[crossing].astype(np.int64) * span + query[crossing]) * span + key[crossing]
-    order = np.argsort(code, kind="stable")
-    code, first = np.unique(code[order], return_index=True)
-    total = np.add.reduceat(graph.head_influence()[crossing[order]], first, axis=0)
-    strongest = np.argsort(-total, axis=None, kind="stable")[:n]
-    ranked = []
-    for group, head in zip(*np.unravel_index(strongest, total.shape), strict=True):
-        if total[group, head] > 0:
-            rest, s = divmod(int(code[group]), span)
-            block, t = divmod(rest, span)
-            ranked.append(((block, int(head), t, s), float(total[group, head])))
-    return ranked
 
 
 def _strongest_scores(graph: Graph, n: int) -> tuple[list[Place], list[float]]:

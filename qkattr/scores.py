@@ -12,6 +12,7 @@ import numpy as np
 
 from qkattr.config import ModelConfig
 from qkattr.errors import InputError, quoted
+from qkattr.graph.paths import Place
 from qkattr.load.bundle import Bundle, Prompt
 from qkattr.model.forward import block
 from qkattr.options import make_options
@@ -22,8 +23,6 @@ from qkattr.session import Progress, Session, find_position, start_session, toke
 from qkattr.sharding import bucket
 from qkattr.types import NO_WINDOW, Kind
 
-#: (block, head, query position, key position)
-Place = tuple[int, int, int, int]
 Labels = Mapping[tuple[int, int], str]
 
 

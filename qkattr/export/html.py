@@ -21,6 +21,7 @@ from qkattr.export.summary import (
 from qkattr.result import Result
 
 PAIRS_SHOWN = 12
+MARGINALS_SHOWN = 5
 
 
 def page(result: Result) -> str:
@@ -100,4 +101,10 @@ def _qk(table) -> dict[str, Any]:
         n_pairs=table.n_pairs,
         shares=shares,
         pairs=pairs,
+        query_marginals=_marginals(table.query_marginals),
+        key_marginals=_marginals(table.key_marginals),
     )
+
+
+def _marginals(marginals: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [dict(m, name=component(m)) for m in marginals[:MARGINALS_SHOWN]]

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from qkattr.errors import clipped, printable, quoted
-from qkattr.graph.paths import Route
+from qkattr.graph.paths import Route, ranked_scores
 from qkattr.result import Result
 from qkattr.types import Kind
 
@@ -80,8 +80,6 @@ def _leading_head(result: Result, block: int, source: int, target: int) -> int:
 
 def carrying_heads(result: Result, n: int = 15) -> list[dict[str, Any]]:
     """The (head, query, key) through which most influence flowed between two positions."""
-    from qkattr.analysis import ranked_scores
-
     ranked = ranked_scores(result.graph, n)
     edges, nodes = result.graph.edges, result.graph.nodes
     source, target = nodes.position[edges.source], nodes.position[edges.target]

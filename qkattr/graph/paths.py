@@ -1,4 +1,4 @@
-"""The strongest routes through a graph, from its targets back to the prompt.
+"""The strongest routes through a graph, from its targets back to the prompt; and its heads.
 
 A path's share is the product of its edges' shares |e| / sum |e| (over sources that depend on the
 prompt), times its target's influence: what of the targets' influence flows along it. Most of the
@@ -16,6 +16,9 @@ import numpy as np
 
 from qkattr.graph.tables import Graph
 from qkattr.types import Kind
+
+#: (block, head, query position, key position)
+Place = tuple[int, int, int, int]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,3 +121,25 @@ def _follow(graph: Graph, levels: list[dict], route: tuple[int, ...]) -> Route:
         nodes=tuple(path),
         edges=tuple(steps),
     )
+
+
+def ranked_scores(graph: Graph, n: int) -> list[tuple[Place, float]]:
+    """The (block, head, query, key) that carry most influence between two positions."""
+    nodes, edges = graph.nodes, graph.edges
+    query, key = nodes.position[edges.target], nodes.position[edges.source]
+    crossing = np.flatnonzero((edges.block >= 0) & (query != key))
+    if not len(crossing):
+        return []
+    span = int(nodes.position.max()) + 1
+    code = (edges.block[crossing].astype(np.int64) * span + query[crossing]) * span + key[crossing]
+    order = np.argsort(code, kind="stable")
+    code, first = np.unique(code[order], return_index=True)
+    total = np.add.reduceat(graph.head_influence()[crossing[order]], first, axis=0)
+    strongest = np.argsort(-total, axis=None, kind="stable")[:n]
+    ranked = []
+    for group, head in zip(*np.unravel_index(strongest, total.shape), strict=True):
+        if total[group, head] > 0:
+            rest, s = divmod(int(code[group]), span)
+            block, t = divmod(rest, span)
+            ranked.append(((block, int(head), t, s), float(total[group, head])))
+    return ranked
