@@ -304,7 +304,7 @@ def test_removing_a_source_moves_a_row_by_its_edge(case):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("b", [1, 13, 29])
+@pytest.mark.parametrize("b", range(30))
 def test_real_block(real_case, b, linearisation):
     weights, x, parts = real_case.block(b)
     cfg, after = real_case.cfg.block, real_case.trace.boundaries[b + 1]
