@@ -30,7 +30,15 @@ from qkattr.model.forward import CAPTURE, forward
 from qkattr.options import TraceOptions, make_options, one_of
 from qkattr.result import Result
 from qkattr.scores import find_place_in, qk_tables
-from qkattr.session import Progress, Session, pad_tokens, start_session, token_text, token_texts
+from qkattr.session import (
+    Progress,
+    Session,
+    pad_tokens,
+    start_session,
+    token_id,
+    token_text,
+    token_texts,
+)
 from qkattr.sharding import bucket
 from qkattr.types import NO_WINDOW, Kind, Trace
 
@@ -85,7 +93,7 @@ def trace(
     ids, bos = bundle.tokenize(prompt, opts.bos)
     tokens = token_texts(bundle, ids)
     score = find_place_in(bundle.config, tokens, opts.score) if opts.score else None
-    asked = [_token_id(bundle, token) for token in opts.contrast or opts.target]
+    asked = [token_id(bundle, token) for token in opts.contrast or opts.target]
 
     session = start_session(bundle, ids, opts, progress)
     progress("sweep")
@@ -259,28 +267,6 @@ def _predictions(
         )
         for token, target in found.items()
     ]
-
-
-def _token_id(bundle: Bundle, token: str | int) -> int:
-    """A vocabulary id from an id or from text that is exactly one token."""
-    if isinstance(token, int):
-        if not 0 <= token < bundle.config.vocab:
-            raise InputError(
-                f"token id {token} is outside the vocabulary, 0..{bundle.config.vocab - 1}"
-            )
-        return token
-    if bundle.tokenizer is None:
-        raise InputError(
-            f"target {token!r} is text and the model has no tokenizer; give a token id"
-        )
-    ids = bundle.tokenizer.encode(token, bos=False)
-    if len(ids) != 1:
-        pieces = ", ".join(repr(token_text(bundle, i)) for i in ids)
-        raise InputError(
-            f"target {token!r} is {len(ids)} tokens ({pieces}); "
-            f"give one token, mind its leading space"
-        )
-    return ids[0]
 
 
 def _strongest_scores(graph: Graph, n: int) -> tuple[list[Place], list[float]]:

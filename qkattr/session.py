@@ -29,13 +29,16 @@ _INDEX = re.compile(r"\s*[+-]?[0-9]{1,9}\s*")
 @dataclasses.dataclass(frozen=True)
 class Session:
     """boundaries: `[L+1, T, D]` of the prompt padded to its bucket. components: of every boundary.
-    logits: `[V]` after the last token. tokens: the prompt's, decoded."""
+    logits: `[V]` after the last token. ids, tokens: the prompt's, as ids and decoded. precision: of
+    all matmuls."""
 
     bundle: Bundle
+    ids: tuple[int, ...]
     boundaries: Float[Array, "L+1 T D"]
     components: Components
     logits: Float[Array, "V"]
     tokens: list[str]
+    precision: str
 
 
 def start_session(
@@ -73,10 +76,12 @@ def start_session(
     )
     return Session(
         bundle=bundle,
+        ids=tuple(ids),
         boundaries=boundaries,
         components=components,
         logits=logits,
         tokens=token_texts(bundle, ids),
+        precision=opts.precision,
     )
 
 
@@ -101,6 +106,26 @@ def token_text(bundle: Bundle, token: int) -> str:
 def token_texts(bundle: Bundle, ids: Sequence[int]) -> list[str]:
     """Every token as text."""
     return [token_text(bundle, i) for i in ids]
+
+
+def token_id(bundle: Bundle, token: str | int) -> int:
+    """A vocabulary id from an id or from text that is exactly one token."""
+    if isinstance(token, int):
+        if not 0 <= token < bundle.config.vocab:
+            raise InputError(
+                f"token id {token} is outside the vocabulary, 0..{bundle.config.vocab - 1}"
+            )
+        return token
+    if bundle.tokenizer is None:
+        raise InputError(f"token {token!r} is text and the model has no tokenizer; give a token id")
+    ids = bundle.tokenizer.encode(token, bos=False)
+    if len(ids) != 1:
+        pieces = ", ".join(repr(token_text(bundle, i)) for i in ids)
+        raise InputError(
+            f"token {token!r} is {len(ids)} tokens ({pieces}); "
+            f"give one token, mind its leading space"
+        )
+    return ids[0]
 
 
 def find_position(tokens: list[str], where: int | str) -> int:

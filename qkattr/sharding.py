@@ -79,9 +79,20 @@ def on_any_mesh(function: Callable[..., T]) -> Callable[..., T]:
         explicit = next((mesh for mesh in meshes if mesh.explicit_axes), None)
         if explicit is None:
             return function(*args, **kwargs)
+        # Whatever holds arrays must go in as an argument: what is closed over keeps its type.
+        arrays = {
+            name: value
+            for name, value in kwargs.items()
+            if all(hasattr(leaf, "shape") for leaf in jax.tree.leaves(value))
+        }
+        static = {name: value for name, value in kwargs.items() if name not in arrays}
+
+        def inner(args, arrays):
+            return function(*args, **arrays, **static)
+
         with jax.sharding.use_abstract_mesh(explicit):
-            inner = functools.partial(function, **kwargs)
-            return jax.sharding.auto_axes(inner, out_sharding=PartitionSpec())(*args)
+            on_auto = jax.sharding.auto_axes(inner, out_sharding=PartitionSpec())
+            return cast(Any, on_auto)(args, arrays)
 
     return cast(Callable[..., T], run)
 

@@ -11,7 +11,8 @@ import tiny
 import torch
 from tiny import within
 
-from qkattr.model.forward import Edits, ResidualEdits, block, embed, forward, unembed
+from qkattr.model.edits import Edits, ResidualEdits
+from qkattr.model.forward import block, embed, forward, unembed
 
 LOGITS = 1e-4  # float32 against float32, three blocks, logits of order 10
 PATTERN = 1e-5  # of probabilities

@@ -48,24 +48,34 @@ def finish_head(
 
 
 def project_q(
-    weights: BlockWeights, y: Float[Array, "T D"], *, cfg: BlockConfig, precision: str
+    weights: BlockWeights,
+    y: Float[Array, "T D"],
+    scale: Float[Array, "T N"] | None = None,
+    *,
+    cfg: BlockConfig,
+    precision: str,
 ) -> tuple[Float[Array, "T N H"], Float[Array, "T N"]]:
-    """Queries after QK-norm and rotary, and the QK-norm's scale."""
+    """Queries after QK-norm and rotary, and the QK-norm's scale: the one given, or their own."""
     raw = jnp.einsum("TD,DNH->TNH", y, f32(weights.wq_DNH), precision=precision)
-    return _finish_whole(raw, weights.bq_NH, weights.norm_q, weights.inv_freq, cfg)
+    return _finish_whole(raw, weights.bq_NH, weights.norm_q, weights.inv_freq, scale, cfg)
 
 
 def project_k(
-    weights: BlockWeights, y: Float[Array, "S D"], *, cfg: BlockConfig, precision: str
+    weights: BlockWeights,
+    y: Float[Array, "S D"],
+    scale: Float[Array, "S K"] | None = None,
+    *,
+    cfg: BlockConfig,
+    precision: str,
 ) -> tuple[Float[Array, "S K H"], Float[Array, "S K"]]:
-    """Keys after QK-norm and rotary, and the QK-norm's scale."""
+    """Keys after QK-norm and rotary, and the QK-norm's scale: the one given, or their own."""
     raw = jnp.einsum("SD,DKH->SKH", y, f32(weights.wk_DKH), precision=precision)
-    return _finish_whole(raw, weights.bk_KH, weights.norm_k, weights.inv_freq, cfg)
+    return _finish_whole(raw, weights.bk_KH, weights.norm_k, weights.inv_freq, scale, cfg)
 
 
-def _finish_whole(raw, bias, gain, inv_freq, cfg):
+def _finish_whole(raw, bias, gain, inv_freq, scale, cfg):
     raw = raw if bias is None else raw + f32(bias)
-    scale = head_scale(gain, raw, cfg=cfg)
+    scale = head_scale(gain, raw, cfg=cfg) if scale is None else scale
     positions = jnp.arange(raw.shape[0])
     return finish_head(raw, scale, gain=gain, inv_freq=inv_freq, positions=positions), scale
 

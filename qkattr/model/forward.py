@@ -26,32 +26,20 @@ from qkattr.model.attention import (
     project_q,
     project_v,
 )
+from qkattr.model.edits import (
+    BlockEdits,
+    Edits,
+    edited_pattern,
+    edited_queries,
+    edited_residual,
+    edited_scores,
+)
 from qkattr.model.layers import apply_norm, f32, norm_bias, norm_linear, norm_scale
 from qkattr.model.mlp import hidden, mlp_out
 from qkattr.sharding import on_any_mesh
-from qkattr.types import BlockWeights, Params, Trace
+from qkattr.types import BlockWeights, Norm, Params, Trace
 
 CAPTURE = ("boundaries", "scores", "patterns")
-
-
-@struct.dataclass
-class ResidualEdits:
-    """Vectors added to the residual stream: `delta[e]` at boundary `boundary[e]`,
-    position `position[e]`.
-
-    A boundary outside 0..L-1 edits nothing, so edits can be padded.
-    """
-
-    boundary_E: Int[Array, "E"]
-    position_E: Int[Array, "E"]
-    delta_ED: Float[Array, "E D"]
-
-
-@struct.dataclass
-class Edits:
-    """What to change in a forward pass. Empty: nothing."""
-
-    residual: ResidualEdits | None = None
 
 
 @struct.dataclass
@@ -73,29 +61,47 @@ class Activations:
 
 
 def block(
-    weights: BlockWeights, x: Float[Array, "T D"], *, cfg: BlockConfig, precision: str = "highest"
+    weights: BlockWeights,
+    x: Float[Array, "T D"],
+    *,
+    cfg: BlockConfig,
+    edits: BlockEdits = BlockEdits(),  # noqa: B008  (an immutable, empty pytree)
+    precision: str = "highest",
 ) -> tuple[Float[Array, "T D"], Activations]:
-    """One block: the residual stream at the next boundary, and what was computed on the way."""
+    """One block: the residual stream at the next boundary, and what was computed on the way.
+
+    edits: of this block (no leading L).
+    """
+    held = edits.frozen
+
+    def scale(name: str, norm: Norm | None, read: Array) -> Array:
+        return norm_scale(norm, read, cfg=cfg) if held is None else getattr(held, name)
+
     with jax.named_scope("attention"):
-        scale_attn = norm_scale(weights.norm_attn, x, cfg=cfg)
+        scale_attn = scale("scale_attn_T", weights.norm_attn, x)
         y = norm_linear(weights.norm_attn, x, scale_attn, cfg=cfg) + norm_bias(weights.norm_attn)
-        q, scale_q = project_q(weights, y, cfg=cfg, precision=precision)
-        k, scale_k = project_k(weights, y, cfg=cfg, precision=precision)
-        scores = attention_scores(q, k, cfg=cfg, precision=precision)
-        pattern = attention_pattern(scores, weights.window, cfg=cfg)
+        q, scale_q = project_q(weights, y, held and held.scale_q_TN, cfg=cfg, precision=precision)
+        k, scale_k = project_k(weights, y, held and held.scale_k_SK, cfg=cfg, precision=precision)
+        how = dict(cfg=cfg, precision=precision)
+        q = edited_queries(weights, x, (q, scale_attn, scale_q), edits, **how)
+        scores = attention_scores(q, k, **how)
+        scores = edited_scores(weights, x, q, (scores, scale_attn, scale_k), edits, **how)
+        pattern = edited_pattern(edits, attention_pattern(scores, weights.window, cfg=cfg))
         heads = attend(pattern, project_v(weights, y, precision=precision), precision=precision)
+        if edits.head_scale_TN is not None:
+            heads = heads * edits.head_scale_TN[..., None]
         out = jnp.einsum("TNH,NHD->TD", heads, f32(weights.wo_NHD), precision=precision)
         out = out if weights.bo_D is None else out + f32(weights.bo_D)
-        scale_attn_post = norm_scale(weights.norm_attn_post, out, cfg=cfg)
+        scale_attn_post = scale("scale_attn_post_T", weights.norm_attn_post, out)
         attn = norm_linear(weights.norm_attn_post, out, scale_attn_post, cfg=cfg)
         middle = x + attn + norm_bias(weights.norm_attn_post)
     with jax.named_scope("mlp"):
         read = x if cfg.parallel else middle
-        scale_mlp = norm_scale(weights.norm_mlp, read, cfg=cfg)
+        scale_mlp = scale("scale_mlp_T", weights.norm_mlp, read)
         y = norm_linear(weights.norm_mlp, read, scale_mlp, cfg=cfg) + norm_bias(weights.norm_mlp)
         gate, up = hidden(weights, y, precision=precision)
         out = mlp_out(weights, gate, up, cfg=cfg, precision=precision)
-        scale_mlp_post = norm_scale(weights.norm_mlp_post, out, cfg=cfg)
+        scale_mlp_post = scale("scale_mlp_post_T", weights.norm_mlp_post, out)
         mlp = norm_linear(weights.norm_mlp_post, out, scale_mlp_post, cfg=cfg)
         after = middle + mlp + norm_bias(weights.norm_mlp_post)
     return after, Activations(
@@ -128,34 +134,34 @@ def residual_stream(
     tokens: Int[Array, "T"],
     *,
     cfg: ModelConfig,
-    edits: Edits = Edits(),  # noqa: B008  (an immutable, empty pytree)
+    edits: Edits = Edits(),  # noqa: B008
     capture: tuple[str, ...] = CAPTURE,
+    queries: Int[Array, "Q"] | None = None,
     precision: str = "highest",
 ) -> tuple[Float[Array, "T D"], Trace]:
     """The residual stream before the final norm, and what was captured on the way.
 
-    Unbatched: `jax.vmap` it over prompts.
+    Unbatched: `jax.vmap` it over prompts, or over edits. queries: capture scores and patterns at
+    these query positions only.
     """
 
-    def edited(x: Array, boundary: Array | int) -> Array:
-        if edits.residual is None:
-            return x
-        here = (edits.residual.boundary_E == boundary)[:, None]
-        return x.at[edits.residual.position_E].add(jnp.where(here, edits.residual.delta_ED, 0.0))
+    def rows(per_query: Float[Array, "N T S"]) -> Array:
+        return per_query if queries is None else per_query[:, queries]
 
     def step(x, inputs):
-        weights, b = inputs
-        x = edited(x, b)
-        after, seen = block(weights, x, cfg=cfg.block, precision=precision)
+        weights, within, b = inputs
+        x = edited_residual(edits.residual, x, b)
+        after, seen = block(weights, x, cfg=cfg.block, edits=within, precision=precision)
         return after, Trace(
             boundaries=x if "boundaries" in capture else None,
-            scores=seen.scores_NTS if "scores" in capture else None,
-            patterns=seen.pattern_NTS if "patterns" in capture else None,
+            scores=rows(seen.scores_NTS) if "scores" in capture else None,
+            patterns=rows(seen.pattern_NTS) if "patterns" in capture else None,
         )
 
     n_blocks = params.blocks.inv_freq.shape[0]
-    x, trace = jax.lax.scan(step, embed(params, tokens), (params.blocks, jnp.arange(n_blocks)))
-    x = edited(x, n_blocks)
+    xs = params.blocks, edits.blocks, jnp.arange(n_blocks)
+    x, trace = jax.lax.scan(step, embed(params, tokens), xs)
+    x = edited_residual(edits.residual, x, n_blocks)
     if "boundaries" in capture:
         boundaries = jnp.concatenate([trace.boundaries, x[None]])
         trace = dataclasses.replace(trace, boundaries=boundaries)

@@ -73,12 +73,18 @@ class Components:
         """All components as vectors. Large: meant for small prompts and for tests."""
         return self.map(lambda x: x)
 
-    def at(self, position: Int[Array, "R"], slot: Int[Array, "R"]) -> Float[Array, "R D"]:
-        """The vectors of R chosen components."""
-        direction, coefficient, n_features = self._slot(position, slot)
-        feature = self.rows[direction] * coefficient[:, None]
-        rest = jnp.where((slot == n_features)[:, None], self.bias[position], self.error[position])
-        return jnp.where((slot < n_features)[:, None], feature, rest)
+    def at(
+        self, position: Int[Array, "R"], slot: Int[Array, "R"], *leading: Int[Array, "R"]
+    ) -> Float[Array, "R D"]:
+        """The vectors of R chosen components (R: any shape).
+
+        leading: of stacked components, their boundaries.
+        """
+        direction, coefficient, n_features = self._slot(position, slot, *leading)
+        feature = self.rows[(*leading, direction)] * coefficient[..., None]
+        bias, error = (rest[(*leading, position)] for rest in (self.bias, self.error))
+        rest = jnp.where((slot == n_features)[..., None], bias, error)
+        return jnp.where((slot < n_features)[..., None], feature, rest)
 
     def covectors(self, position: Int[Array, "R"], slot: Int[Array, "R"]) -> Float[Array, "R D"]:
         """What reads each of R chosen components: its own vector,
@@ -94,10 +100,10 @@ class Components:
         gain = activation / jnp.where(coefficient == 0, 1.0, coefficient)
         return jnp.where(is_feature[:, None], self.read[direction] * gain[:, None], own)
 
-    def _slot(self, position: Array, slot: Array) -> tuple[Array, Array, int]:
-        n_features = self.row.shape[1]
-        at = jnp.minimum(slot, n_features - 1)
-        return self.row[position, at], self.coefficient[position, at], n_features
+    def _slot(self, position: Array, slot: Array, *leading: Array) -> tuple[Array, Array, int]:
+        n_features = self.row.shape[-1]
+        at = (*leading, position, jnp.minimum(slot, n_features - 1))
+        return self.row[at], self.coefficient[at], n_features
 
 
 def sink_positions(x: Float[Array, "T D"], n_real: Int[Array, ""] | int) -> Bool[Array, "T"]:

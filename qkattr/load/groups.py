@@ -1,0 +1,103 @@
+"""What people call features: labels, and named groups of them.
+
+labels   JSON, {"boundary:feature": "text", ...}
+groups   TOML, one table a group: [aunt-names]  features = ["23:1441", "24:720"]
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import tomllib
+from collections import defaultdict
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from qkattr.errors import InputError, quoted
+from qkattr.load.mapped import some
+
+Group = dict[int, list[int]]
+
+_NAME = re.compile(r"([0-9]{1,5}):([0-9]{1,9})")
+
+
+def read_labels(path: str | Path) -> dict[tuple[int, int], str]:
+    """Labels by (boundary, feature).
+
+    Raises:
+      InputError: the file cannot be read, or is not of this form.
+    """
+    raw = _read(path, json.loads, "JSON")
+    if not isinstance(raw, dict):
+        raise InputError(f"{path} should hold one object; write " + '{"23:1441": "text", ...}')
+    labels = {}
+    for name, text in raw.items():
+        if not isinstance(text, str):
+            raise InputError(f"{path}: the label of {quoted(name)} is not text; give a string")
+        labels[_feature(name, path)] = text
+    return labels
+
+
+def read_group(path: str | Path, name: str | None = None) -> Group:
+    """The features of one group of a TOML file, by boundary; the only one if it has no name.
+
+    Raises:
+      InputError: the file cannot be read, or holds no such group.
+    """
+    groups = _read(path, tomllib.loads, "TOML")
+    if name is None and len(groups) == 1:
+        name = next(iter(groups))
+    if name not in groups:
+        found = some([quoted(group) for group in groups], 8)
+        if not found:
+            raise InputError(f'{path} has no groups; write [name] and features = ["23:1441"]')
+        if name is None:
+            raise InputError(f"{path} has several groups: {found}; say which, as in {path}:NAME")
+        raise InputError(f"{path} has no group {quoted(name)}, only {found}; give one of these")
+    table = groups[name]
+    features = table.get("features") if isinstance(table, dict) else None
+    if not isinstance(features, list) or not features:
+        raise InputError(
+            f"{path}: group {quoted(name)} lists no features; "
+            'write features = ["23:1441", "24:720"]'
+        )
+    return _by_boundary(_feature(str(feature), path) for feature in features)
+
+
+def search_labels(labels: Mapping[tuple[int, int], str], text: str) -> Group:
+    """The features whose label contains a text, whatever its case.
+
+    Raises:
+      InputError: there is none.
+    """
+    found = [f for f, label in labels.items() if text.casefold() in label.casefold()]
+    if not found:
+        raise InputError(
+            f"none of {len(labels)} labels contains {quoted(text)}; "
+            f"give other text, or labels that have it"
+        )
+    return _by_boundary(sorted(found))
+
+
+def _by_boundary(features) -> Group:
+    group: Group = defaultdict(list)
+    for boundary, feature in features:
+        group[boundary].append(feature)
+    return dict(group)
+
+
+def _feature(name: str, path) -> tuple[int, int]:
+    match = _NAME.fullmatch(name.strip())
+    if not match:
+        raise InputError(f"{path}: {quoted(name)} names no feature; write boundary:feature")
+    return int(match[1]), int(match[2])
+
+
+def _read(path: str | Path, parse, kind: str) -> Any:
+    try:
+        return parse(Path(path).read_text(encoding="utf-8"))
+    except OSError as e:
+        raise InputError(f"cannot read {path}: {e.strerror}; give another path") from e
+    except (ValueError, RecursionError) as e:
+        raise InputError(f"{path} is not {kind}: {e}; mend it") from e

@@ -1,0 +1,221 @@
+"""Edits of a forward pass: what to change inside it, as one pytree.
+
+A read edit scales a component d (of a feature, an error, a token) in what W_Q or W_K of chosen
+heads reads, and nowhere else; values, and what other heads read, stay:
+
+    q_n[t] = R(t) QN(W_Q N(x[t] + (scale - 1) d) + b_Q)         on the query side of head n at t
+    k_n[s] = R(s) KN(W_K N(x[s] + (scale - 1) d) + b_K)         on the key side of head n at s
+
+(paper, "Examples"; DESIGN: interventions). With the norms' scales frozen at the unedited x, the
+default, the score moves by exactly (scale - 1) times the component's QK marginal; with
+`live_scales` the edited read is normalised by its own. Keys are edited per query head, so that with
+grouped-query attention the group mates of an edited head see the key as it was. Edits at the same
+place add up; an edit of scale 1 leaves every bit as it was.
+
+Axes: L block, E edits a block, T/S positions, N heads, D d_model, H head_dim, Q query rows. Exact.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Bool, Float, Int
+
+from qkattr.config import BlockConfig
+from qkattr.model.attention import finish_head, head_scale
+from qkattr.model.layers import f32, norm_bias, norm_linear, norm_scale
+from qkattr.types import BlockWeights, Norm
+
+if TYPE_CHECKING:
+    from qkattr.model.forward import Activations
+
+
+@struct.dataclass
+class ReadEdits:
+    """Components scaled in what one side of chosen heads reads: E of one block, or of L of them
+    stacked on a leading axis.
+
+    An unused row has scale 1. position: 0..T-1. vector: the component as it was in the clean run.
+    """
+
+    position_E: Int[Array, "E"]
+    vector_ED: Float[Array, "E D"]
+    scale_E: Float[Array, "E"]
+    heads_EN: Bool[Array, "E N"]
+
+
+@struct.dataclass
+class PatternEdits:
+    """Patterns put in the place of the computed ones, where `rows` says so: of a head, at a query.
+
+    With the clean run's patterns and every head but the edited ones, this is "other heads frozen".
+    """
+
+    pattern_NTS: Float[Array, "N T S"]
+    rows_NT: Bool[Array, "N T"]
+
+
+@struct.dataclass
+class ResidualEdits:
+    """Vectors added to the residual stream: `delta[e]` at boundary `boundary[e]`,
+    position `position[e]` (ordinary steering).
+
+    A boundary outside 0..L edits nothing, so edits can be padded.
+    """
+
+    boundary_E: Int[Array, "E"]
+    position_E: Int[Array, "E"]
+    delta_ED: Float[Array, "E D"]
+
+
+@struct.dataclass
+class BlockEdits:
+    """What to change inside one block, or in L of them stacked on a leading axis; None: nothing.
+
+    query, key: what W_Q and W_K read. patterns: put in place of the computed ones. head_scale: what
+    each head's output is multiplied by (0: ablated). frozen: norm scales measured in another run,
+    used instead of this run's own (edited reads with live_scales excepted). live_scales: an edited
+    read is normalised by its own scale, not by that of the residual stream.
+    """
+
+    query: ReadEdits | None = None
+    key: ReadEdits | None = None
+    patterns: PatternEdits | None = None
+    head_scale_TN: Float[Array, "T N"] | None = None
+    frozen: Activations | None = None
+    live_scales: bool = struct.field(pytree_node=False, default=False)
+
+
+@struct.dataclass
+class Edits:
+    """What to change in a forward pass. Empty: nothing. All of it composes."""
+
+    residual: ResidualEdits | None = None
+    blocks: BlockEdits = BlockEdits()  # noqa: RUF009  (an immutable, empty pytree)
+
+
+def edited_residual(
+    edits: ResidualEdits | None, x: Float[Array, "T D"], boundary: Int[Array, ""] | int
+) -> Float[Array, "T D"]:
+    """The residual stream of a boundary with its edits added."""
+    if edits is None:
+        return x
+    here = (edits.boundary_E == boundary)[:, None]
+    return x.at[edits.position_E].add(jnp.where(here, edits.delta_ED, 0.0))
+
+
+def edited_queries(
+    weights: BlockWeights,
+    x: Float[Array, "T D"],
+    seen: tuple[Array, Array, Array],
+    edits: BlockEdits,
+    *,
+    cfg: BlockConfig,
+    precision: str,
+) -> Float[Array, "T N H"]:
+    """Queries with the block's query-side edits made.
+
+    seen: the queries `[T, N, H]`, and the scales of norm `[T]` and QK-norm `[T, N]` of the unedited
+    read.
+    """
+    q, scale, scale_head = seen
+    if edits.query is None:
+        return q
+    side = _Side(weights.wq_DNH, weights.bq_NH, weights.norm_q)
+    new, changed = _edited_reads(
+        weights, side, x, (scale, scale_head), edits.query, live=edits.live_scales, cfg=cfg,
+        precision=precision,
+    )  # fmt: skip
+    at = edits.query.position_E
+    return q.at[at].set(jnp.where(changed[..., None], new, q[at]))
+
+
+def edited_scores(
+    weights: BlockWeights,
+    x: Float[Array, "S D"],
+    q_TNH: Float[Array, "T N H"],
+    seen: tuple[Array, Array, Array],
+    edits: BlockEdits,
+    *,
+    cfg: BlockConfig,
+    precision: str,
+) -> Float[Array, "N T S"]:
+    """Scores with the block's key-side edits made.
+
+    q: edited already. seen: the scores without them, and the scales of norm `[S]` and QK-norm
+    `[S, K]` of the unedited read.
+    """
+    scores, scale, scale_head = seen
+    if edits.key is None:
+        return scores
+    side = _Side(weights.wk_DKH, weights.bk_KH, weights.norm_k)
+    new, changed = _edited_reads(
+        weights, side, x, (scale, scale_head), edits.key, live=edits.live_scales, cfg=cfg,
+        precision=precision,
+    )  # fmt: skip
+    at = edits.key.position_E
+    columns = jnp.einsum("TNH,ENH->NTE", q_TNH, new, precision=precision) * cfg.scale
+    return scores.at[:, :, at].set(jnp.where(changed.T[:, None], columns, scores[:, :, at]))
+
+
+def edited_pattern(edits: BlockEdits, pattern: Float[Array, "N T S"]) -> Float[Array, "N T S"]:
+    """Patterns with the overridden rows put in."""
+    if edits.patterns is None:
+        return pattern
+    return jnp.where(edits.patterns.rows_NT[..., None], edits.patterns.pattern_NTS, pattern)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Side:
+    """The half of the QK circuit that is edited; X is N or K."""
+
+    w_DXH: Array
+    bias_XH: Array | None
+    gain_H: Norm | None
+
+
+def _edited_reads(
+    weights, side: _Side, x, scales, edits: ReadEdits, *, live, cfg, precision
+) -> tuple[Float[Array, "E N H"], Bool[Array, "E N"]]:
+    """What every head makes of the edited read at every edit's position, and which heads are
+    edited there. Rows at the same position agree: each sees all of the position's edits."""
+    position, (n_edits, n_heads) = edits.position_E, edits.heads_EN.shape
+    together = position[:, None] == position
+    factor = (edits.scale_E - 1.0)[:, None] * edits.heads_EN
+    delta = jnp.einsum("EF,FN,FD->END", together, factor, edits.vector_ED, precision="highest")
+    changed = (together[..., None] & (factor != 0)).any(1)
+    read = x[position][:, None] + delta
+    scale, scale_head = (s[position] for s in scales)
+    scale = norm_scale(weights.norm_attn, read, cfg=cfg) if live else scale[:, None]
+    y = norm_linear(weights.norm_attn, read, scale, cfg=cfg) + norm_bias(weights.norm_attn)
+    n_projections = side.w_DXH.shape[1]
+    grouped = y.reshape(n_edits, n_projections, n_heads // n_projections, -1)
+    raw = jnp.einsum("EXGD,DXH->EXGH", grouped, f32(side.w_DXH), precision=precision)
+    raw = raw if side.bias_XH is None else raw + f32(side.bias_XH)[:, None]
+    new = finish_head(
+        raw,
+        head_scale(side.gain_H, raw, cfg=cfg) if live else scale_head[..., None],
+        gain=side.gain_H,
+        inv_freq=weights.inv_freq,
+        positions=position,
+    )
+    return new.reshape(n_edits, n_heads, -1), changed
+
+
+def batched_axes(edits: Edits) -> Edits:
+    """Which leaves of `edits` carry a leading batch axis: 0 there, None elsewhere, for `jax.vmap`.
+
+    A leaf is batched when it has one axis more than the letters that end its name say (and the L of
+    `blocks`).
+    """
+
+    def axis(path, leaf: Array) -> int | None:
+        names = [entry.name for entry in path]
+        expected = len(names[-1].rsplit("_", 1)[-1]) + (names[0] == "blocks")
+        return 0 if leaf.ndim == expected + 1 else None
+
+    return jax.tree_util.tree_map_with_path(axis, edits)
