@@ -287,7 +287,7 @@ def test_positions_of_heads(refused):
         (["--contrast", "a", "a"], "contrast compares two tokens, both given are 'a'"),
         (["--contrast", "a"], "Option '--contrast' requires 2 arguments; see `qkattr"),
         (["--contrast", "a", "b", "--target", "c"], "target and contrast were both given"),
-        (["--target", "hi"], "target 'hi' is text and the model has no tokenizer; give a token"),
+        (["--target", "hi"], "token 'hi' is text and the model has no tokenizer; give a token"),
         (["--score", "x"], "--score expects LAYER.HEAD.QUERY.KEY, as in 23.2.-1.6, got 'x'"),
         (["--score", "0.0.1"], "--score expects LAYER.HEAD.QUERY.KEY"),
         (["--score", "0.0.1.9"], "position 9 is out of range"),

@@ -11,7 +11,7 @@ from typing import Any, cast
 
 import typer
 
-from qkattr.cli import check, heads, qk, tokens, trace
+from qkattr.cli import check, faithfulness, heads, qk, steer, tokens, trace
 from qkattr.errors import InputError, clipped, printable, quoted
 
 #: Characters of an error message that are printed, at most.
@@ -28,7 +28,15 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-for command in (trace.trace, qk.qk, heads.heads, tokens.tokens, check.check):
+for command in (
+    trace.trace,
+    qk.qk,
+    heads.heads,
+    steer.steer,
+    faithfulness.faithfulness,
+    tokens.tokens,
+    check.check,
+):
     app.command()(command)
 
 

@@ -20,13 +20,22 @@ def frame(result: Result, table: str):
     """See `Result.to_pandas`."""
     if table not in TABLES:
         raise InputError(f"no table {table!r}; expected one of {', '.join(TABLES)}")
+    return need_pandas().DataFrame(dict(nodes=_nodes, edges=_edges, heads=_heads)[table](result))
+
+
+def need_pandas():
+    """pandas.
+
+    Raises:
+      InputError: it is not installed.
+    """
     try:
-        import pandas as pd
+        import pandas
     except ImportError as e:
         raise InputError(
             "to_pandas needs pandas, which is not installed; pip install pandas"
         ) from e
-    return pd.DataFrame(dict(nodes=_nodes, edges=_edges, heads=_heads)[table](result))
+    return pandas
 
 
 def _names(result: Result) -> np.ndarray:

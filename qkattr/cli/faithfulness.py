@@ -1,0 +1,152 @@
+"""`qkattr faithfulness`: attributions tested against the model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from qkattr.cli import common
+from qkattr.errors import InputError, printable, quoted
+
+if TYPE_CHECKING:
+    from qkattr.experiments.faithfulness import Report
+
+Option = typer.Option
+
+
+def faithfulness(
+    prompts: Annotated[
+        str, typer.Argument(metavar="PROMPT|FILE", help="Text, or a .txt or .toml of prompts.")
+    ],
+    model: common.Model = None,
+    saes: common.Saes = None,
+    out: Annotated[
+        Path | None,
+        Option(
+            help="Folder for the tables, the figure, and each prompt's measures, which a second "
+            "run takes from there.",
+            show_default=False,
+        ),
+    ] = None,
+    measures: Annotated[str, Option(help="Which, of qk,heads,edges,nodes.")] = (
+        "qk,heads,edges,nodes"
+    ),
+    draws: Annotated[int, Option(help="Random heads that are tried.")] = 20,
+    seed: Annotated[int, Option(min=0, help="Of all draws.")] = 0,
+    dtype: common.Dtype = "float32",
+    ids: common.Ids = False,
+    json: common.Json = False,
+) -> None:
+    """Are the explanations true? Scores, heads, edges, nodes against the model, with controls."""
+    from qkattr.load.prompts import read_prompts
+
+    chosen = [name.strip() for name in measures.split(",")]
+    given: list[Any]
+    given = read_prompts(prompts) if _is_file(prompts) else [common.read_prompt(prompts, ids)]
+    common.need_model(model)
+    common.need_saes(saes)
+    if out is not None:
+        from qkattr.export.folder import check_writable
+
+        check_writable(out)
+    with common.progress() as progress:
+        bundle = common.open_model(model, saes, dtype)
+        from qkattr.experiments.faithfulness import faithfulness as test_prompts
+
+        report = test_prompts(
+            bundle, given, measures=chosen, draws=draws, seed=seed, folder=out, progress=progress
+        )
+        written = None if out is None else _write(report, out)
+    if json:
+        common.print_json(report.to_json())
+        return
+    _show(report)
+    if written:
+        print(printable(f"Written: {', '.join(str(path) for path in written)}"))
+
+
+def _is_file(text: str) -> bool:
+    """Whether PROMPT|FILE names a file. One with a file's ending that is none is an error."""
+    if not text.endswith((".txt", ".toml")) or "\n" in text:
+        return False
+    if not Path(text).is_file() and " " not in text:
+        raise InputError(f"no such file: {quoted(text)}; give a .txt or .toml of prompts, or text")
+    return Path(text).is_file()
+
+
+def _write(report: Report, out: Path) -> list[Path]:
+    """The tables, and the figure where matplotlib is installed."""
+    from qkattr.export.folder import write_files
+    from qkattr.export.graph_json import dumps
+
+    write_files(out, {"faithfulness.json": dumps(report.to_json()).encode()})
+    written = [out / "faithfulness.json"]
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        return written
+    return [*written, report.figure(out / "faithfulness.svg")]
+
+
+def _cell(value: dict[str, float] | float | str) -> str:
+    if not isinstance(value, dict):
+        return f"{value:g}" if isinstance(value, int | float) else str(value)
+    return f"{value['mean']:.3g} [{value['low']:.3g}, {value['high']:.3g}]"
+
+
+#: Titles, and the columns that are printed; all are in the JSON.
+_TABLES = {
+    "scores": (
+        "One feature removed: predicted and actual change of the score (worst: of the largest)",
+        ("side", "scales", "worst", "correlation", "slope"),
+    ),
+    "features": (
+        "The k strongest features of each head removed, against matched controls",
+        (
+            "side",
+            "k",
+            "scales",
+            "attention_lost",
+            "attention_control",
+            "log_p_lost",
+            "log_p_control",
+        ),
+    ),
+    "heads": (
+        "n heads ablated: log probability that the prediction loses, in nats",
+        ("n", "loading", "attention", "random"),
+    ),
+    "edges": (
+        "Edges against the change of their target, the source scaled down by a share",
+        ("linearisation", "read", "against", "correlation", "crossing", "sign", "rank"),
+    ),
+    "nodes": (
+        "Nodes of a boundary: area under the deletion curve (low is good) and insertion (high)",
+        ("choice", "order", "deletion", "insertion"),
+    ),
+    "paraphrases": (
+        "Edges between features that two paraphrases share",
+        ("group", "common", "shared", "sign", "rank"),
+    ),
+}
+
+
+def _show(report: Report) -> None:
+    """The tables, and where attribution fails."""
+    from qkattr.cli.show import console, say, show_table
+
+    out = console()
+    say(out, f"{len(report.prompts)} prompts; means over them with 95 % intervals")
+    for name, (title, columns) in _TABLES.items():
+        rows = [
+            [_cell(row.get(column, "")) for column in columns]
+            for row in report.tables.get(name, ())
+        ]
+        if rows:
+            show_table(out, title, [f"{column.replace('_', ' ')}" for column in columns], rows)
+    if report.tables["failures"]:
+        say(out, "Where attribution fails:")
+    for line in report.tables["failures"]:
+        say(out, f"  - {line}")

@@ -1,0 +1,314 @@
+"""`qkattr steer`: scale features inside the QK circuit of chosen heads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from qkattr.cli import common
+from qkattr.errors import InputError, printable, quoted
+
+if TYPE_CHECKING:
+    from qkattr.experiments.hydra import Hydra
+    from qkattr.experiments.steer import Steering
+    from qkattr.load.bundle import Bundle
+    from qkattr.load.groups import Group
+    from qkattr.result import Result
+
+Option = typer.Option
+
+
+def steer(
+    prompt: Annotated[
+        str, typer.Argument(metavar="PROMPT|DIR", help="Text, or a folder of `qkattr trace`.")
+    ],
+    edit: Annotated[
+        list[str] | None,
+        Option(
+            help="B:F@POS:query|key:L.H,L.H, or B:F@POS:residual (repeatable).", show_default=False
+        ),
+    ] = None,
+    source: Annotated[
+        str | None,
+        Option("--from", help="Choose edits: the position looked at.", show_default=False),
+    ] = None,
+    target: Annotated[
+        str | None, Option("--to", help="And the position that looks.", show_default=False)
+    ] = None,
+    heads: Annotated[str, Option(help="Of --from, --to: 12, 5%, greedy:8, or L.H,L.H.")] = "5%",
+    by: Annotated[str, Option(help="Rank heads by influence or by loading.")] = "influence",
+    features: Annotated[
+        int, Option(min=1, help="Of --from, --to: features by QK marginal, in each block.")
+    ] = 4,
+    side: Annotated[str, Option(help="Of --from, --to: key or query.")] = "key",
+    group: Annotated[
+        str | None,
+        Option(
+            help="Features of a group instead: FILE.toml, or FILE.toml:NAME.", show_default=False
+        ),
+    ] = None,
+    label: Annotated[
+        str | None, Option(help="Features whose label has this text instead.", show_default=False)
+    ] = None,
+    labels: Annotated[
+        Path | None, Option(help='JSON of labels, {"B:F": "text"}.', show_default=False)
+    ] = None,
+    scales: Annotated[str, Option(help="What the features are multiplied by.")] = (
+        "-1,-0.5,0,0.5,1,1.5,2"
+    ),
+    freeze_others: Annotated[
+        bool, Option("--freeze-others", help="Hold the patterns of unedited heads.")
+    ] = False,
+    live_scales: Annotated[
+        bool, Option("--live-scales", help="Normalise an edited read by its own norm scale.")
+    ] = False,
+    ablate: Annotated[
+        str | None, Option(help="Heads whose output is zero, L.H,L.H.", show_default=False)
+    ] = None,
+    track: Annotated[
+        list[str] | None, Option(help="Next token to follow (repeatable).", show_default=False)
+    ] = None,
+    query: Annotated[str, Option(help="Position whose pattern is shown.")] = "-1",
+    hydra: Annotated[
+        bool, Option("--hydra", help="Heads it takes, the others live and frozen.")
+    ] = False,
+    figure: Annotated[
+        Path | None, Option(help="Draw it: a .svg, .png or .pdf.", show_default=False)
+    ] = None,
+    model: common.Model = None,
+    saes: common.Saes = None,
+    sink: common.Sink = True,
+    bos: common.Bos = None,
+    ids: common.Ids = False,
+    dtype: common.Dtype = "float32",
+    json: common.Json = False,
+) -> None:
+    """Scale features inside the QK circuit of chosen heads only, and see what the model says."""
+    from qkattr.experiments.choose import check_choice, choose_edits
+    from qkattr.experiments.edits import parse_edit, parse_heads
+    from qkattr.experiments.steer import check_asked, check_scales
+    from qkattr.experiments.steer import steer as steer_prompt
+
+    edits = [parse_edit(text) for text in edit or ()]
+    ablated = parse_heads(ablate) if ablate is not None else ()
+    factors = check_scales(_numbers(scales))
+    known = _labels(labels)
+    features_of = _group(group, label, known)
+    _check_ends(source, target, bool(edits or ablated), hydra or features_of is not None)
+    _check_figure(figure)
+    choice = dict(source=source, target=target, heads=heads, side=side, features=features, by=by)
+
+    def check(tokens: list[str], shape: tuple[int, int], bundle: Bundle | None = None) -> None:
+        """Fail before weights are read."""
+        if source is not None:
+            check_choice(tokens, shape, **choice)
+        if bundle is not None:
+            check_asked(bundle, tokens, edits, ablated, track or (), query)
+
+    with common.progress() as progress:
+        subject, given, options = _open(
+            prompt, model, saes, check=check, trace=source is not None, ids=ids, dtype=dtype,
+            sink=sink, bos=bos, progress=progress,
+        )  # fmt: skip
+        if source is not None:
+            progress("choosing heads and features")
+            edits += choose_edits(subject, **choice, group=features_of)
+        steering = steer_prompt(
+            subject,
+            given,
+            edits,
+            scales=factors,
+            freeze_others=freeze_others,
+            live_scales=live_scales,
+            ablate=ablated,
+            track=track or (),
+            query=query,
+            labels=known,
+            progress=progress,
+            **options,
+        )
+        needed = None
+        if hydra:
+            progress("hydra")
+            needed = _hydra(subject, source, target, edits)
+        if figure is not None:
+            progress("drawing")
+            steering.figure(figure)
+    if json:
+        extra = {} if needed is None else dict(hydra=needed.to_json())
+        common.print_json(steering.to_json() | extra)
+        return
+    _show(steering)
+    if needed is not None:
+        _show_hydra(needed)
+    if figure is not None:
+        print(printable(f"Drawn: {figure}"))
+
+
+def _numbers(text: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError as e:
+        raise InputError(
+            f"--scales expects numbers separated by commas, as in -1,0,1,2; got {quoted(text)}"
+        ) from e
+
+
+def _labels(path: Path | None) -> dict[tuple[int, int], str] | None:
+    if path is None:
+        return None
+    from qkattr.load.groups import read_labels
+
+    return read_labels(path)
+
+
+def _group(group: str | None, label: str | None, labels) -> Group | None:
+    from qkattr.load.groups import read_group, search_labels
+
+    if group is not None and label is not None:
+        raise InputError("--group and --label both choose the features; give one of them")
+    if label is not None:
+        if labels is None:
+            raise InputError("--label searches labels, and there are none; give --labels FILE")
+        return search_labels(labels, label)
+    if group is None:
+        return None
+    path, _, name = group.rpartition(":")
+    named = path.endswith(".toml")
+    return read_group(path, name) if named else read_group(group)
+
+
+def _check_ends(source, target, edited: bool, needs_ends: bool) -> None:
+    if (source is None) != (target is None):
+        given, missing = ("--from", "--to") if target is None else ("--to", "--from")
+        raise InputError(f"{given} goes with {missing}, which is missing; give both")
+    if source is None and needs_ends:
+        raise InputError(
+            "--hydra, --group and --label choose among heads by loading; give --from and --to"
+        )
+    if source is None and not edited:
+        raise InputError("nothing to edit; give --edit, --ablate, or --from and --to")
+
+
+def _check_figure(figure: Path | None) -> None:
+    if figure is not None:
+        from qkattr.export.figures import check_figure
+        from qkattr.export.folder import check_writable
+
+        check_figure(figure)
+        check_writable(figure.parent)
+
+
+def _open(prompt, model, saes, *, check, trace: bool, ids, dtype, sink, bos, progress):
+    """What `qkattr.steer` takes: a result, or a bundle with a prompt and its options."""
+    if common.is_result(prompt):
+        result = common.open_saved(prompt, ids=ids, bos=bos, sink=sink)
+        check(result.tokens, (result.settings["n_blocks"], result.settings["n_heads"]))
+        progress("loading the model")
+        return common.with_model(result, model, saes), None, {}
+    given = common.read_prompt(prompt, ids)
+    if trace:
+        common.need_model(model)
+        common.need_saes(saes)
+    bundle = common.open_model(model, saes, dtype)
+    if not trace:
+        return bundle, given, dict(sinks=sink, bos=bos)
+    from qkattr.analysis import trace as trace_prompt
+    from qkattr.session import token_texts
+
+    tokens = token_texts(bundle, bundle.tokenize(given, bos)[0])
+    check(tokens, (bundle.config.n_blocks, bundle.config.n_heads), bundle)
+    return trace_prompt(bundle, given, progress=progress, qk=0, sinks=sink, bos=bos), None, {}
+
+
+def _hydra(result: Result, source: str, target: str, edits) -> Hydra:
+    """Of the heads that are edited, in the order of their loadings."""
+    from qkattr.experiments.choose import heads_by_loading
+    from qkattr.experiments.hydra import hydra
+
+    edited = {head for edit in edits for head in edit.heads or ()}
+    ranked = heads_by_loading(result, source=source, target=target)
+    heads = [head for head in ranked if head in edited]
+    return hydra(
+        result.session,
+        [*heads, *sorted(edited - set(heads))],
+        edits,
+        query=result.position(target),
+        key=result.position(source),
+    )
+
+
+def _show(steering: Steering) -> None:
+    """The edits, the prediction at every scale, and who looked instead."""
+    from qkattr.cli.show import console, percent, say, show_table
+
+    out = console()
+    rows = [
+        (
+            f"{e['boundary']}:{e['kind'] if e['index'] is None else e['index']}",
+            f"{quoted(e['token'])} {e['position']}",
+            e["side"],
+            "" if e["activation"] is None else f"{e['activation']:.3g}",
+            " ".join(e["heads"]),
+            e["label"],
+        )
+        for e in steering.edits
+    ]
+    columns = ("component", "at", "side", "activation|", "heads", "label")
+    if rows:
+        show_table(out, "Scaled", columns, rows)
+    if steering.ablated:
+        say(out, f"Ablated: {' '.join(steering.ablated)}")
+    others = "frozen at the clean run" if steering.freeze_others else "live"
+    norms = "live" if steering.live_scales else "frozen"
+    share = percent(steering.share_of_heads)
+    say(out, f"{steering.n_heads} heads, {share} of the model's; patterns of the others {others}")
+    say(out, f"norm scales of edited reads {norms}; values and everything else as they are")
+    names = list(steering.tracked)[:5]
+    rows = [
+        (
+            f"{scale:g}",
+            quoted(steering.top[i][0]["token"]),
+            *(f"{steering.tracked[name][i]:.4f}" for name in names),
+            f"{steering.kl[i]:.4f}",
+            _attention(steering, i),
+        )
+        for i, scale in enumerate(steering.scales)
+    ]
+    columns = ("scale|", "says", *(f"P {quoted(n, 16)}|" for n in names), "KL|", "attention|")
+    show_table(out, "Next token; mean attention of the edited heads to the keys", columns, rows)
+    rows = [(r["head"], f"{r['attention']:.4f}", f"{r['change']:+.4f}") for r in steering.rose[:5]]
+    if rows:
+        title = f"Unedited heads that look there otherwise at scale {steering.rose[0]['scale']:g}"
+        show_table(out, title, ("head", "clean attention|", "change|"), rows)
+
+
+def _attention(steering: Steering, i: int) -> str:
+    keys = {e["position"] for e in steering.edits if e["side"] == "key"}
+    rows = list(steering.patterns[i].values())
+    if not (keys and rows):
+        return ""
+    return f"{sum(row[k] for row in rows for k in keys) / len(rows):.4f}"
+
+
+def _show_hydra(hydra: Hydra) -> None:
+    from qkattr.cli.show import console, say, show_table
+
+    out = console()
+    rows = [
+        (n, hydra.heads[n - 1] if n else "", f"{live:.4f}", f"{frozen:.4f}")
+        for n, live, frozen in zip(hydra.counts, hydra.live["p"], hydra.frozen["p"], strict=True)
+    ]
+    columns = ("heads|", "the last of them", "P, others live|", "P, others frozen|")
+    show_table(out, f"P({quoted(hydra.token)}) at scale {hydra.scale:g}", columns, rows)
+
+    def said(fate) -> str:
+        return "never flips" if fate["flip"] is None else f"flips with {fate['flip']} heads"
+
+    say(out, f"The prediction {said(hydra.live)}; with the others frozen it {said(hydra.frozen)}.")
+    rows = [(c["head"], f"{c['before']:.4f}", f"{c['rise']:+.4f}") for c in hydra.compensation]
+    if rows:
+        title = "Unedited heads that make up for it, all of them edited"
+        show_table(out, title, ("head", "clean attention|", "rise|"), rows)

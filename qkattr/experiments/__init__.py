@@ -1,0 +1,1 @@
+"""Experiments on the model: interventions, and whether they bear the explanation out."""

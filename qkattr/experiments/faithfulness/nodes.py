@@ -1,0 +1,186 @@
+"""Influence against the model: deletion and insertion curves of the nodes of one boundary.
+
+Deletion takes the n first nodes of an order out of the residual stream; insertion takes all out and
+puts the n first back. Nodes are the boundary's features and error slots; its sinks and bias stay.
+One boundary at a time: the residual stream carries a node on, so that deleting it at two boundaries
+would take it out twice. With p the clean top token's log probability,
+
+    curve(n) = (p(n) - p(none left)) / (p(clean) - p(none left))       1: as clean, 0: all is gone
+
+Choices of error handling: errors are traced on ("through"), or leaves ("leaves"), and are nodes; or
+they are traced on and stay in the stream ("kept"). Orders: influence, size of the vector, chance.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from qkattr.experiments.runs import MOST
+from qkattr.graph.tables import Graph
+from qkattr.model.forward import block, unembed
+from qkattr.session import Session
+from qkattr.sources.components import Components
+from qkattr.types import Kind
+
+#: How many nodes are deleted or inserted.
+COUNTS = (1, 4, 16, 64, 256)
+#: Choices of error handling, see above.
+CHOICES = ("through", "leaves", "kept")
+
+
+@jax.jit
+def _sums(components: Components, b, masks) -> Float[Array, "B T D"]:
+    """The chosen components of a boundary, summed at each position."""
+    parts = jax.tree.map(lambda a: a[b], components)
+    n = parts.row.shape[1]
+    chosen = masks[..., :n] * parts.coefficient
+    features = jnp.einsum("BTA,TAD->BTD", chosen, parts.rows[parts.row], precision="highest")
+    return features + masks[..., n, None] * parts.bias + masks[..., n + 1, None] * parts.error
+
+
+@partial(jax.jit, static_argnames=("cfg", "precision"))
+def _log_p_from(params, x, delta, b, last, token, *, cfg, precision) -> Float[Array, "B"]:
+    """Log probability of a token when the residual stream at boundary b is x + delta: only the
+    blocks after it are run."""
+
+    def step(i, x):
+        weights = jax.tree.map(lambda a: a[i], params.blocks)
+        run = partial(block, weights, cfg=cfg.block, precision=precision)
+        return jax.vmap(lambda x: run(x)[0])(x)
+
+    x = jax.lax.fori_loop(b, cfg.n_blocks, step, x + delta)
+    return jax.nn.log_softmax(unembed(params, x[:, last], cfg=cfg, precision=precision))[:, token]
+
+
+def measure_nodes(
+    session: Session,
+    graphs: dict[str, Graph],
+    boundaries: list[int],
+    *,
+    draws: int,
+    rng: np.random.Generator,
+) -> list[dict[str, Any]]:
+    """Curves at each boundary, for each choice and order.
+
+    graphs: "through" and "leaves".
+    """
+    return [row for b in boundaries for row in _curves(session, graphs, b, draws, rng)]
+
+
+def _curves(session: Session, graphs: dict[str, Graph], b: int, draws: int, rng):
+    """All choices' curves at one boundary, from one batch of runs."""
+    influence = {name: _influence(session, graph, b) for name, graph in graphs.items()}
+    every = _orders(session, b, (Kind.FEATURE, Kind.ERROR), draws, rng)
+    features = _orders(session, b, (Kind.FEATURE,), draws, rng)
+    orders = dict(
+        through=dict(influence=_sorted(every["size"], influence["through"]), **every),
+        leaves=dict(influence=_sorted(every["size"], influence["leaves"])),
+        kept=dict(influence=_sorted(features["size"], influence["through"]), **features),
+    )
+    masks = [_mask(session, every["size"]), _mask(session, features["size"])]
+    for order in (order for named in orders.values() for order in named.values()):
+        for n in COUNTS:
+            masks += [_mask(session, order[:n]), _mask(session, order[n:])]
+    top = int(np.argmax(session.logits))
+    clean = float(jax.nn.log_softmax(jnp.asarray(session.logits))[top])
+    empty, empty_kept, *log_p = _log_p(session, b, np.stack(masks), top).tolist()
+    runs = iter(np.reshape(log_p, (-1, len(COUNTS), 2)))
+    rows = []
+    for choice, named in orders.items():
+        none_left = empty_kept if choice == "kept" else empty
+        span = clean - none_left if clean != none_left else 1.0
+        curves = {name: (next(runs) - none_left) / span for name in named}
+        drawn = [curves.pop(name) for name in named if name.startswith("random")]
+        if drawn:
+            curves["random"] = np.mean(drawn, axis=0)
+        rows.append(
+            dict(
+                boundary=b,
+                choice=choice,
+                n_nodes=len(named["influence"]),
+                left=float(np.exp(none_left)),
+                counts=list(COUNTS),
+                deletion={name: curve[:, 0].tolist() for name, curve in curves.items()},
+                insertion={name: curve[:, 1].tolist() for name, curve in curves.items()},
+            )
+        )
+    return rows
+
+
+def _log_p(session: Session, b: int, masks: np.ndarray, token: int) -> np.ndarray:
+    """The token's log probability without the masked components, `MOST` runs at a time."""
+    found = []
+    for start in range(0, len(masks), MOST):
+        part = masks[start : start + MOST]
+        padded = np.pad(part, ((0, MOST - len(part)), (0, 0), (0, 0)))
+        delta = -_sums(session.components, b, jnp.asarray(padded))
+        log_p = _log_p_from(
+            session.bundle.params, session.boundaries[b], delta, b, len(session.ids) - 1, token,
+            cfg=session.bundle.config, precision=session.precision,
+        )  # fmt: skip
+        found.append(np.asarray(log_p)[: len(part)])
+    return np.concatenate(found)
+
+
+def _mask(session: Session, order: np.ndarray) -> np.ndarray:
+    mask = np.zeros((session.boundaries.shape[1], session.components.n_slots), np.float32)
+    mask.reshape(-1)[order] = 1
+    return mask
+
+
+def _orders(session: Session, b: int, kinds, draws: int, rng) -> dict[str, np.ndarray]:
+    """Nodes as position * C + slot, by size and by chance."""
+    every = np.flatnonzero(np.isin(np.asarray(session.components.kind[b]), kinds))
+    size = node_sizes(session, b).reshape(-1)[every]
+    by_size = every[np.argsort(-size, kind="stable")]
+    return dict(size=by_size) | {f"random{i}": rng.permutation(every) for i in range(draws)}
+
+
+def _sorted(by_size: np.ndarray, influence: np.ndarray) -> np.ndarray:
+    """Nodes by falling influence; those that the graph did not keep after, by size."""
+    return by_size[np.argsort(-influence[by_size], kind="stable")]
+
+
+def _influence(session: Session, graph: Graph, b: int) -> np.ndarray:
+    """`[T * C]` influence of every component, 0 where the graph did not keep it."""
+    influence = np.zeros(session.components.kind[b].size)
+    influence[_flat(session, graph, b)] = graph.nodes.influence[_kept(graph, b)]
+    return influence
+
+
+def node_sizes(session: Session, b: int) -> np.ndarray:
+    """`[T, C]` norm of every component's vector at a boundary."""
+    parts = jax.tree.map(lambda a: np.asarray(a[b]), session.components)
+    features = np.abs(parts.coefficient) * np.linalg.norm(parts.rows, axis=-1)[parts.row]
+    rest = [np.linalg.norm(part, axis=-1)[:, None] for part in (parts.bias, parts.error)]
+    return np.concatenate([features, *rest], axis=1)
+
+
+def _kept(graph: Graph, b: int) -> np.ndarray:
+    """The graph's features and errors at a boundary."""
+    nodes = graph.nodes
+    wanted = np.isin(nodes.kind, (Kind.FEATURE, Kind.ERROR))
+    return np.flatnonzero(wanted & (nodes.boundary == b))
+
+
+def _flat(session: Session, graph: Graph, b: int) -> np.ndarray:
+    """Where the kept nodes are: position * C + slot."""
+    kind, index = (np.asarray(a[b]) for a in (session.components.kind, session.components.index))
+    place = {
+        (t, int(kind[t, c]), int(index[t, c])): t * kind.shape[1] + c
+        for t, c in np.argwhere(np.isin(kind, (Kind.FEATURE, Kind.ERROR))).tolist()
+    }
+    nodes = graph.nodes
+    return np.array(
+        [
+            place[int(nodes.position[i]), int(nodes.kind[i]), int(nodes.index[i])]
+            for i in _kept(graph, b)
+        ],
+        int,
+    )

@@ -1,0 +1,236 @@
+"""`faithfulness`: all measures on one prompt or many, resumable, as tables."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import qkattr
+from qkattr.analysis import trace
+from qkattr.errors import InputError
+from qkattr.experiments.choose import heads_by_loading
+from qkattr.experiments.edits import Head
+from qkattr.experiments.faithfulness.edges import measure_edges, measure_paraphrases
+from qkattr.experiments.faithfulness.heads import measure_heads
+from qkattr.experiments.faithfulness.nodes import measure_nodes
+from qkattr.experiments.faithfulness.qk import measure_qk
+from qkattr.experiments.faithfulness.report import summarise
+from qkattr.load.bundle import Bundle, Prompt
+from qkattr.load.prompts import GivenPrompt
+from qkattr.options import TraceOptions, one_of
+from qkattr.result import Result
+from qkattr.scores import attention_at
+from qkattr.session import find_position, start_session, token_text, token_texts
+
+MEASURES = ("qk", "heads", "edges", "nodes")
+#: Heads whose scores are looked at.
+HEADS = 8
+#: Boundaries of the deletion curves, as shares of the depth.
+DEPTHS = (0.2, 0.4, 0.6, 0.8)
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What `faithfulness` found. prompts: every measure of every prompt. tables: means over prompts
+    with 95 % intervals, and `failures`, in words. settings: how it was measured."""
+
+    prompts: list[dict[str, Any]]
+    tables: dict[str, Any]
+    settings: dict[str, Any]
+
+    def to_json(self) -> dict[str, Any]:
+        """A plain object: the tables, and of each prompt what was looked at."""
+        named = (
+            "text",
+            "tokens",
+            "prediction",
+            "probability",
+            "group",
+            "source",
+            "target",
+            "heads_named",
+        )
+        prompts = [{k: prompt[k] for k in named} for prompt in self.prompts]
+        return dict(**self.tables, prompts=prompts, settings=self.settings)
+
+    def figure(self, path: str | Path) -> Path:
+        """Draw the tables, as SVG, PNG or PDF.
+
+        Raises:
+          InputError: matplotlib is not installed, or the name ends in none of these.
+        """
+        from qkattr.export.faithfulness_figure import faithfulness_figure
+
+        return faithfulness_figure(self, Path(path))
+
+
+def faithfulness(
+    bundle: Bundle,
+    prompts: Sequence[Prompt | GivenPrompt],
+    *,
+    measures: Sequence[str] = MEASURES,
+    draws: int = 20,
+    seed: int = 0,
+    folder: str | Path | None = None,
+    progress: Callable[[str], None] = lambda stage: None,
+) -> Report:
+    """Test attributions of some prompts against the model.
+
+    Args:
+      bundle: a model with SAEs.
+      prompts: text or token ids; or `GivenPrompt`, with positions to look between and a group:
+        prompts of one group are paraphrases, whose edges are compared.
+      measures: which, of "qk", "heads", "edges", "nodes".
+      draws: random heads; a quarter as many controls of features.
+      seed: of all draws.
+      folder: keep each prompt's measures here, and take those that are there already.
+      progress: called with what is being measured.
+
+    Raises:
+      InputError: there are no prompts, SAEs, draws or such measures, or a prompt cannot be used.
+    """
+    if bundle.dictionaries is None:
+        raise InputError(
+            "faithfulness tests features, and the bundle has no SAEs; load it with saes"
+        )
+    if not prompts:
+        raise InputError("there are no prompts; give at least one")
+    for name in measures:
+        one_of("measure", name, MEASURES)
+    if draws < 4:
+        raise InputError(f"draws should be at least 4, got {draws}; give more")
+    given = [p if isinstance(p, GivenPrompt) else GivenPrompt(p) for p in prompts]
+    placed = [_place(bundle, prompt) for prompt in given]
+    settings = dict(
+        model=bundle.model, saes=bundle.saes, model_hash=bundle.model_hash,
+        saes_hash=bundle.saes_hash, dtype=bundle.dtype, qkattr=qkattr.__version__,
+        measures=[name for name in MEASURES if name in measures], draws=draws, seed=seed,
+    )  # fmt: skip
+    done, graphs = [], defaultdict(list)
+    for i, (prompt, (ids, source, target)) in enumerate(zip(given, placed, strict=True)):
+
+        def said(stage: str, i=i) -> None:
+            progress(f"prompt {i + 1} of {len(given)}: {stage}")
+
+        kept = _Kept(folder, dict(**settings, ids=ids, source=source, target=target))
+        result = None
+        measured = kept.read()
+        if measured is None:
+            result = trace(bundle, ids, qk=0, progress=said)
+            measured = _measure(bundle, result, source, target, settings, said)
+            kept.write(measured)
+        if prompt.group and "edges" in measures:
+            result = result or trace(bundle, ids, qk=0, progress=said)
+            graphs[prompt.group].append(result.graph)
+        done.append(measured | dict(text=_text(bundle, prompt, ids), group=prompt.group))
+    groups = [
+        dict(group=name, pairs=measure_paraphrases(found))
+        for name, found in graphs.items()
+        if len(found) > 1
+    ]
+    return Report(prompts=done, tables=summarise(done, groups), settings=settings)
+
+
+def _text(bundle: Bundle, prompt: GivenPrompt, ids) -> str:
+    return prompt.prompt if isinstance(prompt.prompt, str) else "".join(token_texts(bundle, ids))
+
+
+def _place(bundle: Bundle, given: GivenPrompt) -> tuple[tuple[int, ...], int | None, int]:
+    """A prompt's ids, and the positions to look between; the source may be left to the graph."""
+    ids, _ = bundle.tokenize(given.prompt)
+    tokens = token_texts(bundle, ids)
+    target = find_position(tokens, -1 if given.target is None else given.target)
+    source = None if given.source is None else find_position(tokens, given.source)
+    if source is not None and source > target:
+        raise InputError(
+            f"prompt {given.prompt!r:.60}: the source at {source} comes after the target at "
+            f"{target}; attention is causal, give the earlier position as the source"
+        )
+    return ids, source, target
+
+
+def _measure(bundle: Bundle, result: Result, source, target, settings, progress) -> dict[str, Any]:
+    """All measures of one prompt."""
+    session, measures = result.session, settings["measures"]
+    rng = np.random.default_rng([settings["seed"], *result.token_ids])
+    source = _busiest_source(result, target) if source is None else source
+    heads = heads_by_loading(result, source=source, target=target)
+    few = max(4, settings["draws"] // 4)
+    out: dict[str, Any] = dict(
+        tokens=result.tokens,
+        prediction=token_text(bundle, int(np.argmax(session.logits))),
+        probability=result.predictions[0]["probability"],
+        source=source,
+        target=target,
+        heads_named=[f"{layer}.{head}" for layer, head in heads[:HEADS]],
+    )
+    if "qk" in measures and heads:
+        progress("QK attributions")
+        out["qk"] = measure_qk(session, heads[:HEADS], query=target, key=source, draws=few, rng=rng)
+    if "heads" in measures and heads:
+        progress("heads")
+        looking = _by_attention(result, source, target)
+        out["heads"] = measure_heads(session, heads, looking, draws=settings["draws"], rng=rng)
+    if "edges" in measures:
+        progress("edges")
+        reading = start_session(bundle, result.token_ids, TraceOptions(read="encoder"))
+        out["edges"] = measure_edges(reading, result.graph)
+    if "nodes" in measures:
+        progress("nodes")
+        leaves = trace(bundle, result.token_ids, qk=0, through_errors=False).graph
+        n_blocks = bundle.config.n_blocks
+        boundaries = sorted({max(1, round(depth * n_blocks)) for depth in DEPTHS})
+        graphs = dict(through=result.graph, leaves=leaves)
+        out["nodes"] = measure_nodes(session, graphs, boundaries, draws=3, rng=rng)
+    return out
+
+
+def _busiest_source(result: Result, target: int) -> int:
+    """The earlier position, other than a sink, from which most influence crossed to the target."""
+    sinks = {sink["position"] for sink in result.sinks}
+    flow = {
+        p: float(result.head_loadings(source=p, target=target).influence.sum())
+        for p in range(target)
+        if p not in sinks
+    }
+    return max(flow, key=flow.__getitem__) if flow else target
+
+
+def _by_attention(result: Result, source: int, target: int) -> list[Head]:
+    _, attention = attention_at(result.session, target, source)
+    order = np.argsort(-attention, axis=None, kind="stable")
+    return [
+        (int(b), int(n)) for b, n in zip(*np.unravel_index(order, attention.shape), strict=True)
+    ]
+
+
+class _Kept:
+    """One prompt's measures in a file whose name says what made them."""
+
+    def __init__(self, folder: str | Path | None, made_of: dict[str, Any]):
+        name = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:16]
+        self.path = None if folder is None else Path(folder) / "prompts" / f"{name}.json"
+
+    def read(self) -> dict[str, Any] | None:
+        if self.path is None or not self.path.is_file():
+            return None
+        try:
+            return json.loads(self.path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as e:
+            raise InputError(
+                f"{self.path} cannot be read; delete it, and it is measured again"
+            ) from e
+
+    def write(self, measured: dict[str, Any]) -> None:
+        if self.path is not None:
+            from qkattr.export.folder import write_files
+
+            text = json.dumps(measured, separators=(",", ":"))
+            write_files(self.path.parent, {self.path.name: text.encode()})

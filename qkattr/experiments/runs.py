@@ -1,0 +1,122 @@
+"""Many edited forward passes of one prompt as one jitted call.
+
+Edits are batched where a leaf has a leading axis (`batched_axes`); everything that the batch shares
+(weights, the prompt, the projections of unbatched vectors) is computed once. Axes: B edited runs,
+L block, N heads, Q query rows captured, S key position, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jaxtyping import Array, Float, Int
+
+from qkattr.config import ModelConfig
+from qkattr.model.edits import Edits, batched_axes
+from qkattr.model.forward import residual_stream, unembed
+from qkattr.session import Session, pad_tokens
+from qkattr.sharding import bucket, on_any_mesh
+from qkattr.types import Params
+
+#: Runs in one call; more are done in several.
+MOST = 64
+
+
+@struct.dataclass
+class EditedRuns:
+    """logits: `[B, V]` after the prompt's last token. patterns, scores: `[B, L, N, Q, S]` at the
+    query rows asked for."""
+
+    logits: Float[Array, "B V"]
+    patterns: Float[Array, "B L N Q S"]
+    scores: Float[Array, "B L N Q S"]
+
+    @property
+    def log_p(self) -> Float[Array, "B V"]:
+        return jax.nn.log_softmax(self.logits)
+
+
+@partial(jax.jit, static_argnames=("cfg", "precision"))
+@on_any_mesh
+def edited_runs(
+    params: Params,
+    tokens: Int[Array, "T"],
+    last: Int[Array, ""] | int,
+    queries: Int[Array, "Q"],
+    edits: Edits,
+    *,
+    cfg: ModelConfig,
+    precision: str = "highest",
+) -> EditedRuns:
+    """Run the model once for every edit of the batch.
+
+    Args:
+      tokens: `[T]`, padded.
+      last: the position whose next token is predicted.
+      queries: the query rows of patterns and scores to return.
+      edits: with at least one batched leaf.
+    """
+
+    def one(edits: Edits) -> EditedRuns:
+        x, trace = residual_stream(
+            params,
+            tokens,
+            cfg=cfg,
+            edits=edits,
+            capture=("scores", "patterns"),
+            queries=queries,
+            precision=precision,
+        )
+        logits = unembed(params, x[last], cfg=cfg, precision=precision)
+        return EditedRuns(logits=logits, patterns=trace.patterns, scores=trace.scores)
+
+    return jax.vmap(one, in_axes=(batched_axes(edits),))(edits)
+
+
+@partial(jax.jit, static_argnames=("cfg", "precision"))
+@on_any_mesh
+def clean_patterns(
+    params: Params, tokens: Int[Array, "T"], *, cfg: ModelConfig, precision: str = "highest"
+) -> Float[Array, "L N T S"] | None:
+    """Every pattern of the unedited run."""
+    capture = ("patterns",)
+    _, trace = residual_stream(params, tokens, cfg=cfg, capture=capture, precision=precision)
+    return trace.patterns
+
+
+def run_edits(session: Session, edits: Edits, *, queries: Sequence[int]) -> EditedRuns:
+    """`edited_runs` of a session's prompt, on the host: `MOST` at a time, cropped to the prompt."""
+    axes = batched_axes(edits)
+    sizes = jax.tree.map(lambda leaf, axis: None if axis is None else leaf.shape[0], edits, axes)
+    size = jax.tree.leaves(sizes)[0]
+    tokens, rows = jnp.asarray(pad_tokens(session.ids)), jnp.asarray(queries)
+    done = []
+    for start in range(0, size, MOST):
+        n = min(size - start, MOST)
+        chosen = np.minimum(np.arange(start, start + bucket(n, smallest=1)), size - 1)
+
+        def part(leaf, axis, chosen=chosen):
+            return leaf if axis is None else leaf[chosen]
+
+        runs = edited_runs(
+            session.bundle.params,
+            tokens,
+            len(session.ids) - 1,
+            rows,
+            jax.tree.map(part, edits, axes),
+            cfg=session.bundle.config,
+            precision=session.precision,
+        )
+        done.append(jax.tree.map(lambda a, n=n: np.asarray(a[:n]), runs))
+    runs = jax.tree.map(lambda *parts: np.concatenate(parts), *done)
+    return dataclasses.replace(
+        runs,
+        patterns=runs.patterns[..., : len(session.ids)],
+        scores=runs.scores[..., : len(session.ids)],
+    )

@@ -1,0 +1,356 @@
+"""`steer`: scale components inside the QK circuit of chosen heads, and see what the model says.
+
+    q . k  ->  (q + (scale - 1) dq) . (k + (scale - 1) dk)     per scale, in one batched jitted call
+
+(paper, "Examples"). Values are untouched: only where the heads look changes, and what follows from
+it. Other heads' patterns are live, or frozen at the clean run: the difference is what later heads
+do to make up for it (the hydra effect). Exact: it is the model's own forward pass.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from qkattr.errors import InputError
+from qkattr.experiments.edits import (
+    Edit,
+    Head,
+    ablate,
+    at_scales,
+    build_edits,
+    check_heads,
+    describe,
+    edited_heads,
+    fit_edits,
+    freeze_others,
+    head_mask,
+    parse_edit,
+    place_edits,
+)
+from qkattr.experiments.runs import EditedRuns, clean_patterns, run_edits
+from qkattr.load.bundle import Bundle, Prompt
+from qkattr.model.edits import Edits
+from qkattr.options import make_options
+from qkattr.result import Result
+from qkattr.scores import Labels, need_session
+from qkattr.session import (
+    Progress,
+    Session,
+    find_position,
+    pad_tokens,
+    start_session,
+    token_id,
+    token_text,
+    token_texts,
+)
+
+#: The scales of the paper's figures.
+SCALES = (-1.0, -0.5, 0.0, 0.5, 1.0, 1.5, 2.0)
+#: Next tokens listed for every scale.
+TOP = 10
+
+
+@dataclasses.dataclass(frozen=True)
+class Steering:
+    """What became of the prediction at every scale. Lists run along `scales`.
+
+    top: the likeliest next tokens. tracked: probability of each tracked token, by its text. kl:
+    KL(clean || edited) of the next token, in nats. query: the row of `patterns` and `scores`, which
+    are those of the edited heads, by "L.H". rose: unedited heads whose attention to the edited keys
+    changed most, at the scale furthest from 1. edits: what was scaled. share_of_heads: edited or
+    ablated ones among all of the model. unedited: 1, the clean run, is among no list unless asked.
+    """
+
+    tokens: list[str]
+    scales: list[float]
+    clean: list[dict[str, Any]]
+    top: list[list[dict[str, Any]]]
+    tracked: dict[str, list[float]]
+    kl: list[float]
+    query: int
+    patterns: list[dict[str, list[float]]]
+    scores: list[dict[str, list[float]]]
+    rose: list[dict[str, Any]]
+    edits: list[dict[str, Any]]
+    ablated: list[str]
+    n_heads: int
+    share_of_heads: float
+    freeze_others: bool
+    live_scales: bool
+
+    def to_json(self) -> dict[str, Any]:
+        """A plain object."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+
+    def to_pandas(self):
+        """A DataFrame: one row a scale and tracked token, with its probability.
+
+        Raises:
+          InputError: pandas is not installed.
+        """
+        from qkattr.export.frames import need_pandas
+
+        rows = [
+            dict(scale=scale, token=token, probability=probability[i], kl=self.kl[i])
+            for token, probability in self.tracked.items()
+            for i, scale in enumerate(self.scales)
+        ]
+        return need_pandas().DataFrame(rows)
+
+    def figure(self, path: str | Path) -> Path:
+        """Draw probabilities and the edited heads' attention against scale, as SVG, PNG or PDF.
+
+        Raises:
+          InputError: matplotlib is not installed, or the name ends in none of these.
+        """
+        from qkattr.export.figures import steering_figure
+
+        return steering_figure(self, Path(path))
+
+
+def steer(
+    bundle: Bundle | Result,
+    prompt: Prompt | None,
+    edits: Sequence[str | Edit],
+    *,
+    scales: Sequence[float] = SCALES,
+    freeze_others: bool = False,
+    live_scales: bool = False,
+    ablate: Sequence[Head] = (),
+    track: Sequence[str | int] = (),
+    query: int | str = -1,
+    labels: Labels | None = None,
+    progress: Progress = lambda stage: None,
+    **options: Any,
+) -> Steering:
+    """Scale components in what chosen heads read, at every scale in one call.
+
+    Args:
+      bundle: the model with SAEs; or a `Result`, whose prompt it is then (`prompt` None).
+      edits: `"23:1441@6:key:23.2,23.7"`, or `Edit` (see `qkattr.experiments.edits`).
+      scales: what the components are multiplied by; 1 changes nothing, 0 removes.
+      freeze_others: hold the patterns of all unedited heads at the clean run's.
+      live_scales: normalise an edited read by its own norm scale, not by the unedited one's.
+      ablate: heads whose output is zero at every scale.
+      track: tokens (text or ids) to follow; with them go the likeliest at every scale.
+      query: the position whose pattern is returned.
+      **options: of components, see `TraceOptions` (sinks, bos, max_slots, precision).
+
+    Raises:
+      InputError: the prompt, an edit, a head, a scale, a token or an option cannot be used.
+    """
+    scales = check_scales(scales)
+    parsed = [parse_edit(edit) if isinstance(edit, str) else edit for edit in edits]
+    if not parsed and not ablate:
+        raise InputError("nothing to edit; give at least one edit, or a head to ablate")
+    if isinstance(bundle, Result):
+        if prompt is not None or options:
+            raise InputError(
+                "a result brings its own prompt and options; give None and no options, or a bundle"
+            )
+        result, session = bundle, need_session(bundle)
+        labels = result.labels if labels is None else labels
+        asked = check_asked(session.bundle, session.tokens, parsed, ablate, track, query)
+    else:
+        opts = make_options(options)
+        ids, _ = bundle.tokenize(prompt, opts.bos)
+        asked = check_asked(bundle, token_texts(bundle, ids), parsed, ablate, track, query)
+        session = start_session(bundle, ids, opts, progress)
+    progress("edited runs")
+    return steer_session(
+        session,
+        parsed,
+        scales=scales,
+        frozen=freeze_others,
+        live_scales=live_scales,
+        ablated=tuple(ablate),
+        track=asked[0],
+        query=asked[1],
+        labels=labels or {},
+    )
+
+
+def check_asked(
+    bundle: Bundle,
+    tokens: list[str],
+    edits: Sequence[Edit],
+    ablate: Sequence[Head],
+    track: Sequence[str | int],
+    query: int | str,
+) -> tuple[list[int], int]:
+    """Ids of the tracked tokens and the query position, when all that `steer` is asked fits the
+    model and the prompt's tokens. Reads no weights.
+
+    Raises:
+      InputError: something does not fit.
+    """
+    fit_edits(bundle, tokens, edits)
+    check_heads(ablate, (bundle.config.n_blocks, bundle.config.n_heads))
+    return [token_id(bundle, token) for token in track], find_position(tokens, query)
+
+
+def check_scales(scales: Sequence[float]) -> list[float]:
+    """The scales as floats.
+
+    Raises:
+      InputError: there are none, or one is not a finite number in float32.
+    """
+    if not len(scales):
+        raise InputError("there are no scales; give at least one, as in -1,0,1,2")
+    for scale in scales:
+        if not abs(scale) <= float(np.finfo(np.float32).max):
+            raise InputError(
+                f"scale {scale} is not a finite number in float32; give one, as in -1,0,1,2"
+            )
+    return [float(scale) for scale in scales]
+
+
+def make_edits(
+    session: Session,
+    edits: Sequence[Edit],
+    *,
+    frozen: bool = False,
+    live_scales: bool = False,
+    ablated: Sequence[Head] = (),
+) -> tuple[Edits, np.ndarray, list]:
+    """The arrays of some edits, which heads `[L, N]` they reach, and where they were placed."""
+    shape = (session.bundle.config.n_blocks, session.bundle.config.n_heads)
+    check_heads(ablated, shape)
+    placed = place_edits(session, edits)
+    arrays = build_edits(session, placed, live_scales=live_scales)
+    reached = edited_heads(placed, shape)
+    n_positions = session.boundaries.shape[1]
+    if frozen:
+        arrays = freeze_others(arrays, patterns_of(session), reached)
+    if ablated:
+        arrays = ablate(arrays, head_mask(ablated, shape), n_positions)
+    return arrays, reached, placed
+
+
+def patterns_of(session: Session):
+    """`[L, N, T, S]` of the clean run, padded."""
+    return clean_patterns(
+        session.bundle.params,
+        jnp.asarray(pad_tokens(session.ids)),
+        cfg=session.bundle.config,
+        precision=session.precision,
+    )
+
+
+def steer_session(
+    session: Session,
+    edits: Sequence[Edit],
+    *,
+    scales: list[float],
+    frozen: bool,
+    live_scales: bool,
+    ablated: tuple[Head, ...],
+    track: list[int],
+    query: int,
+    labels: Labels,
+) -> Steering:
+    """`steer` of a session, everything checked."""
+    arrays, reached, placed = make_edits(
+        session, edits, frozen=frozen, live_scales=live_scales, ablated=ablated
+    )
+    runs = run_edits(session, at_scales(arrays, scales), queries=[query])
+    _check_finite(runs, scales)
+    shown = np.argwhere(reached)
+    changed = reached | head_mask(ablated, reached.shape)
+    log_p, clean = _log_softmax(runs.logits), _log_softmax(session.logits)
+    followed = _followed(log_p, clean, track)
+    keys = sorted({edit.position for edit in placed if edit.side == "key"})
+    return Steering(
+        tokens=session.tokens,
+        scales=scales,
+        clean=_likeliest(session, clean),
+        top=[_likeliest(session, row) for row in log_p],
+        tracked=_by_text(session, followed, np.exp(log_p)),
+        kl=np.maximum((np.exp(clean) * (clean - log_p)).sum(-1), 0.0).tolist(),
+        query=query,
+        patterns=[_rows(row, shown) for row in runs.patterns[..., 0, :]],
+        scores=[_rows(row[..., : query + 1], shown) for row in runs.scores[..., 0, :]],
+        rose=_rose(session, runs, scales, changed, query, keys),
+        edits=[describe(session, edit, dict(labels)) for edit in placed],
+        ablated=[f"{layer}.{head}" for layer, head in ablated],
+        n_heads=int(changed.sum()),
+        share_of_heads=float(changed.mean()),
+        freeze_others=frozen,
+        live_scales=live_scales,
+    )
+
+
+def _check_finite(runs: EditedRuns, scales: list[float]) -> None:
+    finite = np.isfinite(runs.logits).all(-1)
+    if not finite.all():
+        scale = scales[int(np.argmin(finite))]
+        raise InputError(
+            f"at scale {scale:g} the model's logits are not finite; give scales nearer to 1"
+        )
+
+
+def _log_softmax(logits) -> np.ndarray:
+    logits = np.asarray(logits, np.float64)
+    return logits - np.logaddexp.reduce(logits, axis=-1, keepdims=True)
+
+
+def _followed(log_p: np.ndarray, clean: np.ndarray, track: list[int]) -> list[int]:
+    """Tracked tokens, the likeliest one of the clean run and at every scale, and the next likeliest
+    anywhere up to five in all."""
+    best = [int(clean.argmax()), *log_p.argmax(-1).tolist()]
+    followed = dict.fromkeys([*track, *best])
+    others = [int(i) for i in np.argsort(-log_p.max(0))[:5] if int(i) not in followed]
+    return [*followed, *others[: max(0, 5 - len(followed))]]
+
+
+def _by_text(session: Session, ids: list[int], p: np.ndarray) -> dict[str, list[float]]:
+    """Two tokens may read the same; then the id tells them apart."""
+    texts = [token_text(session.bundle, i) for i in ids]
+    return {
+        text if texts.count(text) == 1 else f"{text} ({i})": p[:, i].tolist()
+        for text, i in zip(texts, ids, strict=True)
+    }
+
+
+def _likeliest(session: Session, log_p: np.ndarray) -> list[dict[str, Any]]:
+    order = np.argsort(-log_p, kind="stable")[:TOP]
+    return [
+        dict(
+            token=token_text(session.bundle, int(i)), id=int(i), probability=float(np.exp(log_p[i]))
+        )
+        for i in order
+    ]
+
+
+def _rows(per_head: np.ndarray, heads: np.ndarray) -> dict[str, list[float]]:
+    return {f"{layer}.{head}": per_head[layer, head].tolist() for layer, head in heads.tolist()}
+
+
+def _rose(
+    session: Session, runs: EditedRuns, scales, changed, query: int, keys, n: int = 10
+) -> list[dict[str, Any]]:
+    """The unedited heads whose attention from the query to the edited keys changed most; without
+    key-side edits, to the key that the edited heads looked at most."""
+    clean = np.asarray(patterns_of(session)[:, :, query])
+    furthest = int(np.argmax(np.abs(np.asarray(scales) - 1)))
+    keys = list(keys) or [int(clean[changed].sum(0).argmax())]
+    before = clean[..., keys].sum(-1)
+    change = runs.patterns[furthest, :, :, 0][..., keys].sum(-1) - before
+    change = np.where(changed, 0.0, change)
+    order = np.argsort(-np.abs(change), axis=None, kind="stable")[:n]
+    return [
+        dict(
+            head=f"{layer}.{head}",
+            scale=scales[furthest],
+            attention=float(before[layer, head]),
+            change=float(change[layer, head]),
+        )
+        for layer, head in zip(*np.unravel_index(order, change.shape), strict=True)
+        if abs(change[layer, head]) > 1e-6
+    ]

@@ -1,0 +1,141 @@
+"""Figures, drawn by matplotlib (an extra), readable in grey: lines differ in dash and marker."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qkattr.errors import InputError, printable
+from qkattr.export.folder import write_files
+
+if TYPE_CHECKING:
+    from qkattr.experiments.steer import Steering
+
+FORMATS = ("svg", "png", "pdf")
+#: Okabe and Ito's colours, darkest first.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
+DASHES = ("-", "--", "-.", ":")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+GREY = "#667085"
+#: Tokens of one figure: more lines than this cannot be told apart.
+LINES = 7
+
+
+def need_pyplot():
+    """matplotlib.pyplot, without a screen.
+
+    Raises:
+      InputError: it is not installed.
+    """
+    try:
+        import matplotlib
+    except ImportError as e:
+        raise InputError(
+            "figures need matplotlib, which is not installed; pip install matplotlib"
+        ) from e
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    return plt
+
+
+def check_figure(path: str | Path) -> Path:
+    """The path of a figure.
+
+    Raises:
+      InputError: its ending names no format, or matplotlib is not installed.
+    """
+    path = Path(path)
+    if path.suffix.removeprefix(".") not in FORMATS:
+        raise InputError(
+            f"cannot draw {path.name!r}: its ending names no format; use .svg, .png or .pdf"
+        )
+    need_pyplot()
+    return path
+
+
+def save_figure(figure, path: Path) -> Path:
+    """Write a figure whole or not at all."""
+    import io
+
+    import matplotlib
+
+    data = io.BytesIO()
+    format = check_figure(path).suffix.removeprefix(".")
+    with matplotlib.rc_context({"svg.hashsalt": "qkattr", "svg.fonttype": "none"}):
+        metadata = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(format)
+        figure.savefig(data, format=format, dpi=170, facecolor="white", metadata=metadata)
+    need_pyplot().close(figure)
+    write_files(path.parent, {path.name: data.getvalue()})
+    return path
+
+
+def style(i: int) -> dict:
+    """How line i of a panel looks."""
+    return dict(
+        color=COLOURS[i % len(COLOURS)],
+        linestyle=DASHES[i % len(DASHES)],
+        marker=MARKERS[i % len(MARKERS)],
+        markersize=4,
+        lw=1.6,
+    )
+
+
+def safe(text: str, most: int = 40) -> str:
+    """Text of a prompt as matplotlib may draw it: no mathematics, no control characters."""
+    text = printable(text)
+    text = text if len(text) <= most else text[: most - 1] + "…"
+    return text.replace("$", r"\$")
+
+
+def tidy(axes, title: str, x: str, y: str) -> None:
+    """Titles and a quiet frame."""
+    axes.set_title(title, fontsize=10, loc="left")
+    axes.set_xlabel(x, fontsize=9)
+    axes.set_ylabel(y, fontsize=9)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(labelsize=9)
+
+
+def steering_figure(steering: Steering, path: Path) -> Path:
+    """Probabilities against scale; beside them the edited heads' attention to the edited keys, or
+    for query-side edits to the key they looked at most."""
+    plt = need_pyplot()
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
+    order = sorted(range(len(steering.scales)), key=lambda i: steering.scales[i])
+    x = [steering.scales[i] for i in order]
+    for i, (token, p) in enumerate(list(steering.tracked.items())[:LINES]):
+        left.plot(x, [p[j] for j in order], label=f'"{safe(token, 24)}"', **style(i))
+    left.axvline(1, color=GREY, lw=0.8, ls=":")
+    left.set_ylim(-0.02, 1.02)
+    left.legend(fontsize=8.5, frameon=False)
+    others = "other heads frozen" if steering.freeze_others else "other heads live"
+    share = f"{steering.n_heads} heads, {100 * steering.share_of_heads:.1f} %, {others}"
+    tidy(left, f"Next token ({share})", "scale of the edited components", "probability")
+    _attention(right, steering, order, x)
+    return save_figure(figure, path)
+
+
+def _attention(axes, steering: Steering, order: list[int], x: list[float]) -> None:
+    keys = sorted({e["position"] for e in steering.edits if e["side"] == "key"})
+    heads = list(steering.patterns[0])
+    if not keys and heads:
+        total = [sum(steering.patterns[0][h][k] for h in heads) for k in range(steering.query + 1)]
+        keys = [max(range(len(total)), key=total.__getitem__)]
+    lines = [[sum(steering.patterns[i][h][k] for k in keys) for i in order] for h in heads]
+    for i, (head, line) in enumerate(zip(heads, lines, strict=True)):
+        few = len(heads) <= LINES
+        axes.plot(x, line, **(style(i) if few else dict(color="#9db4d3", lw=0.8)),
+                  label=head if few else None)  # fmt: skip
+    if len(lines) > LINES:
+        mean = [sum(column) / len(column) for column in zip(*lines, strict=True)]
+        axes.plot(x, mean, color=COLOURS[0], lw=2.4, marker="o", markersize=4,
+                  label=f"mean of {len(heads)} heads")  # fmt: skip
+    if lines:
+        axes.legend(fontsize=8.5, frameon=False)
+    axes.axvline(1, color=GREY, lw=0.8, ls=":")
+    axes.set_ylim(-0.02, 1.02)
+    named = ", ".join(f'"{safe(steering.tokens[k].strip(), 16)}" {k}' for k in keys[:4])
+    query = f'"{safe(steering.tokens[steering.query].strip(), 16)}" {steering.query}'
+    tidy(axes, f"Edited heads, from {query} to {named}", "scale of the edited components",
+         "attention")  # fmt: skip
