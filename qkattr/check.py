@@ -25,10 +25,13 @@ from qkattr.errors import InputError
 from qkattr.load.bundle import Bundle
 from qkattr.model.forward import block, forward, unembed
 from qkattr.sources.components import sink_positions
-from qkattr.sources.dictionary import reconstruct
+from qkattr.sources.dictionary import Dictionary, reconstruct
 
 #: Tokens of one row of the text.
 ROW = 128
+
+#: Rows in memory at a time.
+AT_ONCE = 8
 
 #: A boundary whose reconstruction loses more than this of the loss is flagged.
 POOR = 0.5
@@ -51,56 +54,79 @@ class BoundaryCheck:
 
 def check_saes(
     bundle: Bundle,
-    rows: Sequence[Sequence[int]],
+    rows: Sequence[Sequence[int]] | np.ndarray,
     *,
     progress: Callable[[str], None] = lambda stage: None,
 ) -> dict[str, Any]:
     """Check every boundary's SAE on rows of token ids (BOS included), all of one length.
+
+    A few rows are in memory at a time; the model runs twice over them, once for the means.
 
     Raises:
       InputError: the bundle has no SAEs, or the text is too short to say anything.
     """
     if bundle.dictionaries is None:
         raise InputError("nothing to check: the bundle was loaded without SAEs")
-    tokens = jnp.asarray(np.array(rows, np.int32))
+    tokens = np.array(rows, np.int32)
     if tokens.ndim != 2 or tokens.shape[1] < 16:
         raise InputError(
             f"the text has rows of {tokens.shape[-1]} tokens; give at least 16 tokens of text"
         )
+    pieces = [jnp.asarray(tokens[i : i + AT_ONCE]) for i in range(0, len(tokens), AT_ONCE)]
     progress("clean run")
-    stream, clean = _clean(bundle.params, tokens, cfg=bundle.config)
-    checks = []
-    for b, dictionary in enumerate(bundle.dictionaries):
-        if dictionary is None:
-            continue
-        progress(f"boundary {b}")
-        x, sink = stream[:, b], _sinks(stream[:, b])
-        rebuilt, mean, figures = jax.device_get(_fit(dictionary, x, sink))
-        losses = [
-            float(_loss_from(bundle.params, tokens, b, put, cfg=bundle.config))
-            for put in (_where(sink, x, rebuilt), _where(sink, x, jnp.broadcast_to(mean, x.shape)))
-        ]
-        recovered = (losses[1] - losses[0]) / max(losses[1] - float(clean), 1e-6)
-        checks.append(
-            BoundaryCheck(
-                boundary=b,
-                width=dictionary.width,
-                loss=losses[0],
-                loss_recovered=recovered,
-                verdict=_verdict(dictionary, figures, recovered),
-                **{k: v.item() for k, v in figures.items()},
+    survey = [_survey(bundle.params, piece, cfg=bundle.config) for piece in pieces]
+    clean, total, count = (sum(part) for part in zip(*jax.device_get(survey), strict=True))
+    mean = total / np.maximum(count, 1)[:, None]
+    sums: dict[int, list[dict[str, np.ndarray]]] = {}
+    for i, piece in enumerate(pieces):
+        stream, _ = _clean(bundle.params, piece, cfg=bundle.config)
+        for b, dictionary in enumerate(bundle.dictionaries):
+            if dictionary is None:
+                continue
+            progress(f"rows {i * AT_ONCE + 1}..{i * AT_ONCE + len(piece)}, boundary {b}")
+            fit = _fit(
+                bundle.params, dictionary, stream[:, b], piece, b, mean[b], cfg=bundle.config
             )
-        )
+            sums.setdefault(b, []).append(jax.device_get(fit))
+    checks = [
+        _summarise(b, bundle.dictionaries[b], parts, len(tokens), float(clean) / len(tokens))
+        for b, parts in sorted(sums.items())
+    ]
     return dict(
-        clean_loss=float(clean), rows=len(rows), boundaries=[dataclasses.asdict(c) for c in checks]
+        clean_loss=float(clean) / len(tokens),
+        rows=len(tokens),
+        boundaries=[dataclasses.asdict(c) for c in checks],
+    )
+
+
+def _summarise(b: int, dictionary: Dictionary, parts: list[dict], rows: int, clean: float):
+    """A boundary's figures from the sums over all pieces of the text."""
+    summed = {k: sum(np.asarray(part[k], np.float64) for part in parts) for k in _SUMS}
+    relative = np.concatenate([part["relative"] for part in parts])
+    with_sae, with_mean = summed["loss_sae"] / rows, summed["loss_mean"] / rows
+    recovered = (with_mean - with_sae) / max(with_mean - clean, 1e-6)
+    kept = np.maximum(summed["kept"], 1)
+    figures = dict(
+        l0=float(summed["l0"] / kept),
+        unexplained_variance=float(summed["error"] / np.maximum(summed["variance"], 1e-30)),
+        median_relative_error=float(np.nanmedian(relative)),
+        dead=int(np.sum(summed["fired"] == 0)),
+    )
+    return BoundaryCheck(
+        boundary=b,
+        width=dictionary.width,
+        loss=float(with_sae),
+        loss_recovered=float(recovered),
+        verdict=_verdict(dictionary, figures, float(recovered)),
+        **figures,
     )
 
 
 def _verdict(dictionary, figures, recovered: float) -> str:
-    unexplained = figures["unexplained_variance"].item()
+    unexplained = figures["unexplained_variance"]
     if recovered >= POOR and unexplained < 1:
         return "ok"
-    l0 = figures["l0"].item()
+    l0 = figures["l0"]
     many = f"; {l0:.0f} features fire at a position" if l0 > dictionary.width / 10 else ""
     return (
         f"POOR: unexplained variance {unexplained:.2f}, loss recovered {recovered:.2f}{many}: "
@@ -110,53 +136,70 @@ def _verdict(dictionary, figures, recovered: float) -> str:
 
 @partial(jax.jit, static_argnames=("cfg",))
 def _clean(params, tokens, *, cfg):
+    """The stream at every boundary, `[R, L+1, T, D]`, and the sum of the rows' losses."""
+
     def one(row):
         logits, trace = forward(params, row, cfg=cfg, capture=("boundaries",))
         return trace.boundaries, _next_token_loss(logits, row)
 
     stream, losses = jax.vmap(one)(tokens)
-    return stream, losses.mean()
+    return stream, losses.sum()
 
 
-def _where(sink, x, replaced):
-    """The replacement, with sinks left as they are."""
-    return jnp.where(sink[..., None], x, replaced)
+@partial(jax.jit, static_argnames=("cfg",))
+def _survey(params, tokens, *, cfg):
+    """The sum of the rows' losses, and each boundary's sum and number of kept positions."""
+    stream, loss = _clean(params, tokens, cfg=cfg)
+
+    def boundary(x):
+        keep = ~_sinks(x)
+        return jnp.where(keep[..., None], x, 0).sum((0, 1)), keep.sum()
+
+    return loss, *jax.lax.map(boundary, stream.swapaxes(0, 1))
 
 
-@jax.jit
 def _sinks(x):
     return jax.vmap(lambda row: sink_positions(row, row.shape[0]))(x)
 
 
-@jax.jit
-def _fit(dictionary, x, sink):
-    flat, keep = x.reshape(-1, x.shape[-1]), ~sink.reshape(-1)
-    a, rebuilt = reconstruct(dictionary, flat)
-    n = keep.sum()
-    mean = jnp.where(keep[:, None], flat, 0).sum(0) / n
-    error = jnp.where(keep, jnp.square(flat - rebuilt).sum(-1), 0)
-    variance = jnp.where(keep, jnp.square(flat - mean).sum(-1), 0)
-    relative = jnp.sqrt(error) / jnp.linalg.norm(flat, axis=-1)
-    fired = ((a > 0) & keep[:, None]).any(0)
-    figures = dict(
-        l0=jnp.where(keep, (a > 0).sum(-1), 0).sum() / n,
-        unexplained_variance=error.sum() / variance.sum(),
-        median_relative_error=jnp.nanmedian(jnp.where(keep, relative, jnp.nan)),
-        dead=(~fired).sum(),
-    )
-    return rebuilt.reshape(x.shape), mean, figures
+#: What adds up over pieces of the text.
+_SUMS = ("kept", "l0", "error", "variance", "fired", "loss_sae", "loss_mean")
 
 
 @partial(jax.jit, static_argnames=("cfg",))
+def _fit(params, dictionary, x, tokens, boundary, mean, *, cfg):
+    """How a dictionary fits some rows at a boundary. relative: `[R * T]`, nan at sinks."""
+    sink = _sinks(x)
+    flat, keep = x.reshape(-1, x.shape[-1]), ~sink.reshape(-1)
+    a, rebuilt = reconstruct(dictionary, flat)
+    square = jnp.square(flat - rebuilt).sum(-1)
+    relative = jnp.sqrt(square) / jnp.linalg.norm(flat, axis=-1)
+
+    def loss_with(replaced):
+        put = jnp.where(sink[..., None], x, replaced.reshape(x.shape))
+        return _loss_from(params, tokens, boundary, put, cfg=cfg)
+
+    return dict(
+        kept=keep.sum(),
+        l0=jnp.where(keep, (a > 0).sum(-1), 0).sum(),
+        error=jnp.where(keep, square, 0).sum(),
+        variance=jnp.where(keep, jnp.square(flat - mean).sum(-1), 0).sum(),
+        fired=((a > 0) & keep[:, None]).any(0),
+        relative=jnp.where(keep, relative, jnp.nan),
+        loss_sae=loss_with(rebuilt),
+        loss_mean=loss_with(jnp.broadcast_to(mean, flat.shape)),
+    )
+
+
 def _loss_from(params, tokens, boundary, x, *, cfg):
-    """Next-token loss when the stream at a boundary is `x`: only the blocks after it are run."""
+    """Sum of the rows' losses when a boundary's stream is `x`: only the blocks after it run."""
 
     def step(b, x):
         weights = jax.tree.map(lambda a: a[b], params.blocks)
         return jax.vmap(lambda row: block(weights, row, cfg=cfg.block)[0])(x)
 
     x = jax.lax.fori_loop(boundary, cfg.n_blocks, step, x)
-    return jax.vmap(_next_token_loss)(unembed(params, x, cfg=cfg), tokens).mean()
+    return jax.vmap(_next_token_loss)(unembed(params, x, cfg=cfg), tokens).sum()
 
 
 def _next_token_loss(logits, tokens):

@@ -55,10 +55,12 @@ def spec_of(name: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
     return PartitionSpec(*spec)
 
 
-def shard(tree: T, mesh: Mesh) -> T:
+def shard(tree: T, mesh: Mesh | None) -> T:
     """The same structs (`Params`, `BlockWeights`, `Dictionary`, ...)
-    with every array placed on the mesh.
+    with every array placed on the mesh; as they are without one.
     """
+    if mesh is None:
+        return tree
 
     def place(path, leaf):
         name = getattr(path[-1], "name", "") if path else ""

@@ -33,7 +33,7 @@ def check(
     if json:
         common.print_json(report)
     else:
-        _show(report)
+        show(report)
 
 
 def _read(path: Path | None) -> str:
@@ -65,7 +65,8 @@ def _rows(bundle, text: str, bos: bool | None, most: int) -> list[list[int]]:
     return [[*first, *body[i : i + length]] for i in starts][:most]
 
 
-def _show(report: dict) -> None:
+def show(report: dict) -> None:
+    """The table of a check."""
     from qkattr.cli.show import console, say, show_table
 
     rows = [

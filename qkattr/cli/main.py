@@ -11,7 +11,7 @@ from typing import Any, cast
 
 import typer
 
-from qkattr.cli import check, faithfulness, heads, qk, steer, tokens, trace
+from qkattr.cli import check, faithfulness, heads, qk, steer, tokens, trace, train
 from qkattr.errors import InputError, clipped, printable, quoted
 
 #: Characters of an error message that are printed, at most.
@@ -36,6 +36,7 @@ for command in (
     faithfulness.faithfulness,
     tokens.tokens,
     check.check,
+    train.train,
 ):
     app.command()(command)
 

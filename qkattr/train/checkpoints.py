@@ -1,0 +1,101 @@
+"""What a run leaves behind to go on from: kept by orbax, each written whole or not at all.
+
+A checkpoint holds the training state (parameters, optimiser, silence, thresholds), the scale of
+every boundary, and the step. Text position, order and the buffer of activations follow from the
+seed and the step, and are made again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from qkattr.errors import InputError
+from qkattr.train.config import TrainConfig
+
+#: What may differ when a run goes on: it changes nothing that was computed.
+_FREE = ("checkpoint_every", "keep", "start")
+
+
+class Checkpoints:
+    """The checkpoints of one run, in a folder. `header` says what was trained on what."""
+
+    def __init__(self, folder: str | Path, cfg: TrainConfig, header: dict[str, Any]):
+        self._folder = Path(folder).resolve()
+        self._cfg, self._header = cfg, header
+        for name in ("orbax", "absl"):
+            logging.getLogger(name).setLevel(logging.ERROR)
+        options = ocp.CheckpointManagerOptions(max_to_keep=cfg.keep, create=True)
+        self._manager = ocp.CheckpointManager(self._folder, options=options)
+
+    def latest(self) -> int | None:
+        """Steps done by the newest whole checkpoint."""
+        return self._manager.latest_step()
+
+    def save(self, step: int, state: Any, scale: jax.Array) -> None:
+        """Write a checkpoint after `step` steps; it is there, whole, when this returns.
+
+        Raises:
+          OSError: it cannot be written; those before it stay.
+        """
+        if step == self.latest():
+            return
+        described = ocp.args.JsonSave(self._description())
+        tree = ocp.args.StandardSave(dict(state=state, scale=scale))
+        with _plain_errors(self._folder):
+            self._manager.save(step, args=ocp.args.Composite(tree=tree, run=described))
+            self._manager.wait_until_finished()
+            self._manager.check_for_errors()
+
+    def check(self) -> None:
+        """Compare the newest checkpoint's run with this one.
+
+        Raises:
+          InputError: it is another run.
+        """
+        found = self._manager.restore(
+            self.latest(), args=ocp.args.Composite(run=ocp.args.JsonRestore())
+        )["run"]
+        here = json.loads(json.dumps(self._description()))
+        for name in sorted(set(found) | set(here)):
+            if found.get(name) != here.get(name):
+                raise InputError(
+                    f"{self._folder.parent} holds a run with {name}={found.get(name)!r:.60}, this "
+                    f"one has {here.get(name)!r:.60}; give its own settings, or another --out"
+                )
+
+    def restore(self, state: Any, scale: jax.Array) -> tuple[Any, jax.Array]:
+        """The newest checkpoint, in the shapes and placement of these."""
+        like = jax.tree.map(ocp.utils.to_shape_dtype_struct, dict(state=state, scale=scale))
+        tree = self._manager.restore(
+            self.latest(), args=ocp.args.Composite(tree=ocp.args.StandardRestore(like))
+        )["tree"]
+        return tree["state"], tree["scale"]
+
+    def close(self) -> None:
+        self._manager.close()
+
+    def _description(self) -> dict[str, Any]:
+        settings = dataclasses.asdict(self._cfg)
+        return self._header | {k: v for k, v in settings.items() if k not in _FREE}
+
+
+@contextlib.contextmanager
+def _plain_errors(folder: Path) -> Iterator[None]:
+    """A failed write as an OSError, whatever library it went through."""
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as e:
+        if any(word in str(e).lower() for word in ("no space", "too large", "enospc", "efbig")):
+            raise OSError(28, "no space left", str(folder)) from e
+        raise

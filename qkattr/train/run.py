@@ -1,0 +1,201 @@
+"""The training loop: one forward of the model feeds every boundary, with progress, metrics,
+checkpoints, and resuming.
+
+    OUT/checkpoints      by orbax, to go on from
+    OUT/metrics.jsonl    a line every LOG steps
+    OUT/saes             the trained set, SAELens folders
+    OUT/metrics.json     how good it is on the held-out rows
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from qkattr.check import check_saes
+from qkattr.errors import InputError
+from qkattr.export.folder import write_files
+from qkattr.export.graph_json import dumps
+from qkattr.load.bundle import Bundle
+from qkattr.sharding import shard
+from qkattr.sources.dictionary import Dictionary
+from qkattr.train.checkpoints import Checkpoints
+from qkattr.train.config import TrainConfig
+from qkattr.train.output import dictionaries, start_from, write_saes
+from qkattr.train.sae import SAE, init_sae
+from qkattr.train.step import TrainState, init_state, train_step
+from qkattr.train.stream import Stream
+
+#: Steps between two lines of metrics.
+LOG = 10
+
+
+@dataclasses.dataclass(frozen=True)
+class Progress:
+    """Where a run stands. Lists have an entry a boundary, the first of them 1.
+
+    loss, unexplained (|x - x^|^2 over |x - mean|^2), l0: means since the last report; dead:
+    features that count as dead; rate: positions a second, of this process.
+    """
+
+    step: int
+    steps: int
+    tokens: int
+    rate: float
+    loss: list[float]
+    unexplained: list[float]
+    l0: list[float]
+    dead: list[int]
+
+
+def train(
+    bundle: Bundle,
+    rows: np.ndarray,
+    cfg: TrainConfig,
+    *,
+    out: str | Path,
+    mesh: Mesh | None = None,
+    progress: Callable[[Progress], None] = lambda progress: None,
+) -> tuple[Dictionary, ...]:
+    """Train a dictionary after every block, or go on where the run in `out` stopped.
+
+    rows: `int[n, cfg.row]` token ids; the last `cfg.held_out` are not trained on. mesh: with axes
+    `data` and `model`; None: one device.
+
+    Raises:
+      InputError: the text is too short, `out` holds another run, or the loss is not finite (the
+        last checkpoint stays).
+    """
+    used = rows[: len(rows) - cfg.held_out]
+    if rows.shape[1] != cfg.row or len(used) < 1:
+        raise InputError(
+            f"the text has {rows.shape[0]} rows of {rows.shape[1]} tokens, expected more than the "
+            f"{cfg.held_out} held out, of {cfg.row} each; give more text, or change row"
+        )
+    out = Path(out)
+    header = dict(model=bundle.model_hash, rows=len(rows), text=_digest(rows))
+    stream = Stream(shard(bundle.params, mesh), used, bundle.config, cfg, mesh)
+    checkpoints = Checkpoints(out / "checkpoints", cfg, header)
+    try:
+        done, state = _begin(stream, checkpoints, bundle, mesh)
+        state = _loop(stream, checkpoints, state, done, out / "metrics.jsonl", progress)
+    finally:
+        checkpoints.close()
+    trained = dictionaries(state, stream.scale, cfg=cfg)
+    write_saes(out / "saes", trained, model_name=bundle.model, context=cfg.row)
+    return trained
+
+
+def measure(
+    bundle: Bundle,
+    trained: tuple[Dictionary, ...],
+    rows: np.ndarray,
+    cfg: TrainConfig,
+    *,
+    out: str | Path,
+    progress: Callable[[str], None] = lambda stage: None,
+) -> dict[str, Any]:
+    """How good a trained set is on the held-out rows (the last row where none is held out), see
+    `qkattr.check`; also written to `out/metrics.json`."""
+    whole = dataclasses.replace(bundle, dictionaries=(None, *trained))
+    report = check_saes(whole, rows[-max(1, cfg.held_out) :], progress=progress)
+    write_files(Path(out), {"metrics.json": dumps(report).encode()})
+    return report
+
+
+def _begin(
+    stream: Stream, checkpoints: Checkpoints, bundle: Bundle, mesh: Mesh | None
+) -> tuple[int, TrainState]:
+    """Steps that are done, and the state after them."""
+    cfg, model = stream.cfg, bundle.config
+    done = checkpoints.latest()
+    if done is not None:
+        checkpoints.check()
+        shapes = jax.eval_shape(lambda: init_state(_fresh(model, cfg), cfg=cfg))
+        state = shard(jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes), mesh)
+        state, stream.scale = checkpoints.restore(state, jnp.zeros(model.n_blocks))
+        return done, state
+    mean, scale = stream.measure()
+    if cfg.start:
+        saes = start_from(cfg.start, scale, model=model, cfg=cfg)
+    else:
+        saes = _fresh(model, cfg, mean)
+    return 0, shard(init_state(saes, cfg=cfg), mesh)
+
+
+def _fresh(model: Any, cfg: TrainConfig, mean: Any = None) -> SAE:
+    """Random SAEs for every boundary."""
+    keys = jax.random.split(jax.random.key(cfg.seed), model.n_blocks)
+    mean = jnp.zeros((model.n_blocks, model.d_model)) if mean is None else mean
+    return jax.vmap(lambda key, mean_D: init_sae(key, mean_D, cfg=cfg))(keys, mean)
+
+
+def _loop(
+    stream: Stream,
+    checkpoints: Checkpoints,
+    state: TrainState,
+    done: int,
+    log: Path,
+    progress: Callable[[Progress], None],
+) -> TrainState:
+    cfg = stream.cfg
+    at_once = jax.default_backend() != "cpu" or stream.mesh is not None
+    began, first, window = time.perf_counter(), done, []
+    for step in range(done, cfg.steps):
+        x, weight = stream.batch(step)
+        state, seen = train_step(state, x, weight, cfg=cfg, at_once=at_once)
+        loss, error, variance, l0 = jax.device_get((seen.loss, seen.error, seen.variance, seen.l0))
+        if not np.isfinite(loss).all():
+            boundary = int(np.argmin(np.isfinite(loss))) + 1
+            last = checkpoints.latest()
+            raise InputError(
+                f"the loss of boundary {boundary} is not finite at step {step + 1}; the last good "
+                f"checkpoint, after step {last or 0}, is kept; lower lr, or mend the text"
+            )
+        window.append((loss, error, variance, l0))
+        last = step + 1 == cfg.steps
+        if (step + 1) % LOG == 0 or last:
+            rate = (step + 1 - first) * cfg.batch / (time.perf_counter() - began)
+            _report(state, window, step + 1, rate, cfg, log, progress)
+            window = []
+        if (step + 1) % cfg.checkpoint_every == 0 or last:
+            checkpoints.save(step + 1, state, stream.scale)
+    return state
+
+
+def _report(state, window, step, rate, cfg, log: Path, progress) -> None:
+    """One line of metrics, on disk and to whoever watches."""
+    loss, error, variance, l0 = (np.stack(column) for column in zip(*window, strict=True))
+    dead = np.asarray((state.silent_M >= cfg.dead_after).sum(1))
+    said = Progress(
+        step=step,
+        steps=cfg.steps,
+        tokens=step * cfg.batch,
+        rate=round(rate, 1),
+        loss=np.round(loss.mean(0), 6).tolist(),
+        unexplained=np.round(error.sum(0) / np.maximum(variance.sum(0), 1e-30), 6).tolist(),
+        l0=np.round(l0.mean(0), 3).tolist(),
+        dead=dead.tolist(),
+    )
+    if jax.process_index() == 0:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("a", encoding="utf-8") as lines:
+            lines.write(json.dumps(dataclasses.asdict(said)) + "\n")
+    progress(said)
+
+
+def _digest(rows: np.ndarray) -> str:
+    """What identifies a text: a hash of up to a thousand of its rows, spread evenly."""
+    import hashlib
+
+    some = np.unique(np.linspace(0, len(rows) - 1, 1000).astype(int))
+    return hashlib.sha256(np.ascontiguousarray(rows[some], np.int64).tobytes()).hexdigest()[:16]
