@@ -31,7 +31,7 @@ Saes = Annotated[
     typer.Option(
         "--saes",
         "-s",
-        help='"smollm2", or a folder of SAEs, one after every block.',
+        help='"smollm2", a folder of SAEs, one after every block, or a packed file.',
         show_default=False,
     ),
 ]
@@ -96,7 +96,8 @@ def need_saes(saes: str | None) -> str:
     """The SAEs, or an error that says how to give them."""
     if saes is None:
         raise InputError(
-            '--saes is missing; give "smollm2" or a folder of SAEs, one after every block'
+            '--saes is missing; give "smollm2", a folder of SAEs, one after every block, or a file '
+            "that `qkattr pack` wrote"
         )
     return saes
 

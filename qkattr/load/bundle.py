@@ -16,6 +16,7 @@ from qkattr.load import hf, smollm2
 from qkattr.load.fingerprint import fingerprint
 from qkattr.load.gguf import open_gguf
 from qkattr.load.gguf_tokenizer import tokenizer_from_gguf
+from qkattr.load.packed import open_packed
 from qkattr.load.saes import CONFIG, WEIGHTS, load_saes, sae_folders
 from qkattr.load.tokenizer import Message, Tokenizer
 from qkattr.load.weights import DTYPES, Checkpoint, check_tensors, read_params
@@ -161,6 +162,16 @@ def _open_model(model: str) -> _Model:
     raise InputError(f"no such model: {model!r}; give {accepted}")
 
 
+def _read_saes(saes: str | Path, config: ModelConfig) -> tuple[tuple[Dictionary | None, ...], str]:
+    """The dictionaries and their fingerprint, from a packed file or a folder of SAELens SAEs."""
+    path = smollm2.saes_path() if str(saes) == smollm2.NAME else Path(saes)
+    if path.is_file():
+        return open_packed(path, config), fingerprint(path.parent, [path])
+    dictionaries = load_saes(path, config)
+    files = [folder / name for folder in sae_folders(path) for name in (CONFIG, WEIGHTS)]
+    return dictionaries, fingerprint(path, files)
+
+
 def _prepend_bos(dictionaries: tuple[Dictionary | None, ...]) -> bool | None:
     """What the SAEs say about a BOS, if they say one thing."""
     said = {d.config.prepend_bos for d in dictionaries if d is not None} - {None}
@@ -170,8 +181,9 @@ def _prepend_bos(dictionaries: tuple[Dictionary | None, ...]) -> bool | None:
 def load(model: str | Path, saes: str | Path | None = None, *, dtype: str = "float32") -> Bundle:
     """Load a model and its SAEs.
 
-    model: "smollm2", a Hugging Face folder, or a .gguf file. saes: "smollm2", or a folder of
-    SAELens SAEs, one after every block. dtype: of the weight matrices, "float32" or "bfloat16".
+    model: "smollm2", a Hugging Face folder, or a .gguf file. saes: "smollm2", a folder of SAELens
+    SAEs, one after every block, or a file that `qkattr pack` made of one. dtype: of the weight
+    matrices, "float32" or "bfloat16".
 
     Raises:
       InputError: something is missing, damaged, not implemented, or does not belong together.
@@ -191,13 +203,7 @@ def open_bundle(
         raise InputError(f"dtype {dtype!r} is not known; expected {' or '.join(DTYPES)}")
     opened = _open_model(str(model))
     check_tensors(opened.checkpoint, opened.config)
-    dictionaries = saes_hash = None
-    if saes is not None:
-        folder = smollm2.shared_saes() if str(saes) == smollm2.NAME else Path(saes)
-        dictionaries = load_saes(folder, opened.config)
-        saes_hash = fingerprint(
-            folder, [f / name for f in sae_folders(folder) for name in (CONFIG, WEIGHTS)]
-        )
+    dictionaries, saes_hash = (None, None) if saes is None else _read_saes(saes, opened.config)
     bos = None if dictionaries is None else _prepend_bos(dictionaries)
     return Bundle(
         config=opened.config,

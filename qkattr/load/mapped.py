@@ -17,7 +17,8 @@ from safetensors import SafetensorError, safe_open
 
 from qkattr.errors import InputError
 
-_DTYPES = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype(ml_dtypes.bfloat16)}
+_FLOATS = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype(ml_dtypes.bfloat16)}
+_DTYPES = _FLOATS | {"U8": np.dtype("u1")}
 _LENGTH_BYTES = 8  # the header's length, little-endian, opens the file
 
 
@@ -29,17 +30,22 @@ class _Entry(msgspec.Struct):
 
 @dataclasses.dataclass(frozen=True)
 class MappedTensors:
-    """The tensors of one safetensors file. `where` is how errors call it."""
+    """The tensors of one safetensors file. `where` is how errors call it; metadata: its own."""
 
     where: str
+    metadata: dict[str, str]
     _entries: dict[str, _Entry]
     _data: np.ndarray  # the bytes after the header
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: entry.shape for name, entry in self._entries.items()}
 
+    def type(self, name: str) -> str:
+        """A tensor's type as the file names it: F32, F16, BF16 or U8."""
+        return self._entries[name].dtype
+
     def read(self, name: str) -> np.ndarray:
-        """A read-only view of one tensor, in the file's own float type."""
+        """A read-only view of one tensor, in the file's own type."""
         entry = self._entries[name]
         start, stop = entry.data_offsets
         return self._data[start:stop].view(_DTYPES[entry.dtype]).reshape(entry.shape)
@@ -51,8 +57,8 @@ def header_bytes(path: Path) -> int:
         return _LENGTH_BYTES + int.from_bytes(file.read(_LENGTH_BYTES), "little")
 
 
-def open_mapped(path: Path, where: str | None = None) -> MappedTensors:
-    """Map a safetensors file.
+def open_mapped(path: Path, where: str | None = None, *, codes: bool = False) -> MappedTensors:
+    """Map a safetensors file. codes: whether it may hold uint8 beside floats.
 
     Raises:
       InputError: there is no such file, it is cut short or corrupt, or a tensor is not float32,
@@ -69,15 +75,15 @@ def open_mapped(path: Path, where: str | None = None) -> MappedTensors:
     length = header_bytes(path)
     data = np.asarray(np.memmap(path, np.uint8, mode="r"))
     header = msgspec.json.decode(data[_LENGTH_BYTES:length].tobytes())
-    header.pop("__metadata__", None)
+    metadata = header.pop("__metadata__", None) or {}
     entries = msgspec.convert(header, dict[str, _Entry])
     for name, entry in entries.items():
-        if entry.dtype not in _DTYPES:
+        if entry.dtype not in (_DTYPES if codes else _FLOATS):
             raise InputError(
                 f"{where}: {name} is {entry.dtype}, expected F32, F16 or BF16; convert the file "
                 "to one of them"
             )
-    return MappedTensors(where, entries, data[length:])
+    return MappedTensors(where, metadata, entries, data[length:])
 
 
 def check_finite(tensor: np.ndarray, name: str, where: str) -> None:

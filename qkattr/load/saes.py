@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
@@ -154,7 +155,7 @@ def _dictionary_config(fields: _Fields) -> DictionaryConfig:
 
 
 def _check_tensors(header: _Header) -> None:
-    """Names and shapes against the config. The values of a `scaling_factor` are for `_map`."""
+    """Names and shapes against the config. The values of a `scaling_factor` are for `map_sae`."""
     d, m = header.d_in, header.d_sae
     expected = {"W_enc": (d, m), "W_dec": (m, d), "b_enc": (m,), "b_dec": (d,)}
     if header.config.activation == "jumprelu":
@@ -199,7 +200,7 @@ def _read_header(folder: Path) -> _Header:
     return header
 
 
-def _map(header: _Header) -> Dictionary:
+def map_sae(header: _Header) -> Dictionary:
     """The SAE as memory-mapped arrays, its values checked."""
     file = header.file
     tensors: dict[str, Any] = {name: file.read(name) for name in file.shapes()}
@@ -229,7 +230,7 @@ def load_sae(folder: str | Path) -> Dictionary:
       InputError: files are missing or damaged, the tensors do not fit the config or are not finite,
         or the SAE computes something that qkattr does not implement.
     """
-    return _map(_read_header(Path(folder)))
+    return map_sae(_read_header(Path(folder)))
 
 
 def sae_folders(path: str | Path) -> tuple[Path, ...]:
@@ -237,7 +238,8 @@ def sae_folders(path: str | Path) -> tuple[Path, ...]:
     path = Path(path)
     if not path.is_dir():
         raise InputError(
-            f"no such folder: {path}; give a folder of SAELens SAEs, one after every block"
+            f"no such folder: {path}; give a folder of SAELens SAEs, one after every block, or "
+            "a packed file"
         )
     folders = tuple(sorted(config.parent for config in path.rglob(CONFIG)))
     if not folders:
@@ -253,7 +255,21 @@ def sae_model_names(path: str | Path) -> set[str]:
     return {name for name in names if name}
 
 
-def _boundary(header: _Header) -> int:
+class SaeHeader(Protocol):
+    """What an SAE is checked by before its weights are read. `name` is how errors call it."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def hook(self) -> str: ...
+    @property
+    def d_in(self) -> int: ...
+
+
+Header = TypeVar("Header", bound=SaeHeader)
+
+
+def _boundary(header: SaeHeader) -> int:
     match = _RESIDUAL_HOOK.fullmatch(header.hook)
     if not match:
         raise InputError(
@@ -264,18 +280,29 @@ def _boundary(header: _Header) -> int:
     return 0 if match[1] is None else int(match[1]) + (match[2] == "post")
 
 
-def _headers(path: str | Path, config: ModelConfig) -> dict[int, _Header]:
-    """Every SAE by its boundary, checked against the model."""
-    headers: dict[int, _Header] = {}
-    for folder in sae_folders(path):
-        header = _read_header(folder)
+def read_headers(path: str | Path) -> dict[int, _Header]:
+    """Every SAE at or below `path` by its boundary, the first boundary first."""
+    return by_boundary(_read_header(folder) for folder in sae_folders(path))
+
+
+def by_boundary(headers: Iterable[Header]) -> dict[int, Header]:
+    """The SAEs by boundary, the first boundary first; one a boundary."""
+    found: dict[int, Header] = {}
+    for header in headers:
         boundary = _boundary(header)
-        if boundary in headers:
-            first, second = headers[boundary].name, header.name
+        if boundary in found:
+            first, second = found[boundary].name, header.name
             raise InputError(
                 f"{first} and {second} are both for boundary {boundary}, expected one; move one "
                 "away"
             )
+        found[boundary] = header
+    return dict(sorted(found.items()))
+
+
+def check_set(headers: dict[int, Header], path: str | Path, config: ModelConfig) -> None:
+    """Raise `InputError` unless the SAEs are as wide as the model, one after every block."""
+    for boundary, header in headers.items():
         if boundary > config.n_blocks:
             raise InputError(
                 f"{header.name} is for boundary {boundary}, the model has "
@@ -286,12 +313,17 @@ def _headers(path: str | Path, config: ModelConfig) -> dict[int, _Header]:
                 f"SAE at boundary {boundary} has d_in={header.d_in}, the model has "
                 f"d_model={config.d_model}; load the SAEs trained on this model"
             )
-        headers[boundary] = header
     if missing := [str(b) for b in range(1, config.n_blocks + 1) if b not in headers]:
         raise InputError(
             f"{path} has no SAE for boundary {some(missing, 12)}; expected one after every "
             f"block, 1..{config.n_blocks}"
         )
+
+
+def _headers(path: str | Path, config: ModelConfig) -> dict[int, _Header]:
+    """Every SAE by its boundary, checked against the model."""
+    headers = read_headers(path)
+    check_set(headers, path, config)
     return headers
 
 
@@ -310,4 +342,4 @@ def load_saes(path: str | Path, config: ModelConfig) -> tuple[Dictionary | None,
         model, shares its boundary with another; or a boundary after a block has none.
     """
     headers = _headers(path, config)
-    return tuple(_map(headers[b]) if b in headers else None for b in range(config.n_blocks + 1))
+    return tuple(map_sae(headers[b]) if b in headers else None for b in range(config.n_blocks + 1))

