@@ -3,12 +3,11 @@
 VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
-PROMPT := I always loved visiting Aunt Sally. Whenever I was feeling sad, Aunt
 
 .PHONY: demo test lint figures clean
 
 demo: $(VENV)/.installed
-	$(BIN)/qkattr trace "$(PROMPT)" --model smollm2 --saes smollm2 --out demo
+	$(BIN)/qkattr demo --out demo
 
 test: lint $(VENV)/.tests
 	$(BIN)/python -m pytest -n 2 --dist loadfile

@@ -11,7 +11,7 @@ from typing import Any, cast
 
 import typer
 
-from qkattr.cli import check, faithfulness, heads, qk, steer, tokens, trace, train
+from qkattr.cli import check, demo, faithfulness, heads, pack, qk, steer, tokens, trace, train
 from qkattr.errors import InputError, clipped, printable, quoted
 
 #: Characters of an error message that are printed, at most.
@@ -37,6 +37,8 @@ for command in (
     tokens.tokens,
     check.check,
     train.train,
+    pack.pack,
+    demo.demo,
 ):
     app.command()(command)
 

@@ -1,0 +1,115 @@
+"""`qkattr pack`: SAEs as one file of a fifth of their size, and what that cost."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from qkattr.cli import common
+from qkattr.cli.text import cut_rows, read_text
+from qkattr.errors import InputError, printable
+
+Option = typer.Option
+_MEASURED = ("unexplained_variance", "loss_recovered")
+
+
+def pack(
+    saes: Annotated[Path, typer.Argument(help="Folder of SAELens SAEs, one after every block.")],
+    out: Annotated[Path, Option(help="File to write, .safetensors.", show_default=False)],
+    model: common.Model = None,
+    bits: Annotated[int, Option(help="Of a weight: 4 or 8.")] = 4,
+    block: Annotated[int, Option(help="Weights of a feature that share a scale.")] = 32,
+    wide: Annotated[
+        list[int] | None,
+        Option(help="Boundary that gets 8 bits in any case (repeatable).", show_default=False),
+    ] = None,
+    text: Annotated[
+        Path | None,
+        Option(
+            help="Measure the loss on it: a text file, or .npy of token ids [rows, tokens].",
+            show_default=False,
+        ),
+    ] = None,
+    rows: Annotated[int, Option(min=1, help="Rows of the text to read, at most.")] = 4,
+    bos: common.Bos = None,
+    json: common.Json = False,
+) -> None:
+    """Pack a folder of SAEs into one file of blockwise integers, for --saes."""
+    with common.progress() as progress:
+        passage = None if text is None else read_text(text)
+        common.need_model(model)
+        _check_out(out)
+        bundle = common.open_model(model, str(saes))
+        wanted = None if passage is None else cut_rows(bundle, passage, bos, rows)
+        from qkattr.load.packed import pack_saes
+
+        errors = pack_saes(saes, out, bits=bits, block=block, wide=wide or (), progress=progress)
+        boundaries = {e.boundary: dataclasses.asdict(e) for e in errors}
+        report = dict(file=str(out), bytes=out.stat().st_size, block=block)
+        if wanted is not None:
+            report |= _measure(bundle, out, wanted, boundaries, progress)
+    report["boundaries"] = list(boundaries.values())
+    if json:
+        common.print_json(report)
+    else:
+        _show(report)
+
+
+def _check_out(out: Path) -> None:
+    """Fail before the work, not after it."""
+    from qkattr.export.folder import check_writable
+
+    if out.suffix != ".safetensors" or out.is_dir():
+        raise InputError(f"--out {str(out)!r} is not a .safetensors file; give another name")
+    check_writable(out.parent)
+
+
+def _measure(bundle, packed: Path, rows: list, boundaries: dict[int, dict], progress) -> dict:
+    """Puts what the folder and the packed file explain into `boundaries`; returns what they were
+    measured on."""
+    from qkattr.check import check_saes
+    from qkattr.load.packed import open_packed
+
+    before = check_saes(bundle, rows, progress=progress)
+    dictionaries = open_packed(packed, bundle.config)
+    changed = dataclasses.replace(
+        bundle, dictionaries=dictionaries, read_params=lambda: bundle.params
+    )
+    after = check_saes(changed, rows, progress=progress)
+    for old, new in zip(before["boundaries"], after["boundaries"], strict=True):
+        boundaries[old["boundary"]] |= {n: dict(before=old[n], after=new[n]) for n in _MEASURED}
+    return dict(rows=len(rows), clean_loss=before["clean_loss"])
+
+
+def _show(report: dict[str, Any]) -> None:
+    from qkattr.cli.show import console, percent, say, show_table
+
+    out, measured = console(), "rows" in report
+    columns = ["boundary|", "bits|", "W_enc error|", "W_dec error|"]
+    rows = [
+        [b["boundary"], b["bits"], percent(b["W_enc"]), percent(b["W_dec"])]
+        for b in report["boundaries"]
+    ]
+    if measured:
+        columns += ["unexplained|", "packed|", "recovered|", "packed|", "lost|"]
+        for row, b in zip(rows, report["boundaries"], strict=True):
+            row += [f"{b[name][side]:.4f}" for name in _MEASURED for side in ("before", "after")]
+            row.append(percent(_lost(b)))
+    show_table(out, "Packed SAEs: relative error of the weights", columns, rows)
+    if measured:
+        lost = [_lost(b) for b in report["boundaries"]]
+        say(
+            out,
+            f"Of the loss recovered, packing lost {percent(sum(lost) / len(lost))} on average, "
+            f"{percent(max(lost))} at most, on {report['rows']} rows.",
+        )
+    print(printable(f"Wrote {report['file']}: {report['bytes']:,} bytes"))
+
+
+def _lost(boundary: dict[str, Any]) -> float:
+    """The share of the loss recovered that packing lost."""
+    recovered = boundary["loss_recovered"]
+    return (recovered["before"] - recovered["after"]) / max(recovered["before"], 1e-6)
