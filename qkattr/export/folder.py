@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from qkattr.load.bundle import Bundle
 
 # What np.load raises on a file that is cut short, overwritten or no archive at all.
-_DAMAGE = (
+DAMAGE = (
     ValueError,
     OSError,
     EOFError,
@@ -221,7 +221,7 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         with (folder / "graph.npz").open("rb") as file, np.load(file, allow_pickle=False) as data:
             columns = {name: data[name] for name in data.files}
         written_by = str(columns["run"])
-    except _DAMAGE as e:
+    except DAMAGE as e:
         raise InputError(
             f"{folder / 'graph.npz'} is damaged; write it again with `qkattr trace`"
         ) from e

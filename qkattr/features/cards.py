@@ -1,0 +1,242 @@
+"""Feature cards: what each feature of each boundary does on a text, in columns.
+
+A context is a reference into `rows`, the token rows in which contexts lie, stored once; its window
+holds the feature's activation at the positions around it. Activations are stored as levels of the
+feature's largest one (1/255 of it in a context, 1/15 around it), histogram counts to 3 %, logits as
+levels of the feature's largest; counts, maxima, tokens and AUCs are as measured.
+Axes: X features of all boundaries, one after the other; C contexts, W positions of a window, Q
+tokens listed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from qkattr.errors import InputError
+from qkattr.features.norms import NormScales
+
+#: Half octaves of the histogram, the last the one that holds the maximum.
+HISTOGRAM = 12
+AUTOMATIC, GIVEN = 0, 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """A context. tokens: as text; activations: of the feature at each. at: the index of the token
+    it was found for. row, position: where it lies in the text. quantile: its name."""
+
+    quantile: str
+    tokens: list[str]
+    activations: list[float]
+    at: int
+    row: int
+    position: int
+
+    @property
+    def activation(self) -> float:
+        return self.activations[self.at]
+
+
+@dataclasses.dataclass(frozen=True)
+class Card:
+    """One feature.
+
+    label: what it seems to be; its rule's auc on held-out rows, or None: not measured; n: held-out
+    activating positions that it was measured on. given: the label was imported, no rule of qkattr's.
+    density: share of positions at which it is active; count: how many. histogram: (from, to, count)
+    of activations. examples: the strongest contexts, then one of each fifth of its activations.
+    top_logits, bottom_logits: (token, change of its logit by one unit of activation).
+    """
+
+    boundary: int
+    index: int
+    label: str
+    auc: float | None
+    n: int
+    given: bool
+    count: int
+    density: float
+    max: float
+    mean: float
+    histogram: list[tuple[float, float, int]]
+    examples: list[Example]
+    top_logits: list[tuple[str, float]]
+    bottom_logits: list[tuple[str, float]]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Cards:
+    """The cards of a set of SAEs.
+
+    meta: what they are of: model, saes, their hashes, the text, settings. boundaries: `[Y]`, and
+    the first of each one's features in the columns, `[Y + 1]`. The rest is columns; see the module.
+    """
+
+    meta: dict[str, Any]
+    boundaries: Int[np.ndarray, "Y"]
+    first: Int[np.ndarray, "Y+1"]
+    positions: Int[np.ndarray, "Y"]
+    rows: Int[np.ndarray, "n T"]
+    row_number: Int[np.ndarray, "n"]
+    count: Int[np.ndarray, "X"]
+    max: Float[np.ndarray, "X"]
+    mean: Float[np.ndarray, "X"]
+    bin: Int[np.ndarray, "X"]
+    histogram: Int[np.ndarray, "X H"]
+    context_row: Int[np.ndarray, "X C"]
+    context_position: Int[np.ndarray, "X C"]
+    context_level: Int[np.ndarray, "X C"]
+    window: Int[np.ndarray, "X C W"]
+    logit_token: Int[np.ndarray, "X 2Q"]
+    logit_level: Int[np.ndarray, "X 2Q"]
+    logit_scale: Float[np.ndarray, "X"]
+    auc: Float[np.ndarray, "X"]
+    n: Int[np.ndarray, "X"]
+    source: Int[np.ndarray, "X"]
+    label_text: list[str]
+    vocabulary: dict[int, str]
+    norms: NormScales
+
+    @classmethod
+    def open(cls, path: str | Path) -> Cards:
+        """Read a file that `save` wrote.
+
+        Raises:
+          InputError: it is no such file, damaged, or of another schema.
+        """
+        from qkattr.features.store import open_cards
+
+        return open_cards(path)
+
+    def save(self, path: str | Path) -> Path:
+        """Write one file; what was there survives a failure."""
+        from qkattr.features.store import save_cards
+
+        return save_cards(self, path)
+
+    def __len__(self) -> int:
+        return len(self.count)
+
+    def width(self, boundary: int) -> int:
+        """How many features a boundary has; 0 where there are no cards."""
+        at = self._of_boundary.get(boundary)
+        return 0 if at is None else int(self.first[at + 1] - self.first[at])
+
+    def label(self, boundary: int, index: int) -> str:
+        """A feature's label; "" where there is no card."""
+        if not 0 <= index < self.width(boundary):
+            return ""
+        return self.label_text[self.first[self._of_boundary[boundary]] + index]
+
+    def labels(
+        self, features: Iterable[tuple[int, int]] | None = None
+    ) -> dict[tuple[int, int], str]:
+        """Labels by (boundary, index), of all features or of some."""
+        if features is None:
+            features = ((b, i) for b in self._of_boundary for i in range(self.width(b)))
+        return {(b, i): text for b, i in features if (text := self.label(b, i))}
+
+    def card(self, boundary: int, index: int) -> Card:
+        """The card of a feature.
+
+        Raises:
+          InputError: there is no such boundary or feature.
+        """
+        x = self.row_of(boundary, index)
+        return Card(
+            boundary=boundary,
+            index=index,
+            label=self.label_text[x],
+            auc=None if np.isnan(self.auc[x]) else round(float(self.auc[x]), 4),
+            n=int(self.n[x]),
+            given=bool(self.source[x] == GIVEN),
+            count=int(self.count[x]),
+            density=float(self.count[x] / self.positions[self._of_boundary[boundary]]),
+            max=float(self.max[x]),
+            mean=float(self.mean[x]),
+            histogram=self._histogram(x),
+            examples=[self._example(x, c) for c in np.flatnonzero(self.context_level[x])],
+            top_logits=self._logits(x, 0),
+            bottom_logits=self._logits(x, 1),
+        )
+
+    def row_of(self, boundary: int, index: int) -> int:
+        """Where a feature is in the columns."""
+        if boundary not in self._of_boundary:
+            known = f"{self.boundaries.min()}..{self.boundaries.max()}"
+            raise InputError(
+                f"there are no cards for boundary {boundary}; the file has boundaries {known}"
+            )
+        if not 0 <= index < self.width(boundary):
+            raise InputError(
+                f"boundary {boundary} has no feature {index}; give one of 0..{self.width(boundary) - 1}"
+            )
+        return int(self.first[self._of_boundary[boundary]] + index)
+
+    def with_labels(self, labels: dict[tuple[int, int], str]) -> Cards:
+        """Cards with some labels replaced by ones that were written elsewhere.
+
+        Raises:
+          InputError: there is no such feature.
+        """
+        text, auc, source = list(self.label_text), self.auc.copy(), self.source.copy()
+        for (boundary, index), label in labels.items():
+            x = self.row_of(boundary, index)
+            text[x], auc[x], source[x] = label, np.nan, GIVEN
+        return dataclasses.replace(self, label_text=text, auc=auc, source=source)
+
+    @functools.cached_property
+    def _of_boundary(self) -> dict[int, int]:
+        return {int(b): at for at, b in enumerate(self.boundaries)}
+
+    def _histogram(self, x: int) -> list[tuple[float, float, int]]:
+        counts = count_of(self.histogram[x])
+        edges = 2.0 ** ((self.bin[x] - 31 - np.arange(HISTOGRAM + 1)[::-1]) / 2)
+        bins = zip(edges[:-1].tolist(), edges[1:].tolist(), counts.tolist(), strict=True)
+        return [(low, high, n) for low, high, n in bins if n]
+
+    def _example(self, x: int, c: int) -> Example:
+        before, after = self.meta["before"], self.meta["after"]
+        row, position = int(self.context_row[x, c]), int(self.context_position[x, c])
+        first, last = max(position - before, 0), min(position + after + 1, self.rows.shape[1])
+        levels = self.window[x, c, first - position + before : last - position + before] / 15
+        levels[position - first] = self.context_level[x, c] / 255
+        top = self.meta["top"]
+        fifths = self.context_level.shape[1] - top
+        name = "Top" if c < top else f"Fifth {c - top + 1} of {fifths} of its activations"
+        return Example(
+            quantile=name,
+            tokens=[self.token(i) for i in self.rows[row, first:last]],
+            activations=[float(f"{v:.4g}") for v in levels * float(self.max[x])],
+            at=position - first,
+            row=int(self.row_number[row]),
+            position=position,
+        )
+
+    def _logits(self, x: int, side: int) -> list[tuple[str, float]]:
+        n = self.logit_token.shape[1] // 2
+        at = slice(side * n, (side + 1) * n)
+        values = self.logit_level[x, at] / 127 * float(self.logit_scale[x])
+        tokens = [self.token(i) for i in self.logit_token[x, at]]
+        return [(t, float(f"{v:.3g}")) for t, v in zip(tokens, values, strict=True)]
+
+    def token(self, token_id: int) -> str:
+        """A token as text; its id where the text is not known."""
+        return self.vocabulary.get(int(token_id), str(token_id))
+
+
+def level_of(count: Int[np.ndarray, ...]) -> Int[np.ndarray, ...]:
+    """Counts as levels of a logarithmic scale, 12 an octave."""
+    return np.minimum(np.round(12 * np.log2(1.0 + count)), 255).astype(np.uint8)
+
+
+def count_of(level: Int[np.ndarray, ...]) -> Int[np.ndarray, ...]:
+    """Counts from their levels, to 3 % (2.5 million at most)."""
+    return np.round(2.0 ** (level / 12) - 1).astype(int)
