@@ -34,6 +34,7 @@ from qkattr.session import (
     Progress,
     Session,
     pad_tokens,
+    prompt_labels,
     start_session,
     token_id,
     token_text,
@@ -121,6 +122,7 @@ def trace(
         qk={},
         settings=_settings(bundle, opts),
         provenance=_provenance(bundle, ids, opts),
+        labels=prompt_labels(session),
         vocabulary=_vocabulary(bundle, graph),
         session=session,
     )

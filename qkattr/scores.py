@@ -19,7 +19,14 @@ from qkattr.options import make_options
 from qkattr.qk.table import QKAttribution, qk_table
 from qkattr.qk.terms import QKTerms, qk_terms_many
 from qkattr.result import Result
-from qkattr.session import Progress, Session, find_position, start_session, token_texts
+from qkattr.session import (
+    Progress,
+    Session,
+    find_position,
+    prompt_labels,
+    start_session,
+    token_texts,
+)
 from qkattr.sharding import bucket
 from qkattr.types import NO_WINDOW, Kind
 
@@ -85,7 +92,8 @@ def attribute_qk(
     place = find_place_in(bundle.config, token_texts(bundle, ids), (layer, head, query, key))
     session = start_session(bundle, ids, opts, progress)
     progress("QK attribution")
-    return qk_tables(session, [place], labels or {}, opts.precision)[place]
+    labels = prompt_labels(session) if labels is None else labels
+    return qk_tables(session, [place], labels, opts.precision)[place]
 
 
 def attention_at(session: Session, query: int, key: int) -> tuple[np.ndarray, np.ndarray]:

@@ -19,6 +19,7 @@ from qkattr.model.forward import residual_stream, unembed
 from qkattr.options import TraceOptions
 from qkattr.sharding import bucket
 from qkattr.sources.components import Components, decompose_prompt
+from qkattr.types import Kind
 
 Progress = Callable[[str], None]
 
@@ -91,6 +92,16 @@ def _boundaries(params, tokens, last, *, cfg, precision):
         params, tokens, cfg=cfg, capture=("boundaries",), precision=precision
     )
     return captured.boundaries, unembed(params, x[last], cfg=cfg, precision=precision)
+
+
+def prompt_labels(session: Session) -> dict[tuple[int, int], str]:
+    """What the bundle's cards call the features that are active on the prompt."""
+    cards = session.bundle.cards
+    if cards is None:
+        return {}
+    boundary, position, slot = np.nonzero(np.asarray(session.components.kind) == Kind.FEATURE)
+    index = np.asarray(session.components.index)[boundary, position, slot]
+    return cards.labels(sorted(set(zip(boundary.tolist(), index.tolist(), strict=True))))
 
 
 def pad_tokens(ids: Sequence[int]) -> np.ndarray:

@@ -11,7 +11,19 @@ from typing import Any, cast
 
 import typer
 
-from qkattr.cli import check, demo, faithfulness, heads, pack, qk, steer, tokens, trace, train
+from qkattr.cli import (
+    check,
+    demo,
+    faithfulness,
+    features,
+    heads,
+    pack,
+    qk,
+    steer,
+    tokens,
+    trace,
+    train,
+)
 from qkattr.errors import InputError, clipped, printable, quoted
 
 #: Characters of an error message that are printed, at most.
@@ -39,6 +51,7 @@ for command in (
     train.train,
     pack.pack,
     demo.demo,
+    features.features,
 ):
     app.command()(command)
 

@@ -60,6 +60,10 @@ def trace(
     qk: Annotated[
         int, Option(help="QK attributions to include, of the heads that carried most.")
     ] = 8,
+    cards: Annotated[
+        Path | None,
+        Option(help="Feature cards that name the features.", show_default=False),
+    ] = None,
     sink: common.Sink = True,
     bos: common.Bos = None,
     ids: common.Ids = False,
@@ -99,6 +103,10 @@ def trace(
 
             check_writable(out)
         bundle = common.open_model(model, saes, dtype)
+        if cards is not None:
+            from qkattr.features import with_cards
+
+            bundle = with_cards(bundle, cards)
         from qkattr.analysis import trace as trace_prompt
 
         result = trace_prompt(bundle, given, progress=progress, **options)

@@ -44,6 +44,7 @@ from qkattr.session import (
     Session,
     find_position,
     pad_tokens,
+    prompt_labels,
     start_session,
     token_id,
     token_text,
@@ -162,6 +163,7 @@ def steer(
         ids, _ = bundle.tokenize(prompt, opts.bos)
         asked = check_asked(bundle, token_texts(bundle, ids), parsed, ablate, track, query)
         session = start_session(bundle, ids, opts, progress)
+        labels = prompt_labels(session) if labels is None else labels
     progress("edited runs")
     return steer_session(
         session,
@@ -172,7 +174,7 @@ def steer(
         ablated=tuple(ablate),
         track=asked[0],
         query=asked[1],
-        labels=labels or {},
+        labels=labels,
     )
 
 

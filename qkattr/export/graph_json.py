@@ -117,7 +117,7 @@ def _layer(kind: Kind, boundary: int, n_blocks: int) -> str:
     return "E" if boundary == 0 else str(boundary - 1)
 
 
-def _cantor(a: int, b: int) -> int:
+def cantor(a: int, b: int) -> int:
     return (a + b) * (a + b + 1) // 2 + b
 
 
@@ -159,7 +159,7 @@ def _nodes(result: Result) -> list[dict[str, Any]]:
 
 def _feature(kind: Kind, boundary: int, index: int, position: int) -> int | None:
     if kind == Kind.FEATURE and boundary:
-        return _cantor(boundary - 1, index)
+        return cantor(boundary - 1, index)
     return position if kind == Kind.TOKEN else None
 
 

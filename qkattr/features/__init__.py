@@ -1,12 +1,12 @@
 """Feature cards: what each feature of each boundary does on a text.
 
-    cards = make_cards(bundle, rows)        scan, logits, labels with their measured quality
-    cards.card(12, 345), cards.labels(), cards.save(path), Cards.open(path)
-    with_cards(bundle, cards)               traces then name their features
+cards = make_cards(bundle, rows)        scan, logits, labels with their measured quality
+cards.card(12, 345), cards.labels(), cards.save(path), Cards.open(path)
+with_cards(bundle, cards)               traces then name their features
 """
 
 from qkattr.features.build import make_cards
-from qkattr.features.cards import Card, Cards, Example
+from qkattr.features.cards import Card, Cards, Example, with_cards
 from qkattr.features.scan import ScanConfig
 
-__all__ = ["Card", "Cards", "Example", "ScanConfig", "make_cards"]
+__all__ = ["Card", "Cards", "Example", "ScanConfig", "make_cards", "with_cards"]

@@ -143,7 +143,9 @@ def _contexts(seen: Seen, found: Scan) -> dict[str, np.ndarray]:
     window = np.round(15 * window / largest[..., None]).astype(np.uint8)
     window[:, :, found.config.before] = 0  # the context's own, which has its level
     window[level == 0] = 0
-    return dict(place=np.where(level > 0, place, 0), context_level=level.astype(np.uint8), window=window)
+    return dict(
+        place=np.where(level > 0, place, 0), context_level=level.astype(np.uint8), window=window
+    )
 
 
 def _logits(tokens: np.ndarray, values: np.ndarray) -> dict[str, np.ndarray]:
@@ -176,7 +178,8 @@ def _assembled(bundle: Bundle, found: Scan, columns, norms, texts, text: str) ->
         context_row=row,
         context_position=place % T * (level > 0),
         label_text=[label for part in columns["label_text"] for label in part],
-        vocabulary={int(i): texts[int(i)] for i in np.unique(found.rows[row_number])} | logit_tokens,
+        vocabulary={int(i): texts[int(i)] for i in np.unique(found.rows[row_number])}
+        | logit_tokens,
         norms=norms,
         **joined,
     )

@@ -20,7 +20,9 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from qkattr.errors import InputError
+from qkattr.features.labels import CLEAR
 from qkattr.features.norms import NormScales
+from qkattr.load.bundle import Bundle
 
 #: Half octaves of the histogram, the last the one that holds the maximum.
 HISTOGRAM = 12
@@ -48,8 +50,8 @@ class Example:
 class Card:
     """One feature.
 
-    label: what it seems to be; its rule's auc on held-out rows, or None: not measured; n: held-out
-    activating positions that it was measured on. given: the label was imported, no rule of qkattr's.
+    label: what it seems to be. auc: of its rule on held-out rows, None: not measured. n: held-out
+    activating positions that it was measured on. given: the label was imported and has no rule.
     density: share of positions at which it is active; count: how many. histogram: (from, to, count)
     of activations. examples: the strongest contexts, then one of each fifth of its activations.
     top_logits, bottom_logits: (token, change of its logit by one unit of activation).
@@ -175,9 +177,8 @@ class Cards:
                 f"there are no cards for boundary {boundary}; the file has boundaries {known}"
             )
         if not 0 <= index < self.width(boundary):
-            raise InputError(
-                f"boundary {boundary} has no feature {index}; give one of 0..{self.width(boundary) - 1}"
-            )
+            last = self.width(boundary) - 1
+            raise InputError(f"boundary {boundary} has no feature {index}; give one of 0..{last}")
         return int(self.first[self._of_boundary[boundary]] + index)
 
     def with_labels(self, labels: dict[tuple[int, int], str]) -> Cards:
@@ -230,6 +231,43 @@ class Cards:
     def token(self, token_id: int) -> str:
         """A token as text; its id where the text is not known."""
         return self.vocabulary.get(int(token_id), str(token_id))
+
+
+def overview(cards: Cards) -> list[dict[str, Any]]:
+    """Each boundary: features, how many were silent, mean density, share of all with a rule that
+    separates on held-out rows, median AUC (None: none was measured)."""
+    rows = []
+    for at, b in enumerate(cards.boundaries.tolist()):
+        part = slice(cards.first[at], cards.first[at + 1])
+        auc = cards.auc[part]
+        measured = auc[~np.isnan(auc)]
+        rows.append(
+            dict(
+                boundary=b,
+                features=cards.width(b),
+                silent=int((cards.count[part] == 0).sum()),
+                density=float(cards.count[part].mean() / cards.positions[at]),
+                clear=float((measured >= CLEAR).sum() / cards.width(b)),
+                median_auc=float(np.median(measured)) if len(measured) else None,
+            )
+        )
+    return rows
+
+
+def with_cards(bundle: Bundle, cards: Cards | str | Path) -> Bundle:
+    """The bundle with cards of its SAEs: whatever is traced with it names its features.
+
+    Raises:
+      InputError: the cards are of other SAEs, or the file cannot be read.
+    """
+    cards = cards if isinstance(cards, Cards) else Cards.open(cards)
+    was, now = cards.meta["saes_hash"], bundle.saes_hash
+    if was != now:
+        raise InputError(
+            f"the cards are of other SAEs ({cards.meta['saes']}, fingerprint {str(was)[:12]}) than "
+            f"the ones given ({str(now)[:12]}); make cards of these, or load those"
+        )
+    return dataclasses.replace(bundle, cards=cards)
 
 
 def level_of(count: Int[np.ndarray, ...]) -> Int[np.ndarray, ...]:

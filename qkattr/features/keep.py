@@ -82,7 +82,7 @@ def merge(a: Kept, b: Kept) -> Kept:
 
 
 def priority(place: Int[Array, "n"]) -> Float[Array, "n"]:
-    """A number in [0, 1) for each place, as good as random and always the same (murmur3's mixer)."""
+    """A number in [0, 1) for each place, as good as random and always the same: murmur3's mixer."""
     x = place.astype(jnp.uint32)
     x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
     x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)

@@ -148,7 +148,14 @@ def scan(
             before, more = state[b], True
             while more:
                 state[b], batch_sinks[b], more = _look(
-                    dictionary, stream[b], before, row, is_held, sinks=b > 0, slots=slots, cfg=config
+                    dictionary,
+                    stream[b],
+                    before,
+                    row,
+                    is_held,
+                    sinks=b > 0,
+                    slots=slots,
+                    cfg=config,
                 )
                 more = dictionary.config.activation != "topk" and bool(more)
                 slots = bucket(2 * slots) if more else slots
@@ -251,9 +258,7 @@ def _add(seen: Seen, value, feature, place, split, shape, cfg: ScanConfig) -> Se
         total=seen.total.at[feature].add(value),
         histogram=seen.histogram.at[feature, half_octave(value)].add(active),
         top=keep_best(seen.top, feature, jnp.where(value > 0, value, NONE)),
-        sample=keep_best(
-            seen.sample, split * width + feature, jnp.where(value > 0, chance, NONE)
-        ),
+        sample=keep_best(seen.sample, split * width + feature, jnp.where(value > 0, chance, NONE)),
     )
 
 

@@ -126,7 +126,10 @@ def views_of(rows: Int[np.ndarray, "n T"], texts: Mapping[int, str]) -> list[Vie
             np.pad(token[:, 1:] + 1, ((0, 0), (0, 1))),
             lambda ids: f"says {tokens(ids)}", n_used, cost=0.01, says=True,
         ),
-        *(view(shown, lambda ids, name=name: name, 2, cost=0.01) for name, shown in _flags(rows, said, token)),
+        *(
+            view(shown, lambda ids, name=name: name, 2, cost=0.01)
+            for name, shown in _flags(rows, said, token)
+        ),
         _near_view(word, n_words, lambda ids: f"shortly after {words(ids)}"),
     ]  # fmt: skip
 

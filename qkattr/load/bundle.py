@@ -6,7 +6,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -23,6 +23,9 @@ from qkattr.load.weights import DTYPES, Checkpoint, check_tensors, read_params
 from qkattr.sources.dictionary import Dictionary
 from qkattr.types import Params
 
+if TYPE_CHECKING:
+    from qkattr.features.cards import Cards
+
 Prompt = str | Sequence[int] | Sequence[Message]
 
 
@@ -33,7 +36,8 @@ class Bundle:
     tokenizer: None when the model's files hold none; prompts are token ids then. dictionaries: one
     a boundary, or None without SAEs. model, saes: as they were asked for. model_hash, saes_hash:
     see `fingerprint`. bos: whether text gets a BOS, as the SAEs say; None: as the tokenizer does,
-    also when the SAEs disagree.
+    also when the SAEs disagree. cards: of the SAEs' features, which label what is traced; see
+    `qkattr.features.with_cards`.
     """
 
     config: ModelConfig
@@ -46,6 +50,7 @@ class Bundle:
     saes_hash: str | None
     bos: bool | None = None
     dtype: str = "float32"
+    cards: Cards | None = None
 
     @functools.cached_property
     def params(self) -> Params:

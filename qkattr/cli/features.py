@@ -1,0 +1,244 @@
+"""`qkattr features`: makes feature cards, prints them, searches them, exports them."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from qkattr.cli import common
+from qkattr.errors import InputError, printable
+
+if TYPE_CHECKING:
+    from qkattr.features.cards import Cards
+
+Option = typer.Option
+
+
+def features(
+    model: common.Model = None,
+    saes: common.Saes = None,
+    text: Annotated[
+        Path | None,
+        Option(help="Make cards from this text, or .npy of token rows.", show_default=False),
+    ] = None,
+    rows: Annotated[
+        int | None, Option(min=8, help="Rows to read, at most. Default: all.", show_default=False)
+    ] = None,
+    length: Annotated[int, Option(min=2, help="Tokens of a row.")] = 128,
+    out: Annotated[
+        Path | None, Option(help="Cards to write, a .npz file.", show_default=False)
+    ] = None,
+    batch: Annotated[int, Option(min=1, help="Rows at a time.")] = 16,
+    cards: Annotated[
+        Path | None, Option(help="Cards to read, a file of --out.", show_default=False)
+    ] = None,
+    boundary: Annotated[int | None, Option(help="Of the feature.", show_default=False)] = None,
+    index: Annotated[int | None, Option(help="Print this feature.", show_default=False)] = None,
+    search: Annotated[
+        str | None, Option(help="List features whose label contains this.", show_default=False)
+    ] = None,
+    labels: Annotated[
+        Path | None,
+        Option(help="Take labels from Neuronpedia's .jsonl.gz.", show_default=False),
+    ] = None,
+    resid_pre: Annotated[
+        bool, Option("--resid-pre", help="The SAEs of --labels read the stream before a block.")
+    ] = False,
+    export: Annotated[
+        Path | None, Option(help="Write a JSON file a feature here.", show_default=False)
+    ] = None,
+    bos: common.Bos = None,
+    dtype: common.Dtype = "float32",
+    json: common.Json = False,
+) -> None:
+    """What features do on a text: contexts, density, logits, and labels with their quality."""
+    asked = {
+        "--index": index is not None,
+        "--search": search is not None,
+        "--labels": labels is not None,
+        "--export": export is not None,
+    }
+    _check(text, cards, boundary, index, resid_pre and labels is None, asked)
+    if text is not None:
+        into = _need_out(out, model, saes)
+        _make(model, saes, text, into, rows=rows, length=length, batch=batch, bos=bos, dtype=dtype)
+        return
+    from qkattr.features.cards import Cards
+
+    opened = Cards.open(cards)
+    if labels is not None:
+        _import(opened, labels, out or cards, resid_pre, boundary)
+    elif export is not None:
+        _export(opened, export, boundary)
+    elif index is not None:
+        _card(opened, boundary, index, json)
+    elif search is not None:
+        _search(opened, search, boundary, json)
+    else:
+        _overview(opened, boundary, json)
+
+
+def _check(text, cards, boundary, index, stray_pre, asked: dict[str, bool]) -> None:
+    if (text is None) == (cards is None):
+        raise InputError(
+            "features makes cards from --text or reads them from --cards; give one of the two"
+        )
+    given = [name for name, is_given in asked.items() if is_given]
+    if text is not None and given:
+        raise InputError(f"{given[0]} goes with --cards; make the cards first, then ask of them")
+    if len(given) > 1:
+        raise InputError(f"{' and '.join(given)} were given, expected one of them; ask in turn")
+    if index is not None and boundary is None:
+        raise InputError("--index names a feature of one boundary; give --boundary too")
+    if stray_pre:
+        raise InputError("--resid-pre says what --labels are of; give --labels, or leave it out")
+
+
+def _need_out(out: Path | None, model: str | None, saes: str | None) -> Path:
+    common.need_model(model)
+    common.need_saes(saes)
+    if out is None:
+        raise InputError("--out is missing; give the .npz file to write the cards to")
+    if out.is_dir():
+        raise InputError(f"--out {out} is a folder; give the .npz file to write the cards to")
+    from qkattr.export.folder import check_writable
+
+    check_writable(out.parent)
+    return out
+
+
+def _make(model, saes, text: Path, out: Path, *, rows, length, batch, bos, dtype) -> None:
+    with _bar() as progress:
+        progress("loading", 0.0)
+        bundle = common.open_model(model, saes, dtype)
+        from qkattr.features import ScanConfig, make_cards
+        from qkattr.load.corpus import read_rows
+
+        wanted = bundle.bos if bos is None else bos
+        vocab = bundle.config.vocab
+        found = read_rows(text, tokenizer=bundle.tokenizer, length=length, bos=wanted, vocab=vocab)
+        state = out.with_name(out.name + ".scan")
+        cards = make_cards(
+            bundle,
+            found[:rows],
+            text=text.name,
+            config=ScanConfig(batch=batch),
+            folder=state,
+            progress=progress,
+        )
+        cards.save(out)
+        shutil.rmtree(state, ignore_errors=True)
+    size = out.stat().st_size / 1e6
+    print(printable(f"Wrote the cards of {len(cards)} features to {out} ({size:.1f} MB)"))
+
+
+@contextlib.contextmanager
+def _bar() -> Iterator[Callable[[str, float], None]]:
+    """A progress bar, on a terminal only."""
+    if not sys.stderr.isatty():
+        yield lambda stage, done: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("", total=1.0)
+        yield lambda stage, done: bar.update(task, description=stage, completed=done)
+
+
+def _import(cards: Cards, path: Path, out: Path, pre: bool, boundary: int | None) -> None:
+    from qkattr.load.explanations import read_explanations
+    from qkattr.load.groups import read_labels
+
+    if path.suffix == ".json":
+        found = read_labels(path)
+    else:
+        widths = {int(b): cards.width(int(b)) for b in cards.boundaries}
+        found = read_explanations(path, widths, pre=pre, boundary=boundary)
+    cards.with_labels(found).save(out)
+    print(printable(f"Wrote {len(found)} labels to {out}"))
+
+
+def _export(cards: Cards, folder: Path, boundary: int | None) -> None:
+    from qkattr.export.feature_json import export_features
+
+    with _bar() as progress:
+        into = export_features(cards, folder, _boundaries(cards, boundary), progress)
+    print(printable(f"Wrote the feature files to {into}"))
+
+
+def _boundaries(cards: Cards, boundary: int | None) -> list[int]:
+    if boundary is None:
+        return cards.boundaries.tolist()
+    cards.row_of(boundary, 0)
+    return [boundary]
+
+
+def _card(cards: Cards, boundary: int, index: int, json: bool) -> None:
+    card = cards.card(boundary, index)
+    if json:
+        from qkattr.export.feature_json import feature_json
+
+        common.print_json(feature_json(card))
+    else:
+        from qkattr.cli.card import show_card
+
+        show_card(card)
+
+
+def _search(cards: Cards, text: str, boundary: int | None, json: bool) -> None:
+    from qkattr.cli.show import console, show_table
+    from qkattr.load.groups import search_labels
+
+    wanted = set(_boundaries(cards, boundary))
+    known = {f: label for f, label in cards.labels().items() if f[0] in wanted}
+    found = [(b, i) for b, features in search_labels(known, text).items() for i in features]
+    rows = [_found(cards, b, i) for b, i in found]
+    if json:
+        common.print_json({"features": rows})
+        return
+    said = ((f"{r['boundary']}:{r['index']}", _auc(r["auc"]), r["label"]) for r in rows)
+    show_table(console(), f"{len(rows)} features", ("feature|", "AUC|", "label"), said)
+
+
+def _found(cards: Cards, boundary: int, index: int) -> dict[str, Any]:
+    auc = float(cards.auc[cards.row_of(boundary, index)])
+    known = None if auc != auc else round(auc, 4)
+    return dict(boundary=boundary, index=index, label=cards.label(boundary, index), auc=known)
+
+
+def _auc(auc: float | None) -> str:
+    return "-" if auc is None else f"{auc:.2f}"
+
+
+def _overview(cards: Cards, boundary: int | None, json: bool) -> None:
+    from qkattr.cli.show import console, percent, say, show_table
+    from qkattr.features.cards import overview
+
+    rows = [r for r in overview(cards) if r["boundary"] in _boundaries(cards, boundary)]
+    if json:
+        common.print_json({"cards": cards.meta, "boundaries": rows})
+        return
+    out, meta = console(), cards.meta
+    columns = ("boundary|", "features|", "silent here|", "density|", "clear label|", "median AUC|")
+    said = (
+        (
+            r["boundary"],
+            r["features"],
+            r["silent"],
+            percent(r["density"]),
+            percent(r["clear"]),
+            _auc(r["median_auc"]),
+        )
+        for r in rows
+    )
+    show_table(out, f"Feature cards of {meta['saes']} for {meta['model']}", columns, said)
+    rows_of = f"{meta['text_rows']} rows of {meta['text_length']} tokens"
+    say(out, f"From {meta['text']}, {rows_of}. AUC: of a label's rule, on the held-out half.")
