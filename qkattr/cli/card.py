@@ -42,10 +42,13 @@ def quality(card: Card) -> str:
         return "The label was given; its quality was not measured."
     if card.auc is None:
         return f"AUC not measured: {card.n} held-out positions activate it."
-    return (
-        f"AUC {card.auc:.2f} of the label's rule: {card.n} held-out positions that activate the "
-        f"feature against all others (0.5: chance; of an unclear one, the best rule found)."
+    said = (
+        f"AUC {card.auc:.2f} of its rule: {card.n} held-out positions that activate it against all "
+        f"others"
     )
+    if card.strong_auc is not None:
+        said += f"; {card.strong_auc:.2f} for its strongest fifth ({card.strong_n})"
+    return f"{said}. 0.5 is chance; of an unclear label, the best rule found."
 
 
 def context(example: Example, most: float) -> Text:

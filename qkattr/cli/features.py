@@ -204,14 +204,18 @@ def _search(cards: Cards, text: str, boundary: int | None, json: bool) -> None:
     if json:
         common.print_json({"features": rows})
         return
-    said = ((f"{r['boundary']}:{r['index']}", _auc(r["auc"]), r["label"]) for r in rows)
-    show_table(console(), f"{len(rows)} features", ("feature|", "AUC|", "label"), said)
+    said = (
+        (f"{r['boundary']}:{r['index']}", _auc(r["auc"]), _auc(r["strong_auc"]), r["label"])
+        for r in rows
+    )
+    columns = ("feature|", "AUC|", "when strong|", "label")
+    show_table(console(), f"{len(rows)} features", columns, said)
 
 
 def _found(cards: Cards, boundary: int, index: int) -> dict[str, Any]:
-    auc = float(cards.auc[cards.row_of(boundary, index)])
-    known = None if auc != auc else round(auc, 4)
-    return dict(boundary=boundary, index=index, label=cards.label(boundary, index), auc=known)
+    card = cards.card(boundary, index)
+    auc = dict(auc=card.auc, strong_auc=card.strong_auc)
+    return dict(boundary=boundary, index=index, label=card.label, **auc)
 
 
 def _auc(auc: float | None) -> str:
@@ -227,18 +231,26 @@ def _overview(cards: Cards, boundary: int | None, json: bool) -> None:
         common.print_json({"cards": cards.meta, "boundaries": rows})
         return
     out, meta = console(), cards.meta
-    columns = ("boundary|", "features|", "silent here|", "density|", "clear label|", "median AUC|")
+    columns = (
+        *("boundary|", "features|", "silent here|", "density|", "labelled|", "when strong|"),
+        "median AUC|",
+    )
     said = (
         (
             r["boundary"],
             r["features"],
             r["silent"],
             percent(r["density"]),
-            percent(r["clear"]),
+            r["labelled"],
+            r["of_strong"],
             _auc(r["median_auc"]),
         )
         for r in rows
     )
     show_table(out, f"Feature cards of {meta['saes']} for {meta['model']}", columns, said)
     rows_of = f"{meta['text_rows']} rows of {meta['text_length']} tokens"
-    say(out, f"From {meta['text']}, {rows_of}. AUC: of a label's rule, on the held-out half.")
+    say(
+        out,
+        f"From {meta['text']}, {rows_of}. Labelled: by a rule that separates activating from other "
+        f"held-out positions with an AUC of at least 0.7, all or only strong ones.",
+    )

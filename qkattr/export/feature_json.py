@@ -49,6 +49,8 @@ def feature_json(card: Card) -> dict[str, Any]:
             label_given=card.given,
             auc=card.auc,
             auc_positions=card.n,
+            strong_auc=card.strong_auc,
+            strong_auc_positions=card.strong_n,
             count=card.count,
             mean=card.mean,
             histogram_edges=[[low, high] for low, high, _ in card.histogram],

@@ -19,7 +19,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 import qkattr
-from qkattr.features.cards import AUTOMATIC, HISTOGRAM, Cards, level_of
+from qkattr.features.cards import AUTOMATIC, HISTOGRAM, Cards, auc_level, level_of
 from qkattr.features.labels import Half, Labels, label_features
 from qkattr.features.logits import top_logits
 from qkattr.features.norms import norm_scales
@@ -28,9 +28,9 @@ from qkattr.features.views import View, views_of
 from qkattr.load.bundle import Bundle
 from qkattr.session import token_text
 
-#: Tokens listed of the top, and of the bottom logits; fifths of the activations; features labelled
+#: Tokens listed of the top and of the bottom logits; fifths of the activations; features labelled
 #: at a time.
-LISTED, FIFTHS, CHUNK = 8, 5, 4096
+RAISED, LOWERED, FIFTHS, CHUNK = 8, 5, 5, 4096
 
 
 def make_cards(
@@ -66,11 +66,11 @@ def make_cards(
         progress("logits and labels", done / len(found.seen))
         w_dec = bundle.dictionaries[b].w_dec_MD  # pyright: ignore[reportOptionalSubscript]
         tokens, values = top_logits(
-            bundle.params, w_dec, n=LISTED, scale=norms.final, cfg=bundle.config
+            bundle.params, w_dec, n=RAISED, scale=norms.final, cfg=bundle.config
         )
         labels = _labels(views, found, b, tokens[0], used, texts)
         parts = _seen(seen) | _contexts(seen, found) | _logits(tokens, values)
-        parts |= dict(label_text=labels.text, auc=labels.auc.astype(np.float32), n=labels.n)
+        parts |= dict(label_text=labels.text, auc=auc_level(labels.auc).T, n=labels.n.T)
         parts |= dict(positions=[(~found.sinks[b]).sum()], width=[len(seen.total)])
         for name, column in parts.items():
             columns[name].append(column)
@@ -84,12 +84,13 @@ def _labels(views: list[View], found: Scan, b: int, top, used, texts) -> Labels:
     keep = ~found.sinks[b]
     halves = []
     for split, rows in enumerate((~found.held_out, found.held_out)):
-        place = seen.sample.place[split * width : (split + 1) * width]
-        halves.append((place, seen.count[split], keep & rows[:, None]))
+        of = slice(split * width, (split + 1) * width)
+        sample = seen.sample.place[of], seen.sample.value[of]
+        halves.append(Half(*sample, seen.count[split], keep & rows[:, None]))
     parts = []
     for start in range(0, width, CHUNK):
         at = slice(start, start + CHUNK)
-        choosing, held = (Half(place[at], active[at], k) for place, active, k in halves)
+        choosing, held = (Half(h.place[at], h.value[at], h.active[at], h.keep) for h in halves)
         place = seen.top.place[at]
         examples = [
             [texts[int(i)] for i in found.rows[row[row >= 0] // T, row[row >= 0] % T]]
@@ -98,22 +99,23 @@ def _labels(views: list[View], found: Scan, b: int, top, used, texts) -> Labels:
         parts.append(label_features(views, choosing, held, top[at], examples, used))
     return Labels(
         text=[text for part in parts for text in part.text],
-        auc=np.concatenate([part.auc for part in parts]),
-        n=np.concatenate([part.n for part in parts]),
+        auc=np.concatenate([part.auc for part in parts], axis=1),
+        n=np.concatenate([part.n for part in parts], axis=1),
     )
 
 
 def _seen(seen: Seen) -> dict[str, np.ndarray]:
     """Counts, maximum, mean and histogram."""
-    count = seen.count.sum(0)
+    count, largest = seen.count.sum(0), np.maximum(seen.top.value[:, 0], 0)
     bins = np.where(seen.histogram > 0, np.arange(seen.histogram.shape[1]), 0).max(1)
     at = bins[:, None] - np.arange(HISTOGRAM)[::-1]
     histogram = np.take_along_axis(seen.histogram, np.maximum(at, 0), axis=1) * (at >= 0)
+    mean = seen.total / np.maximum(count, 1)
     histogram[:, 0] += count - histogram.sum(1)  # what is weaker still
     return dict(
         count=count,
-        max=np.maximum(seen.top.value[:, 0], 0),
-        mean=(seen.total / np.maximum(count, 1)).astype(np.float32),
+        max=largest,
+        mean_level=np.round(255 * mean / np.maximum(largest, 1e-30)).astype(np.uint8),
         bin=bins.astype(np.uint8),
         histogram=level_of(histogram),
         source=np.full(len(count), AUTOMATIC, np.uint8),
@@ -149,11 +151,11 @@ def _contexts(seen: Seen, found: Scan) -> dict[str, np.ndarray]:
 
 
 def _logits(tokens: np.ndarray, values: np.ndarray) -> dict[str, np.ndarray]:
-    both = np.concatenate([values[0], values[1]], axis=1)
+    both = np.concatenate([values[0], values[1, :, :LOWERED]], axis=1)
     scale = np.abs(both).max(1)
     level = np.round(127 * both / np.maximum(scale, 1e-30)[:, None]).astype(np.int8)
     return dict(
-        logit_token=np.concatenate([tokens[0], tokens[1]], axis=1),
+        logit_token=np.concatenate([tokens[0], tokens[1, :, :LOWERED]], axis=1),
         logit_level=level,
         logit_scale=scale.astype(np.float32),
     )
@@ -199,6 +201,7 @@ def _meta(bundle: Bundle, found: Scan, text: str) -> dict[str, Any]:
         text_length=found.rows.shape[1],
         top=config.top,
         samples=config.samples,
+        raised=min(RAISED, bundle.config.vocab),
         before=config.before,
         after=config.after,
     )

@@ -2,8 +2,9 @@
 
 A context is a reference into `rows`, the token rows in which contexts lie, stored once; its window
 holds the feature's activation at the positions around it. Activations are stored as levels of the
-feature's largest one (1/255 of it in a context, 1/15 around it), histogram counts to 3 %, logits as
-levels of the feature's largest; counts, maxima, tokens and AUCs are as measured.
+feature's largest one (1/255 of it the mean and that of a context, 1/15 those around), logits as
+levels of the feature's largest, 1/127; histogram counts to 3 %, AUCs to 0.002. Counts, maxima and
+tokens are as measured.
 Axes: X features of all boundaries, one after the other; C contexts, W positions of a window, Q
 tokens listed.
 """
@@ -20,13 +21,14 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from qkattr.errors import InputError
-from qkattr.features.labels import CLEAR
+from qkattr.features.labels import NEVER
 from qkattr.features.norms import NormScales
 from qkattr.load.bundle import Bundle
 
 #: Half octaves of the histogram, the last the one that holds the maximum.
 HISTOGRAM = 12
 AUTOMATIC, GIVEN = 0, 1
+NOT_MEASURED = 255
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,8 +52,10 @@ class Example:
 class Card:
     """One feature.
 
-    label: what it seems to be. auc: of its rule on held-out rows, None: not measured. n: held-out
-    activating positions that it was measured on. given: the label was imported and has no rule.
+    label: what it seems to be. auc: how well its rule separates activating from other held-out
+    positions, None: not measured; n: how many activating ones that was measured on. strong_auc,
+    strong_n: the same for the strongest fifth of its activations. given: the label was imported and
+    has no rule.
     density: share of positions at which it is active; count: how many. histogram: (from, to, count)
     of activations. examples: the strongest contexts, then one of each fifth of its activations.
     top_logits, bottom_logits: (token, change of its logit by one unit of activation).
@@ -62,6 +66,8 @@ class Card:
     label: str
     auc: float | None
     n: int
+    strong_auc: float | None
+    strong_n: int
     given: bool
     count: int
     density: float
@@ -89,18 +95,18 @@ class Cards:
     row_number: Int[np.ndarray, "n"]
     count: Int[np.ndarray, "X"]
     max: Float[np.ndarray, "X"]
-    mean: Float[np.ndarray, "X"]
+    mean_level: Int[np.ndarray, "X"]
     bin: Int[np.ndarray, "X"]
     histogram: Int[np.ndarray, "X H"]
     context_row: Int[np.ndarray, "X C"]
     context_position: Int[np.ndarray, "X C"]
     context_level: Int[np.ndarray, "X C"]
     window: Int[np.ndarray, "X C W"]
-    logit_token: Int[np.ndarray, "X 2Q"]
-    logit_level: Int[np.ndarray, "X 2Q"]
+    logit_token: Int[np.ndarray, "X Q"]
+    logit_level: Int[np.ndarray, "X Q"]
     logit_scale: Float[np.ndarray, "X"]
-    auc: Float[np.ndarray, "X"]
-    n: Int[np.ndarray, "X"]
+    auc: Int[np.ndarray, "X 2"]
+    n: Int[np.ndarray, "X 2"]
     source: Int[np.ndarray, "X"]
     label_text: list[str]
     vocabulary: dict[int, str]
@@ -156,13 +162,15 @@ class Cards:
             boundary=boundary,
             index=index,
             label=self.label_text[x],
-            auc=None if np.isnan(self.auc[x]) else round(float(self.auc[x]), 4),
-            n=int(self.n[x]),
+            auc=_auc_of(self.auc[x, 0]),
+            n=int(self.n[x, 0]),
+            strong_auc=_auc_of(self.auc[x, 1]),
+            strong_n=int(self.n[x, 1]),
             given=bool(self.source[x] == GIVEN),
             count=int(self.count[x]),
             density=float(self.count[x] / self.positions[self._of_boundary[boundary]]),
             max=float(self.max[x]),
-            mean=float(self.mean[x]),
+            mean=float(f"{self.mean_level[x] / 255 * float(self.max[x]):.4g}"),
             histogram=self._histogram(x),
             examples=[self._example(x, c) for c in np.flatnonzero(self.context_level[x])],
             top_logits=self._logits(x, 0),
@@ -190,7 +198,7 @@ class Cards:
         text, auc, source = list(self.label_text), self.auc.copy(), self.source.copy()
         for (boundary, index), label in labels.items():
             x = self.row_of(boundary, index)
-            text[x], auc[x], source[x] = label, np.nan, GIVEN
+            text[x], auc[x], source[x] = label, NOT_MEASURED, GIVEN
         return dataclasses.replace(self, label_text=text, auc=auc, source=source)
 
     @functools.cached_property
@@ -199,7 +207,7 @@ class Cards:
 
     def _histogram(self, x: int) -> list[tuple[float, float, int]]:
         counts = count_of(self.histogram[x])
-        edges = 2.0 ** ((self.bin[x] - 31 - np.arange(HISTOGRAM + 1)[::-1]) / 2)
+        edges = 2.0 ** ((int(self.bin[x]) - 31 - np.arange(HISTOGRAM + 1)[::-1]) / 2)
         bins = zip(edges[:-1].tolist(), edges[1:].tolist(), counts.tolist(), strict=True)
         return [(low, high, n) for low, high, n in bins if n]
 
@@ -222,8 +230,8 @@ class Cards:
         )
 
     def _logits(self, x: int, side: int) -> list[tuple[str, float]]:
-        n = self.logit_token.shape[1] // 2
-        at = slice(side * n, (side + 1) * n)
+        raised = self.meta["raised"]
+        at = slice(raised, None) if side else slice(raised)
         values = self.logit_level[x, at] / 127 * float(self.logit_scale[x])
         tokens = [self.token(i) for i in self.logit_token[x, at]]
         return [(t, float(f"{v:.3g}")) for t, v in zip(tokens, values, strict=True)]
@@ -234,21 +242,24 @@ class Cards:
 
 
 def overview(cards: Cards) -> list[dict[str, Any]]:
-    """Each boundary: features, how many were silent, mean density, share of all with a rule that
-    separates on held-out rows, median AUC (None: none was measured)."""
+    """Each boundary: features, how many were silent, mean density, how many have a label whose rule
+    separates on held-out rows all of its activations, or strong ones; median AUC (None: none)."""
     rows = []
     for at, b in enumerate(cards.boundaries.tolist()):
         part = slice(cards.first[at], cards.first[at + 1])
-        auc = cards.auc[part]
-        measured = auc[~np.isnan(auc)]
+        texts = cards.label_text[part]
+        vague = [text == NEVER or text.startswith(("unclear", "rare;")) for text in texts]
+        auc = np.where(cards.auc[part] == NOT_MEASURED, np.nan, cards.auc[part] / 254)
+        known = auc[~np.isnan(auc[:, 0]), 0]
         rows.append(
             dict(
                 boundary=b,
-                features=cards.width(b),
+                features=len(texts),
                 silent=int((cards.count[part] == 0).sum()),
                 density=float(cards.count[part].mean() / cards.positions[at]),
-                clear=float((measured >= CLEAR).sum() / cards.width(b)),
-                median_auc=float(np.median(measured)) if len(measured) else None,
+                labelled=len(texts) - sum(vague),
+                of_strong=sum(text.endswith("(when strong)") for text in texts),
+                median_auc=float(np.median(known)) if len(known) else None,
             )
         )
     return rows
@@ -268,6 +279,17 @@ def with_cards(bundle: Bundle, cards: Cards | str | Path) -> Bundle:
             f"the ones given ({str(now)[:12]}); make cards of these, or load those"
         )
     return dataclasses.replace(bundle, cards=cards)
+
+
+def auc_level(auc: Float[np.ndarray, ...]) -> Int[np.ndarray, ...]:
+    """AUCs as levels of 1/254; NaN has one of its own."""
+    return np.where(np.isnan(auc), NOT_MEASURED, np.round(np.nan_to_num(auc) * 254)).astype(
+        np.uint8
+    )
+
+
+def _auc_of(level: int) -> float | None:
+    return None if level == NOT_MEASURED else round(int(level) / 254, 3)
 
 
 def level_of(count: Int[np.ndarray, ...]) -> Int[np.ndarray, ...]:

@@ -49,7 +49,7 @@ class ScanConfig:
     its own. batch: rows at a time. precision: of matmuls."""
 
     top: int = 6
-    samples: int = 128
+    samples: int = 250
     shown: int = 10
     before: int = 9
     after: int = 4

@@ -21,7 +21,17 @@ from qkattr.features.norms import NormScales
 SCHEMA = 1
 
 _COLUMNS = (
-    *("boundaries", "first", "positions", "rows", "row_number", "count", "max", "mean", "bin"),
+    *(
+        "boundaries",
+        "first",
+        "positions",
+        "rows",
+        "row_number",
+        "count",
+        "max",
+        "mean_level",
+        "bin",
+    ),
     *("histogram", "context_row", "context_position", "context_level", "window"),
     *("logit_token", "logit_level", "logit_scale", "auc", "n", "source"),
 )
@@ -51,6 +61,8 @@ def _small(column: np.ndarray) -> np.ndarray:
     if not np.issubdtype(column.dtype, np.integer) or not column.size:
         return column
     low, high = int(column.min()), int(column.max())
+    if low < 0:  # a signed type: it holds -1 - high where it holds high
+        low, high = min(low, -1 - high), 0
     return column.astype(np.result_type(np.min_scalar_type(low), np.min_scalar_type(high)))
 
 
@@ -122,7 +134,8 @@ def _check(cards: Cards) -> None:
     """The columns are equally long, and what they point at exists."""
     n, contexts = int(cards.first[-1]), cards.context_level.shape[1]
     width = cards.meta["before"] + 1 + cards.meta["after"]
-    shapes = {name: (n,) for name in ("count", "max", "mean", "bin", "logit_scale", "auc", "n")}
+    shapes = {name: (n,) for name in ("count", "max", "mean_level", "bin", "logit_scale")}
+    shapes |= {"auc": (n, 2), "n": (n, 2)}
     shapes |= {"source": (n,), "histogram": (n, HISTOGRAM), "window": (n, contexts, width)}
     shapes |= {name: (n, contexts) for name in ("context_row", "context_position", "context_level")}
     shapes |= {"row_number": (len(cards.rows),), "positions": (len(cards.boundaries),)}
