@@ -219,7 +219,7 @@ class Cards:
         levels[position - first] = self.context_level[x, c] / 255
         top = self.meta["top"]
         fifths = self.context_level.shape[1] - top
-        name = "Top" if c < top else f"Fifth {c - top + 1} of {fifths} of its activations"
+        name = "Top" if c < top else f"Quantile {1 - (c - top + 0.5) / fifths:.1f}"
         return Example(
             quantile=name,
             tokens=[self.token(i) for i in self.rows[row, first:last]],
