@@ -21,18 +21,8 @@ from qkattr.features.norms import NormScales
 SCHEMA = 1
 
 _COLUMNS = (
-    *(
-        "boundaries",
-        "first",
-        "positions",
-        "rows",
-        "row_number",
-        "count",
-        "max",
-        "mean_level",
-        "bin",
-    ),
-    *("histogram", "context_row", "context_position", "context_level", "window"),
+    *("boundaries", "first", "positions", "rows", "row_number", "count", "max", "mean_level"),
+    *("bin", "histogram", "context_row", "context_position", "context_level", "window"),
     *("logit_token", "logit_level", "logit_scale", "auc", "n", "source"),
 )
 
