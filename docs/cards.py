@@ -74,8 +74,8 @@ def page(cards: Cards, boundaries: list[int], n: int, seed: int) -> str:
         f"The set has {total} features of {len(rows)} boundaries, scanned on {meta['text_rows']} "
         f"rows of {meta['text_length']} tokens. {silent} were silent there. {labelled} have a "
         f"label whose rule separates held-out positions that activate the feature from all others "
-        f"with an AUC of at least 0.7; {strong} of these only where the feature is strong (above its "
-        f'80 % quantile), which the label says. The others are "unclear" or "rare".',
+        f"with an AUC of at least 0.7; {strong} of these only where the feature is strong (above "
+        f"its 80 % quantile), which the label says.",
         "",
         "A rule looks at the token and what comes before it, or at the next token where that is "
         "among the feature's top logits. It is chosen on half of the rows and its AUC measured on "

@@ -34,7 +34,7 @@ def features(
     out: Annotated[
         Path | None, Option(help="Cards to write, a .npz file.", show_default=False)
     ] = None,
-    batch: Annotated[int, Option(min=1, help="Rows at a time.")] = 16,
+    batch: Annotated[int, Option(min=1, help="Rows at a time.")] = 32,
     cards: Annotated[
         Path | None, Option(help="Cards to read, a file of --out.", show_default=False)
     ] = None,

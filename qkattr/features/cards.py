@@ -21,7 +21,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from qkattr.errors import InputError
-from qkattr.features.labels import NEVER
+from qkattr.features.labels import NEVER, WHEN_STRONG
 from qkattr.features.norms import NormScales
 from qkattr.load.bundle import Bundle
 
@@ -248,7 +248,12 @@ def overview(cards: Cards) -> list[dict[str, Any]]:
     for at, b in enumerate(cards.boundaries.tolist()):
         part = slice(cards.first[at], cards.first[at + 1])
         texts = cards.label_text[part]
-        vague = [text == NEVER or text.startswith(("unclear", "rare;")) for text in texts]
+        strong = np.array([text.endswith(WHEN_STRONG) for text in texts])
+        vague = np.array(
+            [text == NEVER or text.startswith(("unclear;", "rare;")) for text in texts]
+        )
+        known_of = np.where(strong, cards.auc[part, 1], cards.auc[part, 0]) != NOT_MEASURED
+        labelled = ~vague & known_of
         auc = np.where(cards.auc[part] == NOT_MEASURED, np.nan, cards.auc[part] / 254)
         known = auc[~np.isnan(auc[:, 0]), 0]
         rows.append(
@@ -257,8 +262,8 @@ def overview(cards: Cards) -> list[dict[str, Any]]:
                 features=len(texts),
                 silent=int((cards.count[part] == 0).sum()),
                 density=float(cards.count[part].mean() / cards.positions[at]),
-                labelled=len(texts) - sum(vague),
-                of_strong=sum(text.endswith("(when strong)") for text in texts),
+                labelled=int(labelled.sum()),
+                of_strong=int((labelled & strong).sum()),
                 median_auc=float(np.median(known)) if len(known) else None,
             )
         )

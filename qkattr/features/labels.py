@@ -39,6 +39,7 @@ STRONG_COST = 0.1
 #: Strong activations are those above this quantile.
 STRONG = 0.8
 
+WHEN_STRONG = " (when strong)"
 NEVER = "never active on this text"
 
 
@@ -126,7 +127,7 @@ def label_features(
             text.append(_e_g("unclear", examples[f]))
         else:
             ids = [int(id) for id in rules[i, s][f] if id >= 0]
-            text.append(views[i].phrase(ids) + " (when strong)" * s)
+            text.append(views[i].phrase(ids) + WHEN_STRONG * s)
     return Labels(text, held_auc, n)
 
 

@@ -53,7 +53,7 @@ class ScanConfig:
     shown: int = 10
     before: int = 9
     after: int = 4
-    batch: int = 16
+    batch: int = 32
     precision: str = "highest"
 
     @property
