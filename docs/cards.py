@@ -15,7 +15,7 @@ import numpy as np
 
 from qkattr.export.summary import visible
 from qkattr.features import Card, Cards, Example
-from qkattr.features.cards import overview
+from qkattr.features.sets import overview
 
 # What markdown would act on inside of <code>.
 _ENTITIES = {c: f"&#{ord(c)};" for c in "[]()`|*_\\~"}

@@ -26,7 +26,8 @@ from qkattr.features.keep import priority
 from qkattr.features.labels import FEWEST, NEVER, Half, choose, label_features, measure
 from qkattr.features.logits import top_logits
 from qkattr.features.norms import norm_scales
-from qkattr.features.scan import BINS, held_out, scan
+from qkattr.features.scan import held_out, scan
+from qkattr.features.seen import BINS
 from qkattr.features.views import NEAR, View, views_of
 from qkattr.load.bundle import Bundle
 from qkattr.model.forward import block, embed, forward

@@ -224,7 +224,7 @@ def _auc(auc: float | None) -> str:
 
 def _overview(cards: Cards, boundary: int | None, json: bool) -> None:
     from qkattr.cli.show import console, percent, say, show_table
-    from qkattr.features.cards import overview
+    from qkattr.features.sets import overview
 
     rows = [r for r in overview(cards) if r["boundary"] in _boundaries(cards, boundary)]
     if json:
@@ -248,9 +248,9 @@ def _overview(cards: Cards, boundary: int | None, json: bool) -> None:
         for r in rows
     )
     show_table(out, f"Feature cards of {meta['saes']} for {meta['model']}", columns, said)
-    rows_of = f"{meta['text_rows']} rows of {meta['text_length']} tokens"
+    read = f"{meta['text_rows']} rows of {meta['text_length']} tokens"
     say(
         out,
-        f"From {meta['text']}, {rows_of}. Labelled: by a rule that separates activating from other "
-        f"held-out positions with an AUC of at least 0.7, all or only strong ones.",
+        f"From {meta['text'] or 'a text'}, {read}. Labelled: by a rule that separates activating "
+        f"from other held-out positions with an AUC of at least 0.7, all or only strong ones.",
     )

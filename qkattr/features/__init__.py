@@ -6,7 +6,8 @@ with_cards(bundle, cards)               traces then name their features
 """
 
 from qkattr.features.build import make_cards
-from qkattr.features.cards import Card, Cards, Example, with_cards
-from qkattr.features.scan import ScanConfig
+from qkattr.features.cards import Card, Cards, Example
+from qkattr.features.seen import ScanConfig
+from qkattr.features.sets import with_cards
 
 __all__ = ["Card", "Cards", "Example", "ScanConfig", "make_cards", "with_cards"]

@@ -19,11 +19,13 @@ import numpy as np
 from jax.sharding import Mesh
 
 import qkattr
-from qkattr.features.cards import AUTOMATIC, HISTOGRAM, Cards, auc_level, level_of
+from qkattr.features.cards import AUTOMATIC, HISTOGRAM, Cards
 from qkattr.features.labels import Half, Labels, label_features
+from qkattr.features.levels import auc_level, level_of
 from qkattr.features.logits import top_logits
 from qkattr.features.norms import norm_scales
-from qkattr.features.scan import Progress, Scan, ScanConfig, Seen, check_rows, scan
+from qkattr.features.scan import Progress, Scan, check_rows, scan
+from qkattr.features.seen import ScanConfig, Seen
 from qkattr.features.views import View, views_of
 from qkattr.load.bundle import Bundle
 from qkattr.session import token_text

@@ -21,14 +21,13 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from qkattr.errors import InputError
-from qkattr.features.labels import NEVER, WHEN_STRONG
+from qkattr.features.levels import NOT_MEASURED, auc_of, count_of
 from qkattr.features.norms import NormScales
-from qkattr.load.bundle import Bundle
 
 #: Half octaves of the histogram, the last the one that holds the maximum.
 HISTOGRAM = 12
+#: Where a label comes from.
 AUTOMATIC, GIVEN = 0, 1
-NOT_MEASURED = 255
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,9 +161,9 @@ class Cards:
             boundary=boundary,
             index=index,
             label=self.label_text[x],
-            auc=_auc_of(self.auc[x, 0]),
+            auc=auc_of(self.auc[x, 0]),
             n=int(self.n[x, 0]),
-            strong_auc=_auc_of(self.auc[x, 1]),
+            strong_auc=auc_of(self.auc[x, 1]),
             strong_n=int(self.n[x, 1]),
             given=bool(self.source[x] == GIVEN),
             count=int(self.count[x]),
@@ -239,69 +238,3 @@ class Cards:
     def token(self, token_id: int) -> str:
         """A token as text; its id where the text is not known."""
         return self.vocabulary.get(int(token_id), str(token_id))
-
-
-def overview(cards: Cards) -> list[dict[str, Any]]:
-    """Each boundary: features, how many were silent, mean density, how many have a label whose rule
-    separates on held-out rows all of its activations, or strong ones; median AUC (None: none)."""
-    rows = []
-    for at, b in enumerate(cards.boundaries.tolist()):
-        part = slice(cards.first[at], cards.first[at + 1])
-        texts = cards.label_text[part]
-        strong = np.array([text.endswith(WHEN_STRONG) for text in texts])
-        vague = np.array(
-            [text == NEVER or text.startswith(("unclear;", "rare;")) for text in texts]
-        )
-        known_of = np.where(strong, cards.auc[part, 1], cards.auc[part, 0]) != NOT_MEASURED
-        labelled = ~vague & known_of
-        auc = np.where(cards.auc[part] == NOT_MEASURED, np.nan, cards.auc[part] / 254)
-        known = auc[~np.isnan(auc[:, 0]), 0]
-        rows.append(
-            dict(
-                boundary=b,
-                features=len(texts),
-                silent=int((cards.count[part] == 0).sum()),
-                density=float(cards.count[part].mean() / cards.positions[at]),
-                labelled=int(labelled.sum()),
-                of_strong=int((labelled & strong).sum()),
-                median_auc=float(np.median(known)) if len(known) else None,
-            )
-        )
-    return rows
-
-
-def with_cards(bundle: Bundle, cards: Cards | str | Path) -> Bundle:
-    """The bundle with cards of its SAEs: whatever is traced with it names its features.
-
-    Raises:
-      InputError: the cards are of other SAEs, or the file cannot be read.
-    """
-    cards = cards if isinstance(cards, Cards) else Cards.open(cards)
-    was, now = cards.meta["saes_hash"], bundle.saes_hash
-    if was != now:
-        raise InputError(
-            f"the cards are of other SAEs ({cards.meta['saes']}, fingerprint {str(was)[:12]}) than "
-            f"the ones given ({str(now)[:12]}); make cards of these, or load those"
-        )
-    return dataclasses.replace(bundle, cards=cards)
-
-
-def auc_level(auc: Float[np.ndarray, ...]) -> Int[np.ndarray, ...]:
-    """AUCs as levels of 1/254; NaN has one of its own."""
-    return np.where(np.isnan(auc), NOT_MEASURED, np.round(np.nan_to_num(auc) * 254)).astype(
-        np.uint8
-    )
-
-
-def _auc_of(level: int) -> float | None:
-    return None if level == NOT_MEASURED else round(int(level) / 254, 3)
-
-
-def level_of(count: Int[np.ndarray, ...]) -> Int[np.ndarray, ...]:
-    """Counts as levels of a logarithmic scale, 12 an octave."""
-    return np.minimum(np.round(12 * np.log2(1.0 + count)), 255).astype(np.uint8)
-
-
-def count_of(level: Int[np.ndarray, ...]) -> Int[np.ndarray, ...]:
-    """Counts from their levels, to 3 % (2.5 million at most)."""
-    return np.round(2.0 ** (level / 12) - 1).astype(int)

@@ -1,0 +1,60 @@
+"""Cards as a whole: what a set of them says of its boundaries, and joining one with a bundle."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qkattr.errors import InputError
+from qkattr.features.cards import Cards
+from qkattr.features.labels import NEVER, WHEN_STRONG
+from qkattr.features.levels import NOT_MEASURED
+from qkattr.load.bundle import Bundle
+
+
+def overview(cards: Cards) -> list[dict[str, Any]]:
+    """Each boundary: features, how many were silent, mean density, how many have a label whose rule
+    separates on held-out rows all of its activations, or strong ones; median AUC (None: none)."""
+    rows = []
+    for at, b in enumerate(cards.boundaries.tolist()):
+        part = slice(cards.first[at], cards.first[at + 1])
+        texts = cards.label_text[part]
+        strong = np.array([text.endswith(WHEN_STRONG) for text in texts])
+        vague = np.array(
+            [text == NEVER or text.startswith(("unclear;", "rare;")) for text in texts]
+        )
+        known_of = np.where(strong, cards.auc[part, 1], cards.auc[part, 0]) != NOT_MEASURED
+        labelled = ~vague & known_of
+        auc = np.where(cards.auc[part] == NOT_MEASURED, np.nan, cards.auc[part] / 254)
+        known = auc[~np.isnan(auc[:, 0]), 0]
+        rows.append(
+            dict(
+                boundary=b,
+                features=len(texts),
+                silent=int((cards.count[part] == 0).sum()),
+                density=float(cards.count[part].mean() / cards.positions[at]),
+                labelled=int(labelled.sum()),
+                of_strong=int((labelled & strong).sum()),
+                median_auc=float(np.median(known)) if len(known) else None,
+            )
+        )
+    return rows
+
+
+def with_cards(bundle: Bundle, cards: Cards | str | Path) -> Bundle:
+    """The bundle with cards of its SAEs: whatever is traced with it names its features.
+
+    Raises:
+      InputError: the cards are of other SAEs, or the file cannot be read.
+    """
+    cards = cards if isinstance(cards, Cards) else Cards.open(cards)
+    was, now = cards.meta["saes_hash"], bundle.saes_hash
+    if was != now:
+        raise InputError(
+            f"the cards are of other SAEs ({cards.meta['saes']}, fingerprint {str(was)[:12]}) than "
+            f"the ones given ({str(now)[:12]}); make cards of these, or load those"
+        )
+    return dataclasses.replace(bundle, cards=cards)
