@@ -127,7 +127,7 @@ def trace(
         session=session,
     )
     places = [place for place, _ in ranked_scores(graph, opts.qk)]
-    tables = qk_tables(session, places, result.labels, opts.precision)
+    tables = qk_tables(session, places, result.labels)
     return dataclasses.replace(
         result, qk={".".join(map(str, place)): table for place, table in tables.items()}
     )

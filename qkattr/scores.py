@@ -49,8 +49,7 @@ def qk_attribution(
     stored = stored_in_full(result, place)
     if stored is not None:
         return stored
-    precision = result.settings["precision"]
-    return qk_tables(need_session(result), [place], result.labels, precision)[place]
+    return qk_tables(need_session(result), [place], result.labels)[place]
 
 
 def place_in(result: Result, place: tuple) -> Place:
@@ -93,7 +92,7 @@ def attribute_qk(
     session = start_session(bundle, ids, opts, progress)
     progress("QK attribution")
     labels = prompt_labels(session) if labels is None else labels
-    return qk_tables(session, [place], labels, opts.precision)[place]
+    return qk_tables(session, [place], labels)[place]
 
 
 def attention_at(session: Session, query: int, key: int) -> tuple[np.ndarray, np.ndarray]:
@@ -168,23 +167,30 @@ def need_session(result: Result) -> Session:
     return result.session
 
 
+def terms_at(session: Session, places: Sequence[Place] | np.ndarray) -> QKTerms:
+    """The terms of P places (block, head, query, key), on the host, with a leading axis P.
+
+    Places are padded to a bucket of their number, so that other numbers meet compiled code.
+    """
+    padded = np.resize(np.asarray(places, np.int32), (bucket(len(places), smallest=1), 4))
+    terms = qk_terms_many(
+        session.bundle.params.blocks,
+        session.boundaries,
+        session.components,
+        jnp.asarray(padded),
+        cfg=session.bundle.config.block,
+        precision=session.precision,
+    )
+    return jax.tree.map(lambda a: a[: len(places)], jax.device_get(terms))
+
+
 def qk_tables(
-    session: Session, places: Sequence[Place], labels: Labels, precision: str
+    session: Session, places: Sequence[Place], labels: Labels
 ) -> dict[Place, QKAttribution]:
     """The QK attributions of several places, computed in one call."""
     if not places:
         return {}
-    padded = np.resize(np.asarray(places, np.int32), (bucket(len(places), smallest=1), 4))
-    terms: QKTerms = jax.device_get(
-        qk_terms_many(
-            session.bundle.params.blocks,
-            session.boundaries,
-            session.components,
-            jnp.asarray(padded),
-            cfg=session.bundle.config.block,
-            precision=precision,
-        )
-    )
+    terms = terms_at(session, places)
     tables = {}
     for i, place in enumerate(places):
         block_, _, query, key = place

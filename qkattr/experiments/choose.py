@@ -12,8 +12,6 @@ import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from qkattr.errors import InputError, quoted
@@ -21,11 +19,9 @@ from qkattr.experiments.edits import SIDES, Edit, Head, check_heads, parse_heads
 from qkattr.experiments.hydra import greedy_heads
 from qkattr.load.groups import Group
 from qkattr.options import one_of
-from qkattr.qk.terms import QKTerms, qk_terms_many
 from qkattr.result import Ends, Result
-from qkattr.scores import need_session
+from qkattr.scores import need_session, terms_at
 from qkattr.session import Session, find_position
-from qkattr.sharding import bucket
 from qkattr.types import Kind
 
 #: What `heads_by_loading` can rank by.
@@ -193,17 +189,8 @@ def marginals(
 
     side: "key", values; "query", contrasts.
     """
-    places = np.array([(*head, query, key) for head in heads], np.int32)
-    padded = np.resize(places, (bucket(len(places), smallest=1), 4))
-    terms: QKTerms = qk_terms_many(
-        session.bundle.params.blocks,
-        session.boundaries,
-        session.components,
-        jnp.asarray(padded),
-        cfg=session.bundle.config.block,
-        precision=session.precision,
-    )
-    value, kind = jax.device_get(
+    terms = terms_at(session, [(*head, query, key) for head in heads])
+    value, kind = (
         (terms.terms.sum(-2), terms.key_kind)
         if side == "key"
         else (terms.query_contrast, terms.query_kind)

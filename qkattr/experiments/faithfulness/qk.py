@@ -26,7 +26,8 @@ from qkattr.experiments.edits import Head
 from qkattr.experiments.runs import run_edits
 from qkattr.model.edits import BlockEdits, Edits, ReadEdits
 from qkattr.model.forward import block
-from qkattr.qk.terms import QKTerms, one_head, qk_terms_many
+from qkattr.qk.terms import QKTerms, one_head
+from qkattr.scores import terms_at
 from qkattr.session import Session
 from qkattr.sharding import on_any_mesh
 from qkattr.types import Kind
@@ -98,16 +99,7 @@ def measure_qk(
 ) -> dict[str, Any]:
     """All of this module's measures on one prompt, as a plain object."""
     places = np.array([(*head, query, key) for head in heads], np.int32)
-    terms: QKTerms = jax.device_get(
-        qk_terms_many(
-            session.bundle.params.blocks,
-            session.boundaries,
-            session.components,
-            jnp.asarray(places),
-            cfg=session.bundle.config.block,
-            precision=session.precision,
-        )
-    )
+    terms = terms_at(session, places)
     return {side: _side(session, places, terms, side, draws, rng) for side in SIDES}
 
 
