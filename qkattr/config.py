@@ -81,6 +81,11 @@ class ModelConfig:
     tied: bool = False
     bos_id: int | None = None
 
+    @property
+    def head_grid(self) -> tuple[int, int]:
+        """L blocks and N heads: the shape of whatever has one value a head."""
+        return self.n_blocks, self.n_heads
+
 
 # Attributes of a Hugging Face config that change nothing a forward pass computes.
 _INERT = frozenset(

@@ -219,7 +219,7 @@ def _open(prompt, model, saes, *, check, trace: bool, ids, dtype, sink, bos, pro
     from qkattr.session import token_texts
 
     tokens = token_texts(bundle, bundle.tokenize(given, bos)[0])
-    check(tokens, (bundle.config.n_blocks, bundle.config.n_heads), bundle)
+    check(tokens, bundle.config.head_grid, bundle)
     return trace_prompt(bundle, given, progress=progress, qk=0, sinks=sink, bos=bos), None, {}
 
 

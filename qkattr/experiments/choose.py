@@ -61,7 +61,7 @@ def choose_edits(
         two positions; or none of the features is active there.
     """
     session = need_session(result)
-    shape = (session.bundle.config.n_blocks, session.bundle.config.n_heads)
+    shape = session.bundle.config.head_grid
     key, query = check_choice(
         result.tokens, shape, source=source, target=target, heads=heads, side=side,
         features=features, by=by,

@@ -176,7 +176,7 @@ def fit_edits(
     Raises:
       InputError: an edit does not fit the model or the prompt.
     """
-    shape = bundle.config.n_blocks, bundle.config.n_heads
+    shape = bundle.config.head_grid
     widths = [None if d is None else d.width for d in bundle.dictionaries or ()]
     widths = widths or [None] * (bundle.config.n_blocks + 1)
     fitted = [check_edit(edit, shape, widths) for edit in edits]
@@ -273,8 +273,7 @@ def edited_heads(placed: Sequence[Placed], shape: tuple[int, int]) -> np.ndarray
 
 def build_edits(session: Session, placed: Sequence[Placed], *, live_scales: bool = False) -> Edits:
     """The arrays of `model.edits`, at scale 0 wherever something is edited: see `at_scales`."""
-    config = session.bundle.config
-    shape = (config.n_blocks, config.n_heads)
+    shape = session.bundle.config.head_grid
     sides = {side: [edit for edit in placed if edit.side == side] for side in SIDES}
     read = {
         side: _read_edits(session, edits, shape) if edits else None

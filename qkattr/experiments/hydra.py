@@ -62,7 +62,7 @@ def hydra(
     """
     if any(edit.side == "residual" for edit in edits):
         raise InputError("a residual edit goes through no head to count; leave it out with hydra")
-    shape = (session.bundle.config.n_blocks, session.bundle.config.n_heads)
+    shape = session.bundle.config.head_grid
     counts = list(range(len(heads) + 1)) if counts is None else list(counts)
     masks = np.stack([head_mask(heads[:n], shape) for n in counts])
     arrays, _, _ = make_edits(session, edits)
@@ -136,7 +136,7 @@ def greedy_heads(
     edits: of all candidates; each is made in the chosen heads only. Every step tries all candidates
     that are left, in one batched call.
     """
-    shape = (session.bundle.config.n_blocks, session.bundle.config.n_heads)
+    shape = session.bundle.config.head_grid
     arrays, _, _ = make_edits(session, edits)
     top = int(np.argmax(session.logits))
     clean = patterns_of(session) if frozen else None

@@ -193,7 +193,7 @@ def check_asked(
       InputError: something does not fit.
     """
     fit_edits(bundle, tokens, edits)
-    check_heads(ablate, (bundle.config.n_blocks, bundle.config.n_heads))
+    check_heads(ablate, bundle.config.head_grid)
     return [token_id(bundle, token) for token in track], find_position(tokens, query)
 
 
@@ -222,7 +222,7 @@ def make_edits(
     ablated: Sequence[Head] = (),
 ) -> tuple[Edits, np.ndarray, list]:
     """The arrays of some edits, which heads `[L, N]` they reach, and where they were placed."""
-    shape = (session.bundle.config.n_blocks, session.bundle.config.n_heads)
+    shape = session.bundle.config.head_grid
     check_heads(ablated, shape)
     placed = place_edits(session, edits)
     arrays = build_edits(session, placed, live_scales=live_scales)

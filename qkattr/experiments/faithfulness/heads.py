@@ -30,7 +30,7 @@ def measure_heads(
     rng: np.random.Generator,
 ) -> list[dict[str, Any]]:
     """Per n: what the clean top token's log probability loses, in nats, and what is left of it."""
-    shape = (session.bundle.config.n_blocks, session.bundle.config.n_heads)
+    shape = session.bundle.config.head_grid
     every = [(b, n) for b in range(shape[0]) for n in range(shape[1])]
     counts = [n for n in COUNTS if n <= min(len(every), len(by_loading))]
     orders = [by_loading, by_attention]
