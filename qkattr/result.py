@@ -22,6 +22,12 @@ from qkattr.types import Kind
 Ends = int | str | Iterable["int | str"]
 
 
+def ranked_heads(value: np.ndarray, n: int | None = None) -> list[tuple[int, int]]:
+    """The n heads (block, head) of largest value in `[L, N]`, or all, by falling value."""
+    order = np.argsort(-value, axis=None, kind="stable")[:n]
+    return [(int(b), int(h)) for b, h in zip(*np.unravel_index(order, value.shape), strict=True)]
+
+
 @dataclasses.dataclass(frozen=True)
 class HeadLoadings:
     """Head loadings summed over the edges between two sets of nodes.
@@ -41,16 +47,14 @@ class HeadLoadings:
 
     def top(self, n: int | None = None) -> list[dict[str, Any]]:
         """The heads by falling |loading|, those without any left out."""
-        order = np.argsort(-np.abs(self.loadings), axis=None, kind="stable")[:n]
-        layers, heads = np.unravel_index(order, self.loadings.shape)
         return [
             dict(
-                layer=int(layer),
-                head=int(head),
+                layer=layer,
+                head=head,
                 loading=float(self.loadings[layer, head]),
                 influence=float(self.influence[layer, head]),
             )
-            for layer, head in zip(layers, heads, strict=True)
+            for layer, head in ranked_heads(np.abs(self.loadings), n)
             if self.loadings[layer, head] != 0
         ]
 

@@ -19,7 +19,7 @@ from qkattr.experiments.edits import SIDES, Edit, Head, check_heads, parse_heads
 from qkattr.experiments.hydra import greedy_heads
 from qkattr.load.groups import Group
 from qkattr.options import one_of
-from qkattr.result import Ends, Result
+from qkattr.result import Ends, Result, ranked_heads
 from qkattr.scores import need_session, terms_at
 from qkattr.session import Session, find_position
 from qkattr.types import Kind
@@ -154,8 +154,7 @@ def heads_by_loading(
     one_of("by", by, RANKINGS)
     found = result.head_loadings(source=source, target=target)
     value = np.abs(found.loadings if by == "loading" else found.influence)
-    order = np.argsort(-value, axis=None, kind="stable")[: np.count_nonzero(value)]
-    return [(int(b), int(n)) for b, n in zip(*np.unravel_index(order, value.shape), strict=True)]
+    return ranked_heads(value, np.count_nonzero(value))
 
 
 def how_many(asked: str | int | float, n_heads: int) -> int:

@@ -20,6 +20,7 @@ from qkattr.experiments.edits import Edit, Head, at_scales, freeze_others, head_
 from qkattr.experiments.runs import run_edits
 from qkattr.experiments.steer import make_edits, patterns_of
 from qkattr.model.edits import Edits
+from qkattr.result import ranked_heads
 from qkattr.session import Session, token_text
 
 
@@ -74,7 +75,6 @@ def hydra(
     frozen = run_edits(session, held, queries=[query])
     before = np.asarray(clean[:, :, query, key])
     rise = np.where(masks[-1], 0.0, live.patterns[-1, :, :, 0, key] - before)
-    order = np.argsort(-rise, axis=None, kind="stable")[:10]
     return Hydra(
         token=token_text(session.bundle, top),
         scale=float(scale),
@@ -88,7 +88,7 @@ def hydra(
                 before=float(before[layer, head]),
                 rise=float(rise[layer, head]),
             )
-            for layer, head in zip(*np.unravel_index(order, shape), strict=True)
+            for layer, head in ranked_heads(rise, 10)
             if rise[layer, head] > 1e-4
         ],
     )

@@ -37,7 +37,7 @@ from qkattr.experiments.runs import EditedRuns, clean_patterns, run_edits
 from qkattr.load.bundle import Bundle, Prompt
 from qkattr.model.edits import Edits
 from qkattr.options import make_options
-from qkattr.result import Result
+from qkattr.result import Result, ranked_heads
 from qkattr.scores import Labels, need_session
 from qkattr.session import (
     Progress,
@@ -345,7 +345,6 @@ def _rose(
     before = clean[..., keys].sum(-1)
     change = runs.patterns[furthest, :, :, 0][..., keys].sum(-1) - before
     change = np.where(changed, 0.0, change)
-    order = np.argsort(-np.abs(change), axis=None, kind="stable")[:n]
     return [
         dict(
             head=f"{layer}.{head}",
@@ -353,6 +352,6 @@ def _rose(
             attention=float(before[layer, head]),
             change=float(change[layer, head]),
         )
-        for layer, head in zip(*np.unravel_index(order, change.shape), strict=True)
+        for layer, head in ranked_heads(np.abs(change), n)
         if abs(change[layer, head]) > 1e-6
     ]

@@ -16,7 +16,6 @@ import qkattr
 from qkattr.analysis import trace
 from qkattr.errors import InputError
 from qkattr.experiments.choose import heads_by_loading
-from qkattr.experiments.edits import Head
 from qkattr.experiments.faithfulness.edges import measure_edges, measure_paraphrases
 from qkattr.experiments.faithfulness.heads import measure_heads
 from qkattr.experiments.faithfulness.nodes import measure_nodes
@@ -25,7 +24,7 @@ from qkattr.experiments.faithfulness.report import summarise
 from qkattr.load.bundle import Bundle, Prompt
 from qkattr.load.prompts import GivenPrompt
 from qkattr.options import TraceOptions, one_of
-from qkattr.result import Result
+from qkattr.result import Result, ranked_heads
 from qkattr.scores import attention_at
 from qkattr.session import find_position, start_session, token_text, token_texts
 
@@ -176,7 +175,8 @@ def _measure(bundle: Bundle, result: Result, source, target, settings, progress)
         out["qk"] = measure_qk(session, heads[:HEADS], query=target, key=source, draws=few, rng=rng)
     if "heads" in measures and heads:
         progress("heads")
-        looking = _by_attention(result, source, target)
+        _, attention = attention_at(session, target, source)
+        looking = ranked_heads(attention)
         out["heads"] = measure_heads(session, heads, looking, draws=settings["draws"], rng=rng)
     if "edges" in measures:
         progress("edges")
@@ -201,14 +201,6 @@ def _busiest_source(result: Result, target: int) -> int:
         if p not in sinks
     }
     return max(flow, key=flow.__getitem__) if flow else target
-
-
-def _by_attention(result: Result, source: int, target: int) -> list[Head]:
-    _, attention = attention_at(result.session, target, source)
-    order = np.argsort(-attention, axis=None, kind="stable")
-    return [
-        (int(b), int(n)) for b, n in zip(*np.unravel_index(order, attention.shape), strict=True)
-    ]
 
 
 class _Kept:
