@@ -107,6 +107,24 @@ class Params:
 
 
 @struct.dataclass
+class Activations:
+    """What a block computed on the way: the scales and pre-activations that freezing it needs."""
+
+    scale_attn_T: Float[Array, "T"]
+    scale_q_TN: Float[Array, "T N"]
+    scale_k_SK: Float[Array, "S K"]
+    q_TNH: Float[Array, "T N H"]
+    k_SKH: Float[Array, "S K H"]
+    scores_NTS: Float[Array, "N T S"]
+    pattern_NTS: Float[Array, "N T S"]
+    scale_attn_post_T: Float[Array, "T"]
+    scale_mlp_T: Float[Array, "T"]
+    gate_TF: Float[Array, "T F"] | None
+    up_TF: Float[Array, "T F"]
+    scale_mlp_post_T: Float[Array, "T"]
+
+
+@struct.dataclass
 class Trace:
     """What one forward pass computed; a field is None when it was not asked for.
 

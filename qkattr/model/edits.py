@@ -17,9 +17,6 @@ Axes: L block, E edits a block, T/S positions, N heads, D d_model, H head_dim, Q
 
 from __future__ import annotations
 
-import dataclasses
-from typing import TYPE_CHECKING
-
 import jax
 import jax.numpy as jnp
 from flax import struct
@@ -28,10 +25,7 @@ from jaxtyping import Array, Bool, Float, Int
 from qkattr.config import BlockConfig
 from qkattr.model.attention import finish_head, head_scale
 from qkattr.model.layers import f32, norm_bias, norm_linear, norm_scale
-from qkattr.types import BlockWeights, Norm
-
-if TYPE_CHECKING:
-    from qkattr.model.forward import Activations
+from qkattr.types import Activations, BlockWeights
 
 
 @struct.dataclass
@@ -122,14 +116,10 @@ def edited_queries(
     seen: the queries `[T, N, H]`, and the scales of norm `[T]` and QK-norm `[T, N]` of the unedited
     read.
     """
-    q, scale, scale_head = seen
+    q, *scales = seen
     if edits.query is None:
         return q
-    side = _Side(weights.wq_DNH, weights.bq_NH, weights.norm_q)
-    new, changed = _edited_reads(
-        weights, side, x, (scale, scale_head), edits.query, live=edits.live_scales, cfg=cfg,
-        precision=precision,
-    )  # fmt: skip
+    new, changed = _edited_reads(weights, x, scales, edits, "query", cfg=cfg, precision=precision)
     at = edits.query.position_E
     return q.at[at].set(jnp.where(changed[..., None], new, q[at]))
 
@@ -149,14 +139,10 @@ def edited_scores(
     q: edited already. seen: the scores without them, and the scales of norm `[S]` and QK-norm
     `[S, K]` of the unedited read.
     """
-    scores, scale, scale_head = seen
+    scores, *scales = seen
     if edits.key is None:
         return scores
-    side = _Side(weights.wk_DKH, weights.bk_KH, weights.norm_k)
-    new, changed = _edited_reads(
-        weights, side, x, (scale, scale_head), edits.key, live=edits.live_scales, cfg=cfg,
-        precision=precision,
-    )  # fmt: skip
+    new, changed = _edited_reads(weights, x, scales, edits, "key", cfg=cfg, precision=precision)
     at = edits.key.position_E
     columns = jnp.einsum("TNH,ENH->NTE", q_TNH, new, precision=precision) * cfg.scale
     return scores.at[:, :, at].set(jnp.where(changed.T[:, None], columns, scores[:, :, at]))
@@ -169,37 +155,36 @@ def edited_pattern(edits: BlockEdits, pattern: Float[Array, "N T S"]) -> Float[A
     return jnp.where(edits.patterns.rows_NT[..., None], edits.patterns.pattern_NTS, pattern)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Side:
-    """The half of the QK circuit that is edited; X is N or K."""
-
-    w_DXH: Array
-    bias_XH: Array | None
-    gain_H: Norm | None
-
-
 def _edited_reads(
-    weights, side: _Side, x, scales, edits: ReadEdits, *, live, cfg, precision
+    weights: BlockWeights, x, scales, edits: BlockEdits, side: str, *, cfg, precision
 ) -> tuple[Float[Array, "E N H"], Bool[Array, "E N"]]:
     """What every head makes of the edited read at every edit's position, and which heads are
-    edited there. Rows at the same position agree: each sees all of the position's edits."""
-    position, (n_edits, n_heads) = edits.position_E, edits.heads_EN.shape
+    edited there. Rows at the same position agree: each sees all of the position's edits.
+
+    side: the half of the QK circuit that is edited, "query" or "key"; X is its N or K.
+    """
+    if side == "query":
+        made, w_DXH, bias_XH, gain_H = edits.query, weights.wq_DNH, weights.bq_NH, weights.norm_q
+    else:
+        made, w_DXH, bias_XH, gain_H = edits.key, weights.wk_DKH, weights.bk_KH, weights.norm_k
+    live = edits.live_scales
+    position, (n_edits, n_heads) = made.position_E, made.heads_EN.shape
     together = position[:, None] == position
-    factor = (edits.scale_E - 1.0)[:, None] * edits.heads_EN
-    delta = jnp.einsum("EF,FN,FD->END", together, factor, edits.vector_ED, precision="highest")
+    factor = (made.scale_E - 1.0)[:, None] * made.heads_EN
+    delta = jnp.einsum("EF,FN,FD->END", together, factor, made.vector_ED, precision="highest")
     changed = (together[..., None] & (factor != 0)).any(1)
     read = x[position][:, None] + delta
     scale, scale_head = (s[position] for s in scales)
     scale = norm_scale(weights.norm_attn, read, cfg=cfg) if live else scale[:, None]
     y = norm_linear(weights.norm_attn, read, scale, cfg=cfg) + norm_bias(weights.norm_attn)
-    n_projections = side.w_DXH.shape[1]
+    n_projections = w_DXH.shape[1]
     grouped = y.reshape(n_edits, n_projections, n_heads // n_projections, -1)
-    raw = jnp.einsum("EXGD,DXH->EXGH", grouped, f32(side.w_DXH), precision=precision)
-    raw = raw if side.bias_XH is None else raw + f32(side.bias_XH)[:, None]
+    raw = jnp.einsum("EXGD,DXH->EXGH", grouped, f32(w_DXH), precision=precision)
+    raw = raw if bias_XH is None else raw + f32(bias_XH)[:, None]
     new = finish_head(
         raw,
-        head_scale(side.gain_H, raw, cfg=cfg) if live else scale_head[..., None],
-        gain=side.gain_H,
+        head_scale(gain_H, raw, cfg=cfg) if live else scale_head[..., None],
+        gain=gain_H,
         inv_freq=weights.inv_freq,
         positions=position,
     )

@@ -14,7 +14,6 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 from jaxtyping import Array, Float, Int
 
 from qkattr.config import BlockConfig, ModelConfig
@@ -37,27 +36,9 @@ from qkattr.model.edits import (
 from qkattr.model.layers import apply_norm, f32, norm_bias, norm_linear, norm_scale
 from qkattr.model.mlp import hidden, mlp_out
 from qkattr.sharding import on_any_mesh
-from qkattr.types import BlockWeights, Norm, Params, Trace
+from qkattr.types import Activations, BlockWeights, Norm, Params, Trace
 
 CAPTURE = ("boundaries", "scores", "patterns")
-
-
-@struct.dataclass
-class Activations:
-    """What a block computed on the way: the scales and pre-activations that freezing it needs."""
-
-    scale_attn_T: Float[Array, "T"]
-    scale_q_TN: Float[Array, "T N"]
-    scale_k_SK: Float[Array, "S K"]
-    q_TNH: Float[Array, "T N H"]
-    k_SKH: Float[Array, "S K H"]
-    scores_NTS: Float[Array, "N T S"]
-    pattern_NTS: Float[Array, "N T S"]
-    scale_attn_post_T: Float[Array, "T"]
-    scale_mlp_T: Float[Array, "T"]
-    gate_TF: Float[Array, "T F"] | None
-    up_TF: Float[Array, "T F"]
-    scale_mlp_post_T: Float[Array, "T"]
 
 
 def block(

@@ -28,10 +28,10 @@ from jaxtyping import Array, Float, Int
 
 from qkattr.config import BlockConfig
 from qkattr.model.attention import attend
-from qkattr.model.forward import Activations, block
+from qkattr.model.forward import block
 from qkattr.model.layers import f32, norm_bias, norm_direction, norm_linear, norm_transpose
 from qkattr.model.mlp import MLPSlopes, slopes
-from qkattr.types import BlockWeights
+from qkattr.types import Activations, BlockWeights
 
 
 @struct.dataclass

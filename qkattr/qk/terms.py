@@ -31,11 +31,11 @@ from jaxtyping import Array, Bool, Float, Int
 
 from qkattr.config import BlockConfig
 from qkattr.model.attention import MASKED, capped, finish_head, visible
-from qkattr.model.forward import Activations, block
+from qkattr.model.forward import block
 from qkattr.model.layers import f32, norm_bias, norm_direction
 from qkattr.sharding import on_any_mesh
 from qkattr.sources.components import Components
-from qkattr.types import BlockWeights, Kind, Norm
+from qkattr.types import Activations, BlockWeights, Kind, Norm
 
 
 @struct.dataclass
