@@ -23,7 +23,7 @@ import numpy as np
 
 from qkattr.errors import InputError
 from qkattr.load.bundle import Bundle
-from qkattr.model.forward import block, forward, unembed
+from qkattr.model.forward import forward, run_from, unembed
 from qkattr.sources.components import sink_positions
 from qkattr.sources.dictionary import Dictionary, reconstruct
 
@@ -193,12 +193,7 @@ def _fit(params, dictionary, x, tokens, boundary, mean, *, cfg):
 
 def _loss_from(params, tokens, boundary, x, *, cfg):
     """Sum of the rows' losses when a boundary's stream is `x`: only the blocks after it run."""
-
-    def step(b, x):
-        weights = jax.tree.map(lambda a: a[b], params.blocks)
-        return jax.vmap(lambda row: block(weights, row, cfg=cfg.block)[0])(x)
-
-    x = jax.lax.fori_loop(boundary, cfg.n_blocks, step, x)
+    x = run_from(params, x, boundary, cfg=cfg)
     return jax.vmap(_next_token_loss)(unembed(params, x, cfg=cfg), tokens).sum()
 
 

@@ -149,6 +149,24 @@ def residual_stream(
     return x, trace
 
 
+def run_from(
+    params: Params,
+    x: Float[Array, "B T D"],
+    boundary: Int[Array, ""] | int,
+    *,
+    cfg: ModelConfig,
+    precision: str = "highest",
+) -> Float[Array, "B T D"]:
+    """The residual stream before the final norm when that at a boundary is x: only the blocks after
+    it are run. The boundary may be traced."""
+
+    def step(b, x):
+        weights = jax.tree.map(lambda a: a[b], params.blocks)
+        return jax.vmap(lambda x: block(weights, x, cfg=cfg.block, precision=precision)[0])(x)
+
+    return jax.lax.fori_loop(boundary, cfg.n_blocks, step, x)
+
+
 @partial(jax.jit, static_argnames=("cfg", "capture", "precision"))
 @on_any_mesh
 def forward(

@@ -23,7 +23,7 @@ from jaxtyping import Array, Float
 
 from qkattr.experiments.runs import MOST
 from qkattr.graph.tables import Graph
-from qkattr.model.forward import block, unembed
+from qkattr.model.forward import run_from, unembed
 from qkattr.session import Session
 from qkattr.sources.components import Components
 from qkattr.types import Kind
@@ -46,15 +46,8 @@ def _sums(components: Components, b, masks) -> Float[Array, "B T D"]:
 
 @partial(jax.jit, static_argnames=("cfg", "precision"))
 def _log_p_from(params, x, delta, b, last, token, *, cfg, precision) -> Float[Array, "B"]:
-    """Log probability of a token when the residual stream at boundary b is x + delta: only the
-    blocks after it are run."""
-
-    def step(i, x):
-        weights = jax.tree.map(lambda a: a[i], params.blocks)
-        run = partial(block, weights, cfg=cfg.block, precision=precision)
-        return jax.vmap(lambda x: run(x)[0])(x)
-
-    x = jax.lax.fori_loop(b, cfg.n_blocks, step, x + delta)
+    """Log probability of a token when the residual stream at boundary b is x + delta."""
+    x = run_from(params, x + delta, b, cfg=cfg, precision=precision)
     return jax.nn.log_softmax(unembed(params, x[:, last], cfg=cfg, precision=precision))[:, token]
 
 
