@@ -17,7 +17,7 @@ import numpy as np
 
 from qkattr.errors import InputError
 from qkattr.experiments.edits import Edit, Head, at_scales, freeze_others, head_mask
-from qkattr.experiments.runs import run_edits
+from qkattr.experiments.runs import clean_top, run_edits
 from qkattr.experiments.steer import make_edits, patterns_of
 from qkattr.model.edits import Edits
 from qkattr.result import ranked_heads
@@ -69,7 +69,7 @@ def hydra(
     arrays, _, _ = make_edits(session, edits)
     nested = with_heads(at_scales(arrays, [scale]), masks)
     clean = patterns_of(session)
-    top = int(np.argmax(session.logits))
+    top, _ = clean_top(session)
     live = run_edits(session, nested, queries=[query])
     held = freeze_others(nested, clean, masks)
     frozen = run_edits(session, held, queries=[query])
@@ -112,7 +112,7 @@ def with_heads(edits: Edits, masks: np.ndarray) -> Edits:
 
 
 def _fate(session: Session, runs, top: int, counts: list[int]) -> dict[str, Any]:
-    log_p = np.asarray(runs.log_p)
+    log_p = runs.log_p
     best = log_p.argmax(-1)
     flipped = [n for n, token in zip(counts, best, strict=True) if token != top]
     return dict(
@@ -138,7 +138,7 @@ def greedy_heads(
     """
     shape = session.bundle.config.head_grid
     arrays, _, _ = make_edits(session, edits)
-    top = int(np.argmax(session.logits))
+    top, _ = clean_top(session)
     clean = patterns_of(session) if frozen else None
     at_one = at_scales(arrays, [scale])
     chosen: list[Head] = []
@@ -151,6 +151,6 @@ def greedy_heads(
         batch = with_heads(at_one, masks)
         if clean is not None:
             batch = freeze_others(batch, clean, masks)
-        log_p = np.asarray(run_edits(session, batch, queries=[0]).log_p)[: len(left), top]
+        log_p = run_edits(session, batch, queries=[0]).log_p[: len(left), top]
         chosen.append(left.pop(int(log_p.argmin())))
     return chosen

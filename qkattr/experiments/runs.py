@@ -38,8 +38,22 @@ class EditedRuns:
     scores: Float[Array, "B L N Q S"]
 
     @property
-    def log_p(self) -> Float[Array, "B V"]:
-        return jax.nn.log_softmax(self.logits)
+    def log_p(self) -> np.ndarray:
+        return log_softmax(self.logits)
+
+
+def log_softmax(logits: Float[Array, "... V"]) -> np.ndarray:
+    """Log probabilities `[..., V]` on the host, in float64: divergences of nearly equal runs are
+    differences of these."""
+    wide = np.asarray(logits, np.float64)
+    return wide - np.logaddexp.reduce(wide, axis=-1, keepdims=True)
+
+
+def clean_top(session: Session) -> tuple[int, float]:
+    """The clean run's likeliest next token, and its log probability."""
+    log_p = log_softmax(session.logits)
+    top = int(log_p.argmax())
+    return top, float(log_p[top])
 
 
 @partial(jax.jit, static_argnames=("cfg", "precision"))

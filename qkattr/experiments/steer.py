@@ -33,7 +33,7 @@ from qkattr.experiments.edits import (
     parse_edit,
     place_edits,
 )
-from qkattr.experiments.runs import EditedRuns, clean_patterns, run_edits
+from qkattr.experiments.runs import EditedRuns, clean_patterns, log_softmax, run_edits
 from qkattr.load.bundle import Bundle, Prompt
 from qkattr.model.edits import Edits
 from qkattr.options import make_options
@@ -265,7 +265,7 @@ def steer_session(
     _check_finite(runs, scales)
     shown = np.argwhere(reached)
     changed = reached | head_mask(ablated, reached.shape)
-    log_p, clean = _log_softmax(runs.logits), _log_softmax(session.logits)
+    log_p, clean = runs.log_p, log_softmax(session.logits)
     followed = _followed(log_p, clean, track)
     keys = sorted({edit.position for edit in placed if edit.side == "key"})
     return Steering(
@@ -295,11 +295,6 @@ def _check_finite(runs: EditedRuns, scales: list[float]) -> None:
         raise InputError(
             f"at scale {scale:g} the model's logits are not finite; give scales nearer to 1"
         )
-
-
-def _log_softmax(logits) -> np.ndarray:
-    logits = np.asarray(logits, np.float64)
-    return logits - np.logaddexp.reduce(logits, axis=-1, keepdims=True)
 
 
 def _followed(log_p: np.ndarray, clean: np.ndarray, track: list[int]) -> list[int]:

@@ -8,12 +8,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from qkattr.experiments.edits import Head, ablate, head_mask
-from qkattr.experiments.runs import run_edits
+from qkattr.experiments.runs import clean_top, run_edits
 from qkattr.model.edits import Edits
 from qkattr.session import Session
 
@@ -37,9 +35,8 @@ def measure_heads(
     orders += [[every[i] for i in rng.permutation(len(every))] for _ in range(draws)]
     masks = np.stack([head_mask(order[:n], shape) for order in orders for n in counts])
     edits = ablate(Edits(), masks, session.boundaries.shape[1])
-    top = int(np.argmax(session.logits))
-    clean = float(jax.nn.log_softmax(jnp.asarray(session.logits))[top])
-    log_p = np.asarray(run_edits(session, edits, queries=[0]).log_p)[:, top]
+    top, clean = clean_top(session)
+    log_p = run_edits(session, edits, queries=[0]).log_p[:, top]
     lost = clean - log_p.reshape(len(orders), len(counts))
     return [
         dict(

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from qkattr.experiments.runs import MOST
+from qkattr.experiments.runs import MOST, clean_top
 from qkattr.graph.tables import Graph
 from qkattr.model.forward import run_from, unembed
 from qkattr.session import Session
@@ -80,8 +80,7 @@ def _curves(session: Session, graphs: dict[str, Graph], b: int, draws: int, rng)
     for order in (order for named in orders.values() for order in named.values()):
         for n in COUNTS:
             masks += [_mask(session, order[:n]), _mask(session, order[n:])]
-    top = int(np.argmax(session.logits))
-    clean = float(jax.nn.log_softmax(jnp.asarray(session.logits))[top])
+    top, clean = clean_top(session)
     empty, empty_kept, *log_p = _log_p(session, b, np.stack(masks), top).tolist()
     runs = iter(np.reshape(log_p, (-1, len(COUNTS), 2)))
     rows = []

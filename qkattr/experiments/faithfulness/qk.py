@@ -23,7 +23,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from qkattr.experiments.edits import Head
-from qkattr.experiments.runs import run_edits
+from qkattr.experiments.runs import clean_top, run_edits
 from qkattr.model.edits import BlockEdits, Edits, ReadEdits
 from qkattr.model.forward import block
 from qkattr.qk.terms import QKTerms, one_head
@@ -233,15 +233,14 @@ def _next_tokens(session: Session, places, vectors, masks, side: str) -> list[di
     """What the clean top token's log probability loses when each head's group goes, in all heads at
     once, against controls."""
     n_runs, n_groups = masks.shape[1:3]
-    top = int(np.argmax(session.logits))
-    clean = float(jax.nn.log_softmax(session.logits)[top])
+    top, clean = clean_top(session)
     found = {}
     for name, live in (("frozen", False), ("live", True)):
         flat = masks.reshape(len(places), n_runs * n_groups, -1)
         edits = _all_heads(session, places, vectors, flat, side)
         blocks = BlockEdits(**{side: edits}, live_scales=live)
         runs = run_edits(session, Edits(blocks=blocks), queries=[0])
-        found[name] = clean - np.asarray(runs.log_p)[:, top].reshape(n_runs, n_groups)
+        found[name] = clean - runs.log_p[:, top].reshape(n_runs, n_groups)
     return [
         dict(
             k=k,

@@ -21,6 +21,7 @@ from qkattr.experiments.faithfulness.heads import measure_heads
 from qkattr.experiments.faithfulness.nodes import measure_nodes
 from qkattr.experiments.faithfulness.qk import measure_qk
 from qkattr.experiments.faithfulness.report import summarise
+from qkattr.experiments.runs import clean_top
 from qkattr.load.bundle import Bundle, Prompt
 from qkattr.load.prompts import GivenPrompt
 from qkattr.options import TraceOptions, one_of
@@ -164,7 +165,7 @@ def _measure(bundle: Bundle, result: Result, source, target, settings, progress)
     few = max(4, settings["draws"] // 4)
     out: dict[str, Any] = dict(
         tokens=result.tokens,
-        prediction=token_text(bundle, int(np.argmax(session.logits))),
+        prediction=token_text(bundle, clean_top(session)[0]),
         probability=result.predictions[0]["probability"],
         source=source,
         target=target,
