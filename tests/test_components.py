@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import within
 
-from qkattr.sources.components import decompose, decompose_prompt, sink_positions
+from qkattr.sources.components import decompose, decompose_prompt, find_slots, sink_positions
 from qkattr.types import Kind
 
 SUM = 1e-5  # of the position's norm: one float32 subtraction and a sum over the slots
@@ -117,6 +117,19 @@ def test_a_boundary_without_a_dictionary_is_one_error(case):
     np.testing.assert_array_equal(vectors[:, -1], case.trace.boundaries[2])
     assert (np.asarray(parts.kind)[1:, -1] == Kind.ERROR).all()
     assert (vectors[:, :-1] == 0).all()
+
+
+def test_components_are_found_by_kind_and_index(case):
+    for b in (0, 1):
+        kind, index = (np.asarray(a[b]) for a in (case.components.kind, case.components.index))
+        position, slot = np.nonzero(kind != Kind.NONE)
+        named = kind[position, slot], index[position, slot]
+        np.testing.assert_array_equal(find_slots(case.components, b, position, *named), slot)
+        first = np.where((kind == kind[1, 0]).any(1), (kind == kind[1, 0]).argmax(1), -1)
+        every = np.arange(len(kind))
+        got = find_slots(case.components, b, every, kind[1, 0])
+        np.testing.assert_array_equal(got, first)
+        assert (find_slots(case.components, b, every, Kind.FEATURE, 10**6) == -1).all()
 
 
 def test_more_features_than_slots_leave_the_smallest_to_the_error():

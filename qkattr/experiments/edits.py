@@ -27,6 +27,7 @@ from qkattr.load.mapped import some
 from qkattr.model.edits import BlockEdits, Edits, PatternEdits, ReadEdits, ResidualEdits
 from qkattr.session import Session, find_position
 from qkattr.sharding import bucket
+from qkattr.sources.components import find_slots
 from qkattr.types import Kind
 
 SIDES = ("query", "key", "residual")
@@ -189,19 +190,17 @@ def place_edits(session: Session, edits: Sequence[Edit]) -> list[Placed]:
     Raises:
       InputError: an edit does not fit the model, or its component is not active there.
     """
-    kind, index = (np.asarray(a) for a in (session.components.kind, session.components.index))
     merged: dict[tuple[int, int, int, str], set[Head]] = {}
     for edit, positions in fit_edits(session.bundle, session.tokens, edits):
-        found = [
-            (position, slot)
-            for position in positions
-            for slot in _slots(kind[edit.boundary, position], index[edit.boundary, position], edit)
-        ]
-        if not found:
-            raise InputError(_not_active(session, edit, positions, kind, index))
-        for position, slot in found:
-            key = (edit.boundary, position, slot, edit.side)
-            merged.setdefault(key, set()).update(edit.heads)
+        named = isinstance(edit.component, str)
+        wanted = (KINDS[edit.component], None) if named else (Kind.FEATURE, edit.component)
+        slots = find_slots(session.components, edit.boundary, np.array(positions), *wanted)
+        if (slots < 0).all():
+            raise InputError(_not_active(session, edit, positions))
+        for position, slot in zip(positions, slots.tolist(), strict=True):
+            if slot >= 0:
+                key = (edit.boundary, position, slot, edit.side)
+                merged.setdefault(key, set()).update(edit.heads)
     return [Placed(*key, heads=tuple(sorted(heads))) for key, heads in sorted(merged.items())]
 
 
@@ -215,15 +214,7 @@ def edit_positions(tokens: list[str], where: int | str) -> list[int]:
     return [find_position(tokens, where)]
 
 
-def _slots(kind, index, edit: Edit) -> list[int]:
-    wanted = KINDS.get(edit.component) if isinstance(edit.component, str) else Kind.FEATURE
-    match = kind == wanted
-    if wanted == Kind.FEATURE:
-        match = match & (index == edit.component)
-    return np.flatnonzero(match).tolist()
-
-
-def _not_active(session: Session, edit: Edit, positions, kind, index) -> str:
+def _not_active(session: Session, edit: Edit, positions: list[int]) -> str:
     b = edit.boundary
     name = edit.component if isinstance(edit.component, str) else f"feature {b}:{edit.component}"
     where = [f"{quoted(session.tokens[t])} {t}" for t in positions]
@@ -232,9 +223,11 @@ def _not_active(session: Session, edit: Edit, positions, kind, index) -> str:
             f"{name} is active at none of {len(positions)} positions of boundary {b} "
             f"({some(where, 8)}); give one that is, or another position"
         )
-    there = kind[b, positions[0]]
-    active = some([str(i) for i in index[b, positions[0]][there == Kind.FEATURE]], 8) or "none"
-    sink = (there == Kind.SINK).any()
+    kind, index = (
+        np.asarray(a[b, positions[0]]) for a in (session.components.kind, session.components.index)
+    )
+    active = some([str(i) for i in index[kind == Kind.FEATURE]], 8) or "none"
+    sink = (kind == Kind.SINK).any()
     has = "it is a sink, one component" if sink else f"active features there are {active}"
     return f"{name} is not active at {where[0]} of boundary {b}: {has}; give one that is"
 

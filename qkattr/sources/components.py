@@ -106,6 +106,25 @@ class Components:
         return self.row[at], self.coefficient[at], n_features
 
 
+def find_slots(
+    components: Components,
+    boundary: int,
+    position: np.ndarray,
+    kind: np.ndarray | int,
+    index: np.ndarray | int | None = None,
+) -> np.ndarray:
+    """Where R named components of a boundary are, on the host: their slots `[R]`, -1 for one that
+    is not there.
+
+    position: `[R]`. kind, index: `[R]`, or one for all; index None: any.
+    """
+    kinds, indices = (np.asarray(a)[boundary] for a in (components.kind, components.index))
+    match = kinds[position] == np.reshape(kind, (-1, 1))
+    if index is not None:
+        match &= indices[position] == np.reshape(index, (-1, 1))
+    return np.where(match.any(-1), match.argmax(-1), -1)
+
+
 def sink_positions(x: Float[Array, "T D"], n_real: Int[Array, ""] | int) -> Bool[Array, "T"]:
     """Position 0, and every real position whose norm exceeds `SINK_RATIO` times
     the lower median of positions >= 1.

@@ -33,6 +33,7 @@ from qkattr.model.linear import freeze, push
 from qkattr.model.mlp import LINEARISATIONS
 from qkattr.session import Session
 from qkattr.sharding import on_any_mesh
+from qkattr.sources.components import find_slots
 from qkattr.sources.dictionary import Dictionary, activations
 from qkattr.types import BlockWeights, Kind
 
@@ -150,19 +151,14 @@ def _strongest(session: Session, graph: Graph, b: int, n: int) -> tuple[Any, int
     """Positions, slots and features of exactly n nodes that are features (tokens, at boundary 0),
     by influence, the last repeated; and how many there are."""
     nodes = graph.nodes
-    kinds = (Kind.FEATURE, Kind.TOKEN)
-    there = np.flatnonzero(np.isin(nodes.kind, kinds) & (nodes.boundary == b))
+    wanted = np.isin(nodes.kind, (Kind.FEATURE, Kind.TOKEN))
+    there = np.flatnonzero(wanted & (nodes.boundary == b))
     there = there[np.argsort(-nodes.influence[there], kind="stable")][:n]
     if not len(there):
         return None, 0
-    index = np.asarray(session.components.index[b])
-    kind = np.isin(np.asarray(session.components.kind[b]), kinds)
-    position = nodes.position[there]
-    slot = [
-        int(np.flatnonzero(kind[t] & (index[t] == i))[0])
-        for t, i in zip(position, nodes.index[there], strict=True)
-    ]
-    columns = np.array([position, slot, nodes.index[there]])
+    position, index = nodes.position[there], nodes.index[there]
+    slot = find_slots(session.components, b, position, nodes.kind[there], index)
+    columns = np.array([position, slot, index])
     columns = np.pad(columns, ((0, 0), (0, n - len(there))), mode="edge")
     return tuple(jnp.asarray(column) for column in columns), len(there)
 

@@ -25,7 +25,7 @@ from qkattr.experiments.runs import MOST, clean_top
 from qkattr.graph.tables import Graph
 from qkattr.model.forward import run_from, unembed
 from qkattr.session import Session
-from qkattr.sources.components import Components
+from qkattr.sources.components import Components, find_slots
 from qkattr.types import Kind
 
 #: How many nodes are deleted or inserted.
@@ -142,7 +142,10 @@ def _sorted(by_size: np.ndarray, influence: np.ndarray) -> np.ndarray:
 def _influence(session: Session, graph: Graph, b: int) -> np.ndarray:
     """`[T * C]` influence of every component, 0 where the graph did not keep it."""
     influence = np.zeros(session.components.kind[b].size)
-    influence[_flat(session, graph, b)] = graph.nodes.influence[_kept(graph, b)]
+    nodes, kept = graph.nodes, _kept(graph, b)
+    at = nodes.position[kept]
+    slot = find_slots(session.components, b, at, nodes.kind[kept], nodes.index[kept])
+    influence[at * session.components.n_slots + slot] = nodes.influence[kept]
     return influence
 
 
@@ -159,20 +162,3 @@ def _kept(graph: Graph, b: int) -> np.ndarray:
     nodes = graph.nodes
     wanted = np.isin(nodes.kind, (Kind.FEATURE, Kind.ERROR))
     return np.flatnonzero(wanted & (nodes.boundary == b))
-
-
-def _flat(session: Session, graph: Graph, b: int) -> np.ndarray:
-    """Where the kept nodes are: position * C + slot."""
-    kind, index = (np.asarray(a[b]) for a in (session.components.kind, session.components.index))
-    place = {
-        (t, int(kind[t, c]), int(index[t, c])): t * kind.shape[1] + c
-        for t, c in np.argwhere(np.isin(kind, (Kind.FEATURE, Kind.ERROR))).tolist()
-    }
-    nodes = graph.nodes
-    return np.array(
-        [
-            place[int(nodes.position[i]), int(nodes.kind[i]), int(nodes.index[i])]
-            for i in _kept(graph, b)
-        ],
-        int,
-    )
