@@ -17,10 +17,15 @@ from qkattr.cli.main import main
 from qkattr.errors import InputError
 from qkattr.experiments.choose import heads_by_loading
 from qkattr.experiments.faithfulness import faithfulness
-from qkattr.experiments.faithfulness.edges import measure_edges, probe, rank_correlation
+from qkattr.experiments.faithfulness.edges import measure_edges, probe
 from qkattr.experiments.faithfulness.nodes import COUNTS, _log_p, measure_nodes, node_sizes
-from qkattr.experiments.faithfulness.qk import correlation, matched, measure_qk, slope
-from qkattr.experiments.faithfulness.report import interval
+from qkattr.experiments.faithfulness.qk import matched, measure_qk
+from qkattr.experiments.faithfulness.statistics import (
+    correlation,
+    interval,
+    rank_correlation,
+    slope,
+)
 from qkattr.load.prompts import GivenPrompt, read_prompts
 from qkattr.model.edits import Edits, ResidualEdits
 from qkattr.model.forward import block, forward

@@ -25,7 +25,7 @@ from flax import struct
 from jaxtyping import Array, Float, Int
 
 from qkattr.config import BlockConfig
-from qkattr.experiments.faithfulness.qk import correlation, slope
+from qkattr.experiments.faithfulness.statistics import correlation, rank_correlation, slope
 from qkattr.graph.tables import Graph
 from qkattr.model.edits import BlockEdits, PatternEdits
 from qkattr.model.forward import block
@@ -90,29 +90,31 @@ def probe(
     clean, seen = block(weights, x, cfg=cfg, precision=precision)
     every = jnp.ones(seen.pattern_NTS.shape[:2], bool)
     held = BlockEdits(frozen=seen, patterns=PatternEdits(seen.pattern_NTS, every))
-    actual = []
-    for edits in (held, BlockEdits()):
-        for share in SHARES:
 
-            def after(delta, edits=edits, share=share):
-                return block(weights, x - share * delta, cfg=cfg, edits=edits,
-                             precision=precision)[0]  # fmt: skip
+    def without(edits: BlockEdits, share: float) -> Float[Array, "Q T D"]:
+        """The block's output, that share of each source taken away."""
 
-            changed = jax.lax.map(after, spread, batch_size=8)
-            actual.append(read(changed - clean))
+        def run(delta):
+            return block(weights, x - share * delta, cfg=cfg, edits=edits, precision=precision)[0]
+
+        return jax.lax.map(run, spread, batch_size=8)
+
+    changed = {
+        (mode, share): without(edits, share)
+        for mode, edits in zip(MODES, (held, BlockEdits()), strict=True)
+        for share in SHARES
+    }
 
     def firing(stream):
         return activations(dictionary, stream[at], precision=precision)[
             jnp.arange(at.shape[0]), feature
         ]
 
-    # `changed` is now the live run with the whole source taken away.
-    activation = jax.lax.map(firing, changed) - firing(clean)
-    shape = (len(MODES), len(SHARES), len(READS), rows.shape[0], at.shape[0])
+    actual = jnp.stack([read(after - clean) for after in changed.values()])
     return Probe(
         predicted=jnp.stack(predicted),
-        actual=jnp.stack(actual).reshape(shape),
-        activation=activation,
+        actual=actual.reshape(len(MODES), len(SHARES), *actual.shape[1:]),
+        activation=jax.lax.map(firing, changed["live", 1.0]) - firing(clean),
     )
 
 
@@ -212,16 +214,6 @@ def _rank_by_target(predicted, actual, causal) -> float:
         if here.sum() >= 4 and np.ptp(actual[here, i]) > 0
     ]
     return float(np.mean(found)) if found else 0.0
-
-
-def rank_correlation(a: np.ndarray, b: np.ndarray) -> float:
-    """Spearman's, with tied values given their mean rank."""
-    return correlation(_ranks(a), _ranks(b))
-
-
-def _ranks(values: np.ndarray) -> np.ndarray:
-    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
-    return (np.cumsum(counts) - (counts - 1) / 2)[inverse]
 
 
 def measure_paraphrases(graphs: list[Graph]) -> list[dict[str, float]]:

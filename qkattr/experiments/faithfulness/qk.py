@@ -23,6 +23,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from qkattr.experiments.edits import Head
+from qkattr.experiments.faithfulness.statistics import correlation, slope
 from qkattr.experiments.runs import clean_top, run_edits
 from qkattr.model.edits import BlockEdits, Edits, ReadEdits
 from qkattr.model.forward import block
@@ -273,18 +274,3 @@ def _all_heads(session: Session, places, vectors, masks, side: str) -> ReadEdits
         scale_E=jnp.asarray(scale),
         heads_EN=jnp.asarray(heads),
     )
-
-
-def correlation(a: np.ndarray, b: np.ndarray) -> float:
-    """Pearson's; 0 where one side does not vary."""
-    if not len(a):
-        return 0.0
-    a, b = a - a.mean(), b - b.mean()
-    size = np.linalg.norm(a) * np.linalg.norm(b)
-    return float(a @ b / size) if size > 0 else 0.0
-
-
-def slope(predicted: np.ndarray, actual: np.ndarray) -> float:
-    """Of the actual change on the predicted one, through the origin: 1 is right in size too."""
-    size = predicted @ predicted
-    return float(predicted @ actual / size) if size > 0 else 0.0

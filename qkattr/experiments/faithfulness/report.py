@@ -1,7 +1,6 @@
 """Many prompts' measures as one table: means with 95 % intervals, and where attribution fails.
 
-An interval is a percentile bootstrap over prompts (2,000 resamples): prompts, not edges or heads,
-are what was sampled.
+Intervals are over prompts: they, not edges or heads, are what was sampled.
 """
 
 from __future__ import annotations
@@ -12,15 +11,7 @@ from typing import Any
 
 import numpy as np
 
-RESAMPLES = 2000
-
-
-def interval(values: Sequence[float], seed: int = 0) -> dict[str, float]:
-    """Mean, and the 95 % interval of the mean."""
-    array = np.asarray(values, float)
-    drawn = np.random.default_rng(seed).integers(len(array), size=(RESAMPLES, len(array)))
-    low, high = np.percentile(array[drawn].mean(1), (2.5, 97.5))
-    return dict(mean=float(array.mean()), low=float(low), high=float(high), n=len(array))
+from qkattr.experiments.faithfulness.statistics import interval
 
 
 class _Table:
