@@ -6,15 +6,13 @@ groups   TOML, one table a group: [aunt-names]  features = ["23:1441", "24:720"]
 
 from __future__ import annotations
 
-import json
 import re
-import tomllib
 from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from qkattr.errors import InputError, quoted
+from qkattr.load.files import read_json, read_toml
 from qkattr.load.mapped import some
 
 Group = dict[int, list[int]]
@@ -28,7 +26,7 @@ def read_labels(path: str | Path) -> dict[tuple[int, int], str]:
     Raises:
       InputError: the file cannot be read, or is not of this form.
     """
-    raw = _read(path, json.loads, "JSON")
+    raw = read_json(path)
     if not isinstance(raw, dict):
         raise InputError(f"{path} should hold one object; write " + '{"23:1441": "text", ...}')
     labels = {}
@@ -45,7 +43,7 @@ def read_group(path: str | Path, name: str | None = None) -> Group:
     Raises:
       InputError: the file cannot be read, or holds no such group.
     """
-    groups = _read(path, tomllib.loads, "TOML")
+    groups = read_toml(path)
     if name is None and len(groups) == 1:
         name = next(iter(groups))
     if name not in groups:
@@ -92,12 +90,3 @@ def _feature(name: str, path) -> tuple[int, int]:
     if not match:
         raise InputError(f"{path}: {quoted(name)} names no feature; write boundary:feature")
     return int(match[1]), int(match[2])
-
-
-def _read(path: str | Path, parse, kind: str) -> Any:
-    try:
-        return parse(Path(path).read_text(encoding="utf-8"))
-    except OSError as e:
-        raise InputError(f"cannot read {path}: {e.strerror}; give another path") from e
-    except (ValueError, RecursionError) as e:
-        raise InputError(f"{path} is not {kind}: {e}; mend it") from e

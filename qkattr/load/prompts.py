@@ -8,11 +8,11 @@
 from __future__ import annotations
 
 import dataclasses
-import tomllib
 from pathlib import Path
 
 from qkattr.errors import InputError, quoted
 from qkattr.load.bundle import Prompt
+from qkattr.load.files import read_text, read_toml
 
 _FIELDS = {"text": "prompt", "from": "source", "to": "target", "group": "group"}
 
@@ -35,27 +35,17 @@ def read_prompts(path: str | Path) -> list[GivenPrompt]:
       InputError: it cannot be read, holds none, or is not of this form.
     """
     path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as e:
-        raise InputError(f"cannot read {path}: {e.strerror}; give another path") from e
-    except ValueError as e:
-        raise InputError(f"{path} is not UTF-8 text; give a .txt or .toml of prompts") from e
     if path.suffix == ".toml":
-        prompts = _from_toml(path, text)
+        prompts = _from_toml(path)
     else:
-        prompts = [GivenPrompt(line) for line in text.splitlines() if line.strip()]
+        prompts = [GivenPrompt(line) for line in read_text(path).splitlines() if line.strip()]
     if not prompts:
         raise InputError(f"{path} holds no prompts; write one a line, or [[prompt]] tables")
     return prompts
 
 
-def _from_toml(path: Path, text: str) -> list[GivenPrompt]:
-    try:
-        raw = tomllib.loads(text)
-    except ValueError as e:
-        raise InputError(f"{path} is not TOML: {e}; mend it") from e
-    tables = raw.get("prompt", [])
+def _from_toml(path: Path) -> list[GivenPrompt]:
+    tables = read_toml(path).get("prompt", [])
     if not isinstance(tables, list) or not all(isinstance(t, dict) for t in tables):
         raise InputError(f"{path} should hold [[prompt]] tables; write one for each prompt")
     return [_from_table(path, i, table) for i, table in enumerate(tables)]

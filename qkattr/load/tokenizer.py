@@ -21,6 +21,7 @@ import jinja2.sandbox
 import tokenizers
 
 from qkattr.errors import InputError
+from qkattr.load.files import read_text
 from qkattr.load.hf import read_json_object
 
 Message = dict[str, Any]  # {"role": ..., "content": ...}
@@ -51,7 +52,7 @@ class Tokenizer:
         config = read_json_object(config_path) if config_path.is_file() else {}
         template = _template(config.get("chat_template"))
         if template_path.is_file():
-            template = _read_text(template_path)
+            template = read_text(template_path)
         return cls(
             _read(path), _special(config, "bos_token"), _special(config, "eos_token"), template
         )
@@ -150,13 +151,6 @@ def _read(path: Path) -> tokenizers.Tokenizer:
     inner.no_truncation()  # a prompt is never cut or filled up in silence
     inner.no_padding()
     return inner
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as e:
-        raise InputError(f"{path} is not UTF-8 text ({e}); copy or download it again") from e
 
 
 def _special(config: dict[str, Any], name: str) -> str | None:

@@ -269,6 +269,15 @@ def test_wrong_prompt_files(tmp_path, name, text, said):
         read_prompts(tmp_path / name)
 
 
+@pytest.mark.parametrize("name, said", [("a.txt", "is not UTF-8 text"), ("a.toml", "is not TOML")])
+def test_unreadable_prompt_files(tmp_path, name, said):
+    with pytest.raises(InputError, match="No such file or directory; give another path"):
+        read_prompts(tmp_path / name)
+    (tmp_path / name).write_bytes(b"\xff\xfe")
+    with pytest.raises(InputError, match=said):
+        read_prompts(tmp_path / name)
+
+
 @pytest.mark.parametrize(
     "options, said",
     [
