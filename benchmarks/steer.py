@@ -22,7 +22,7 @@ import numpy as np
 import qkattr
 from qkattr.experiments.edits import at_scales
 from qkattr.experiments.runs import edited_runs
-from qkattr.experiments.steer import make_edits
+from qkattr.experiments.steer import make_edits, patterns_of
 from qkattr.model.forward import residual_stream, unembed
 from qkattr.session import pad_tokens
 
@@ -61,7 +61,7 @@ def main() -> None:
         "forward of 11 prompts": lambda: plain(bundle.params, batch, cfg=bundle.config),
         "sweep": sweep(),
         "sweep, live scales": sweep(live_scales=True),
-        "sweep, others frozen": sweep(frozen=True),
+        "sweep, others frozen": sweep(held=patterns_of(session)),
         "steer (with tables)": lambda: qkattr.steer(result, None, edits, scales=SCALES),
     }
     times = {name: [] for name in cases}

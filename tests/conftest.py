@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 # Programs are compiled anew: writing them to a cache on disk has crashed XLA in a long run.
@@ -27,6 +28,24 @@ def pytest_configure(config):
 def case(request) -> tiny.Case:
     """Every house with a prompt."""
     return tiny.case(request.param)
+
+
+@pytest.fixture
+def refused(capsys, root, monkeypatch):
+    """Runs a command line that must be refused, in the `root` of the test's module, and returns
+    the line."""
+    from qkattr.cli.main import main
+
+    monkeypatch.chdir(root)
+
+    def run(*arguments):
+        code = main([str(a) for a in arguments])
+        out, err = capsys.readouterr()
+        assert code == 2 and out == ""
+        assert re.fullmatch(r"qkattr: [^\n]+\n", err) and err.rstrip("\n").isprintable()
+        return err
+
+    return run
 
 
 @pytest.fixture(scope="session")

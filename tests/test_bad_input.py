@@ -6,7 +6,6 @@ Each wrong input ends in exit code 2 with one line on stderr, and nothing on std
 import errno
 import json
 import os
-import re
 import shutil
 
 import folders
@@ -14,7 +13,6 @@ import numpy as np
 import pytest
 
 import qkattr
-from qkattr.cli.main import main
 from qkattr.errors import InputError
 from qkattr.export import folder as export_folder
 
@@ -40,21 +38,6 @@ def root(tmp_path_factory):
 
 def spoil(tensors):
     next(iter(tensors.values()))[0, 0] = np.nan
-
-
-@pytest.fixture
-def refused(capsys, root, monkeypatch):
-    """Runs a command line that must be refused, and returns the line."""
-    monkeypatch.chdir(root)
-
-    def run(*arguments):
-        code = main([str(a) for a in arguments])
-        out, err = capsys.readouterr()
-        assert code == 2 and out == ""
-        assert re.fullmatch(r"qkattr: [^\n]+\n", err) and err.rstrip("\n").isprintable()
-        return err
-
-    return run
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float
 
 from qkattr.errors import InputError
 from qkattr.experiments.edits import (
@@ -65,7 +66,7 @@ class Steering:
     KL(clean || edited) of the next token, in nats. query: the row of `patterns` and `scores`, which
     are those of the edited heads, by "L.H". rose: unedited heads whose attention to the edited keys
     changed most, at the scale furthest from 1. edits: what was scaled. share_of_heads: edited or
-    ablated ones among all of the model. unedited: 1, the clean run, is among no list unless asked.
+    ablated ones among all of the model.
     """
 
     tokens: list[str]
@@ -217,25 +218,28 @@ def make_edits(
     session: Session,
     edits: Sequence[Edit],
     *,
-    frozen: bool = False,
+    held: Float[Array, "L N T S"] | None = None,
     live_scales: bool = False,
     ablated: Sequence[Head] = (),
 ) -> tuple[Edits, np.ndarray, list]:
-    """The arrays of some edits, which heads `[L, N]` they reach, and where they were placed."""
+    """The arrays of some edits, which heads `[L, N]` they reach, and where they were placed.
+
+    held: patterns of the heads that they do not reach (None: live).
+    """
     shape = session.bundle.config.head_grid
     check_heads(ablated, shape)
     placed = place_edits(session, edits)
     arrays = build_edits(session, placed, live_scales=live_scales)
     reached = edited_heads(placed, shape)
     n_positions = session.boundaries.shape[1]
-    if frozen:
-        arrays = freeze_others(arrays, patterns_of(session), reached)
+    if held is not None:
+        arrays = freeze_others(arrays, held, reached)
     if ablated:
         arrays = ablate(arrays, head_mask(ablated, shape), n_positions)
     return arrays, reached, placed
 
 
-def patterns_of(session: Session):
+def patterns_of(session: Session) -> Float[Array, "L N T S"]:
     """`[L, N, T, S]` of the clean run, padded."""
     return clean_patterns(
         session.bundle.params,
@@ -258,12 +262,14 @@ def steer_session(
     labels: Labels,
 ) -> Steering:
     """`steer` of a session, everything checked."""
+    before = patterns_of(session)
+    held = before if frozen else None
     arrays, reached, placed = make_edits(
-        session, edits, frozen=frozen, live_scales=live_scales, ablated=ablated
+        session, edits, held=held, live_scales=live_scales, ablated=ablated
     )
     runs = run_edits(session, at_scales(arrays, scales), queries=[query])
     _check_finite(runs, scales)
-    shown = np.argwhere(reached)
+    attended, shown = runs.patterns[..., 0, :], np.argwhere(reached)
     changed = reached | head_mask(ablated, reached.shape)
     log_p, clean = runs.log_p, log_softmax(session.logits)
     followed = _followed(log_p, clean, track)
@@ -276,9 +282,9 @@ def steer_session(
         tracked=_by_text(session, followed, np.exp(log_p)),
         kl=np.maximum((np.exp(clean) * (clean - log_p)).sum(-1), 0.0).tolist(),
         query=query,
-        patterns=[_rows(row, shown) for row in runs.patterns[..., 0, :]],
+        patterns=[_rows(row, shown) for row in attended],
         scores=[_rows(row[..., : query + 1], shown) for row in runs.scores[..., 0, :]],
-        rose=_rose(session, runs, scales, changed, query, keys),
+        rose=_rose(np.asarray(before[:, :, query]), attended, scales, changed, keys),
         edits=[describe(session, edit, dict(labels)) for edit in placed],
         ablated=[f"{layer}.{head}" for layer, head in ablated],
         n_heads=int(changed.sum()),
@@ -330,15 +336,17 @@ def _rows(per_head: np.ndarray, heads: np.ndarray) -> dict[str, list[float]]:
 
 
 def _rose(
-    session: Session, runs: EditedRuns, scales, changed, query: int, keys, n: int = 10
+    clean: np.ndarray, patterns: np.ndarray, scales, changed, keys, n: int = 10
 ) -> list[dict[str, Any]]:
     """The unedited heads whose attention from the query to the edited keys changed most; without
-    key-side edits, to the key that the edited heads looked at most."""
-    clean = np.asarray(patterns_of(session)[:, :, query])
+    key-side edits, to the key that the edited heads looked at most.
+
+    clean: `[L, N, S]` the query's rows. patterns: `[B, L, N, S]` of the edited runs.
+    """
     furthest = int(np.argmax(np.abs(np.asarray(scales) - 1)))
     keys = list(keys) or [int(clean[changed].sum(0).argmax())]
     before = clean[..., keys].sum(-1)
-    change = runs.patterns[furthest, :, :, 0][..., keys].sum(-1) - before
+    change = patterns[furthest][..., keys].sum(-1) - before
     change = np.where(changed, 0.0, change)
     return [
         dict(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qkattr.errors import InputError, printable
+from qkattr.errors import InputError, clipped, printable
 from qkattr.export.folder import write_files
 
 if TYPE_CHECKING:
@@ -83,9 +83,7 @@ def style(i: int) -> dict:
 
 def safe(text: str, most: int = 40) -> str:
     """Text of a prompt as matplotlib may draw it: no mathematics, no control characters."""
-    text = printable(text)
-    text = text if len(text) <= most else text[: most - 1] + "…"
-    return text.replace("$", r"\$")
+    return clipped(printable(text), most).replace("$", r"\$")
 
 
 def tidy(axes, title: str, x: str, y: str) -> None:

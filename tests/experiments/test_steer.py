@@ -128,7 +128,8 @@ def test_freeze_others_holds_all_unedited_patterns(result, edits):
     clean = np.asarray(patterns_of(result.session))[:, :, QUERY, : len(result.tokens)]
     patterns = {}
     for frozen in (False, True):
-        arrays, reached, _ = make_edits(result.session, chosen, frozen=frozen)
+        held = patterns_of(result.session) if frozen else None
+        arrays, reached, _ = make_edits(result.session, chosen, held=held)
         assert np.argwhere(reached).tolist() == [[1, 1], [2, 0]]
         runs = run_edits(result.session, at_scales(arrays, [-3.0, 1.0]), queries=[QUERY])
         patterns[frozen] = runs.patterns[0, :, :, 0]
