@@ -120,7 +120,10 @@ def token_texts(bundle: Bundle, ids: Sequence[int]) -> list[str]:
 
 
 def token_id(bundle: Bundle, token: str | int) -> int:
-    """A vocabulary id from an id or from text that is exactly one token."""
+    """A vocabulary id from an id or from text that is exactly one token; without a tokenizer, text
+    that reads as a whole number is an id."""
+    if bundle.tokenizer is None and isinstance(token, str) and _INDEX.fullmatch(token):
+        token = int(token)
     if isinstance(token, int):
         if not 0 <= token < bundle.config.vocab:
             raise InputError(

@@ -102,12 +102,19 @@ def need_saes(saes: str | None) -> str:
     return saes
 
 
-def open_saved(folder: str, *, ids: bool, bos: bool | None, sink: bool) -> Result:
+def given(context: typer.Context, *names: str) -> list[str]:
+    """Those of some options that are on the command line, as they are written there."""
+    written = {p.name: "/".join((p.opts[0], *p.secondary_opts)) for p in context.command.params}
+    sources = {name: context.get_parameter_source(name) for name in names}
+    # By its name, since some versions of typer bring a click of their own.
+    return [written[n] for n, source in sources.items() if source and source.name == "COMMANDLINE"]
+
+
+def open_saved(folder: str, context: typer.Context) -> Result:
     """A saved result, without its model. Options of a prompt do not go with one."""
     from qkattr.export.folder import open_result
 
-    given = {"--ids": ids, "--bos/--no-bos": bos is not None, "--no-sink": not sink}
-    for name in (name for name, is_given in given.items() if is_given):
+    for name in given(context, "ids", "bos", "sink", "dtype"):
         raise InputError(
             f"{name} goes with a prompt, and {quoted(folder)} is a folder, whose result keeps the "
             f"settings it was traced with; leave {name} out, or give the prompt"

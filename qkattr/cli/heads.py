@@ -10,6 +10,7 @@ from qkattr.cli import common
 
 
 def heads(
+    context: typer.Context,
     prompt: Annotated[
         str, typer.Argument(metavar="PROMPT|DIR", help="Text, or a folder of `qkattr trace`.")
     ],
@@ -34,7 +35,7 @@ def heads(
     """Which heads carried information between two positions, and how strongly they looked."""
     with common.progress() as progress:
         if common.is_result(prompt):
-            result = common.open_saved(prompt, ids=ids, bos=bos, sink=sink)
+            result = common.open_saved(prompt, context)
             _ends(result.tokens, source, target)
             progress("loading the model")
             result = common.with_model(result, model, saes)

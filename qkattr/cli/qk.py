@@ -16,6 +16,7 @@ Option = typer.Option
 
 
 def qk(
+    context: typer.Context,
     prompt: Annotated[
         str, typer.Argument(metavar="PROMPT|DIR", help="Text, or a folder of `qkattr trace`.")
     ],
@@ -46,7 +47,7 @@ def qk(
         if common.is_result(prompt):
             from qkattr.scores import place_in, qk_attribution, stored_in_full
 
-            result = common.open_saved(prompt, ids=ids, bos=bos, sink=sink)
+            result = common.open_saved(prompt, context)
             if stored_in_full(result, place_in(result, (layer, head, query, key))) is None:
                 progress("loading the model")
                 result = common.with_model(result, model, saes)

@@ -21,6 +21,7 @@ Option = typer.Option
 
 
 def steer(
+    context: typer.Context,
     prompt: Annotated[
         str, typer.Argument(metavar="PROMPT|DIR", help="Text, or a folder of `qkattr trace`.")
     ],
@@ -96,7 +97,8 @@ def steer(
     factors = check_scales(_numbers(scales))
     known = _labels(labels)
     features_of = _group(group, label, known)
-    _check_ends(source, target, bool(edits or ablated), hydra or features_of is not None)
+    choosing = common.given(context, "heads", "side", "features", "by")
+    _check_ends(source, target, bool(edits or ablated), hydra or features_of is not None, choosing)
     _check_figure(figure)
     choice = dict(source=source, target=target, heads=heads, side=side, features=features, by=by)
 
@@ -109,8 +111,8 @@ def steer(
 
     with common.progress() as progress:
         subject, given, options = _open(
-            prompt, model, saes, check=check, trace=source is not None, ids=ids, dtype=dtype,
-            sink=sink, bos=bos, progress=progress,
+            prompt, model, saes, context=context, check=check, trace=source is not None, ids=ids,
+            dtype=dtype, sink=sink, bos=bos, progress=progress,
         )  # fmt: skip
         if source is not None:
             progress("choosing heads and features")
@@ -132,7 +134,8 @@ def steer(
         needed = None
         if hydra:
             progress("hydra")
-            needed = _hydra(subject, source, target, edits)
+            how = dict(live_scales=live_scales, ablated=ablated)
+            needed = _hydra(subject, source, target, edits, **how)
         if figure is not None:
             progress("drawing")
             steering.figure(figure)
@@ -180,13 +183,17 @@ def _group(group: str | None, label: str | None, labels) -> Group | None:
     return read_group(path, name) if named else read_group(group)
 
 
-def _check_ends(source, target, edited: bool, needs_ends: bool) -> None:
+def _check_ends(source, target, edited: bool, needs_ends: bool, choosing: list[str]) -> None:
     if (source is None) != (target is None):
         given, missing = ("--from", "--to") if target is None else ("--to", "--from")
         raise InputError(f"{given} goes with {missing}, which is missing; give both")
     if source is None and needs_ends:
         raise InputError(
             "--hydra, --group and --label choose among heads by loading; give --from and --to"
+        )
+    if source is None and choosing:
+        raise InputError(
+            f"{choosing[0]} goes with --from and --to, which choose edits; give these too"
         )
     if source is None and not edited:
         raise InputError("nothing to edit; give --edit, --ablate, or --from and --to")
@@ -201,10 +208,10 @@ def _check_figure(figure: Path | None) -> None:
         check_writable(figure.parent)
 
 
-def _open(prompt, model, saes, *, check, trace: bool, ids, dtype, sink, bos, progress):
+def _open(prompt, model, saes, *, context, check, trace: bool, ids, dtype, sink, bos, progress):
     """What `qkattr.steer` takes: a result, or a bundle with a prompt and its options."""
     if common.is_result(prompt):
-        result = common.open_saved(prompt, ids=ids, bos=bos, sink=sink)
+        result = common.open_saved(prompt, context)
         check(result.tokens, (result.settings["n_blocks"], result.settings["n_heads"]))
         progress("loading the model")
         return common.with_model(result, model, saes), None, {}
@@ -223,7 +230,7 @@ def _open(prompt, model, saes, *, check, trace: bool, ids, dtype, sink, bos, pro
     return trace_prompt(bundle, given, progress=progress, qk=0, sinks=sink, bos=bos), None, {}
 
 
-def _hydra(result: Result, source: str, target: str, edits) -> Hydra:
+def _hydra(result: Result, source: str, target: str, edits, **how) -> Hydra:
     """Of the heads that are edited, in the order of their loadings."""
     from qkattr.experiments.choose import heads_by_loading
     from qkattr.experiments.hydra import hydra
@@ -237,6 +244,7 @@ def _hydra(result: Result, source: str, target: str, edits) -> Hydra:
         edits,
         query=result.position(target),
         key=result.position(source),
+        **how,
     )
 
 

@@ -55,8 +55,12 @@ def hydra(
     key: int,
     scale: float = 0.0,
     counts: Sequence[int] | None = None,
+    live_scales: bool = False,
+    ablated: Sequence[Head] = (),
 ) -> Hydra:
     """Make the edits in the first n heads, for n = 0 to all, with the others live and frozen.
+
+    live_scales, ablated: as in `steer`; heads are ablated at every count, 0 included.
 
     Raises:
       InputError: an edit cannot be made, or goes through no head.
@@ -66,7 +70,7 @@ def hydra(
     shape = session.bundle.config.head_grid
     counts = list(range(len(heads) + 1)) if counts is None else list(counts)
     masks = np.stack([head_mask(heads[:n], shape) for n in counts])
-    arrays, _, _ = make_edits(session, edits)
+    arrays, _, _ = make_edits(session, edits, live_scales=live_scales, ablated=ablated)
     nested = with_heads(at_scales(arrays, [scale]), masks)
     clean = patterns_of(session)
     top, _ = clean_top(session)
@@ -74,7 +78,8 @@ def hydra(
     held = freeze_others(nested, clean, masks)
     frozen = run_edits(session, held, queries=[query])
     before = np.asarray(clean[:, :, query, key])
-    rise = np.where(masks[-1], 0.0, live.patterns[-1, :, :, 0, key] - before)
+    rise = live.patterns[-1, :, :, 0, key] - before
+    rise[masks[-1] | head_mask(ablated, shape)] = 0
     return Hydra(
         token=token_text(session.bundle, top),
         scale=float(scale),
@@ -97,7 +102,7 @@ def hydra(
 def with_heads(edits: Edits, masks: np.ndarray) -> Edits:
     """A batch of the same edits, each in those of their heads that its mask `[B, L, N]` has.
 
-    edits: a batch of one scale.
+    edits: a batch of one scale. Heads that are ablated stay so.
     """
     allowed = jnp.asarray(masks)[:, :, None]
     read = {
@@ -108,7 +113,10 @@ def with_heads(edits: Edits, masks: np.ndarray) -> Edits:
         )
         for side, value in (("query", edits.blocks.query), ("key", edits.blocks.key))
     }
-    return dataclasses.replace(edits, blocks=dataclasses.replace(edits.blocks, **read))
+    ablated = edits.blocks.head_scale_TN
+    ablated = None if ablated is None else ablated[0]
+    blocks = dataclasses.replace(edits.blocks, head_scale_TN=ablated, **read)
+    return dataclasses.replace(edits, blocks=blocks)
 
 
 def _fate(session: Session, runs, top: int, counts: list[int]) -> dict[str, Any]:

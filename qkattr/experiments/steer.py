@@ -268,7 +268,7 @@ def steer_session(
         session, edits, held=held, live_scales=live_scales, ablated=ablated
     )
     runs = run_edits(session, at_scales(arrays, scales), queries=[query])
-    _check_finite(runs, scales)
+    _check_finite(runs, arrays, scales)
     attended, shown = runs.patterns[..., 0, :], np.argwhere(reached)
     changed = reached | head_mask(ablated, reached.shape)
     log_p, clean = runs.log_p, log_softmax(session.logits)
@@ -294,13 +294,24 @@ def steer_session(
     )
 
 
-def _check_finite(runs: EditedRuns, scales: list[float]) -> None:
-    finite = np.isfinite(runs.logits).all(-1)
-    if not finite.all():
-        scale = scales[int(np.argmin(finite))]
-        raise InputError(
-            f"at scale {scale:g} the model's logits are not finite; give scales nearer to 1"
-        )
+def _check_finite(runs: EditedRuns, edits: Edits, scales: list[float]) -> None:
+    """Raises InputError where logits are not finite, and where they may be finite and wrong: a
+    score overflowed, or the square of what a norm reads, of which the norm makes zeros."""
+    reads = (edits.blocks.query, edits.blocks.key) if edits.blocks.live_scales else ()
+    vectors = [read.vector_ED for read in reads if read is not None]
+    vectors += [] if edits.residual is None else [edits.residual.delta_ED]
+    size = sum(float(np.linalg.norm(vector, axis=-1).sum()) for vector in vectors)
+    most = float(np.sqrt(np.finfo(np.float32).max)) / 2
+    for scale, logits, scores in zip(scales, runs.logits, runs.scores, strict=True):
+        if not np.isfinite(logits).all():
+            raise InputError(
+                f"at scale {scale:g} the model's logits are not finite; give scales nearer to 1"
+            )
+        if not np.isfinite(scores).all() or abs(scale - 1) * size > most:
+            raise InputError(
+                f"at scale {scale:g} an edited read or its scores overflow float32, and what "
+                f"follows would be wrong; give scales nearer to 1"
+            )
 
 
 def _followed(log_p: np.ndarray, clean: np.ndarray, track: list[int]) -> list[int]:

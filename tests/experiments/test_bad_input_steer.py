@@ -165,6 +165,15 @@ def test_scales(early, scales, message):
 def test_scales_that_overflow(steer, result):
     line = steer("--edit", "1:error@*:residual", "--scales", "1,3e38")
     assert "at scale 3e+38 the model's logits are not finite; give scales nearer to 1" in line
+    for more in (
+        ("--live-scales", "--edit", "1:error@2:key:*"),
+        ("--live-scales", "--edit", "1:error@2:query:*"),
+        ("--edit", "1:error@*:residual"),
+    ):
+        line = steer(*more, "--scales", "1,1e30")
+        assert "at scale 1e+30 an edited read or its scores overflow float32" in line
+        line = steer(*more, "--scales", "3e38")
+        assert "at scale 3e+38 " in line and "; give scales nearer to 1" in line
     with pytest.raises(InputError, match="there are no scales; give at least one"):
         qkattr.steer(result, None, ["1:error@2:key:*"], scales=[])
 
@@ -175,6 +184,8 @@ def test_scales_that_overflow(steer, result):
         (("--query", "9"), "position 9 is out of range"),
         (("--query", "Aunt"), "no token 'Aunt' in the prompt"),
         (("--track", "Aunt"), "token 'Aunt' is text and the model has no tokenizer"),
+        (("--track", "99999"), "token id 99999 is outside the vocabulary, 0.."),
+        (("--track=-1",), "token id -1 is outside the vocabulary, 0.."),
         (("--flag",), "No such option: --flag"),
         (("--dtype", "float16"), "dtype 'float16' is not known"),
         (("--features", "x"), "Invalid value for '--features': "),
@@ -182,6 +193,11 @@ def test_scales_that_overflow(steer, result):
 )
 def test_other_options(early, more, message):
     assert message in early(*EDIT, *more)
+
+
+def test_without_a_tokenizer_a_whole_number_is_an_id(result):
+    steering = qkattr.steer(result, None, ["1:error@2:key:*"], scales=[1], track=["41", 42])
+    assert {"41", "42"} <= set(steering.tracked)
 
 
 def test_tracked_text_of_several_tokens(refused):
@@ -369,6 +385,14 @@ def test_what_goes_with_ends_only(early, files):
         assert message in early(*EDIT, *more)
 
 
+@pytest.mark.parametrize(
+    "more", [("--heads", "5%"), ("--side", "key"), ("--features", "4"), ("--by", "influence")]
+)
+def test_what_chooses_goes_with_ends_only(early, more):
+    message = f"{more[0]} goes with --from and --to, which choose edits; give these too"
+    assert message in early(*EDIT, *more) and message in early(*more)
+
+
 # Figures
 
 
@@ -395,8 +419,13 @@ def test_no_figure_of_a_refused_run(steer, tmp_path):
 
 
 def test_folders(refused):
-    for more, name in (("--ids", "--ids"), ("--no-bos", "--bos/--no-bos"), ("--no-sink",) * 2):
-        line = refused("result", more, *EDIT)
+    for more, name in (
+        (("--ids",), "--ids"),
+        (("--no-bos",), "--bos/--no-bos"),
+        (("--no-sink",), "--no-sink"),
+        (("--dtype", "float32"), "--dtype"),
+    ):
+        line = refused("result", *more, *EDIT)
         assert f"{name} goes with a prompt, and 'result' is a folder" in line
     assert "has no graph.json; expected a folder that" in refused("./saes", *EDIT)
     assert "position 9 is out of range" in refused("result", "--from", "1", "--to", "9")

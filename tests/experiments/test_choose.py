@@ -215,6 +215,22 @@ def test_hydra_counts_are_separate_calls(result, edits):
     assert not {row["head"] for row in nested.compensation} & set(nested.heads)
 
 
+def test_hydra_of_live_scales_and_ablated_heads(result, edits):
+    heads, how = HEADS[:3], dict(live_scales=True)
+    silent = (0, 1)
+    nested = hydra(result.session, heads, edits, query=QUERY, key=KEY, ablated=[silent], **how)
+    for fate, frozen in ((nested.live, False), (nested.frozen, True)):
+        for n in nested.counts:
+            steering = qkattr.steer(
+                result, None, only(edits, heads[:n]), scales=[0], freeze_others=frozen,
+                ablate=[silent], track=[top_token(result)], **how,
+            )  # fmt: skip
+            assert fate["p"][n] == pytest.approx(p_top(result, steering)[0], abs=SAME)
+    plain = hydra(result.session, heads, edits, query=QUERY, key=KEY)
+    assert np.abs(np.subtract(nested.live["p"], plain.live["p"])).min() > 100 * SAME
+    assert "0.1" not in {row["head"] for row in nested.compensation}
+
+
 def test_hydra_of_some_counts(result, edits):
     heads = HEADS[:4]
     every = hydra(result.session, heads, edits, query=QUERY, key=KEY)

@@ -85,6 +85,9 @@ def test_json_of_chosen_edits(cli, result):
     for way in ("live", "frozen"):
         assert set(nested[way]) == {"p", "token", "flip"}
         assert len(nested[way]["p"]) == len(nested[way]["token"]) == len(nested["counts"])
+    for more in (("--live-scales",), ("--ablate", "0.1")):
+        other = cli(*ends, "--hydra", "--features", 2, *more)["hydra"]
+        assert other["live"]["p"] != nested["live"]["p"]
     greedy = cli(*ends[:4], "--heads", "greedy:2", "--side", "query", "--scales", "0")
     assert {edit["side"] for edit in greedy["edits"]} == {"query"}
 
