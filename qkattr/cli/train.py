@@ -79,7 +79,19 @@ def train(
     from qkattr.cli.check import show
 
     show(report)
-    print(printable(f"Written: {folder / 'saes'}, {folder / 'metrics.json'}"))
+    written = [folder / "saes", folder / "metrics.json", *_figure(folder, report)]
+    print(printable(f"Written: {', '.join(str(path) for path in written)}"))
+
+
+def _figure(folder: Path, report: dict[str, Any]) -> list[Path]:
+    """The run as a figure, where matplotlib is installed."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        return []
+    from qkattr.export.training_figure import draw_training
+
+    return [draw_training(folder / "metrics.jsonl", report, folder / "training.svg")]
 
 
 def _need(path: Path | None, name: str, what: str) -> Path:

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import json
 import logging
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -32,7 +34,7 @@ class Checkpoints:
         self._folder = Path(folder).resolve()
         self._cfg, self._header = cfg, header
         for name in ("orbax", "absl"):
-            logging.getLogger(name).setLevel(logging.ERROR)
+            logging.getLogger(name).setLevel(logging.CRITICAL)  # what fails is raised
         options = ocp.CheckpointManagerOptions(max_to_keep=cfg.keep, create=True)
         self._manager = ocp.CheckpointManager(self._folder, options=options)
 
@@ -90,12 +92,14 @@ class Checkpoints:
 
 @contextlib.contextmanager
 def _plain_errors(folder: Path) -> Iterator[None]:
-    """A failed write as an OSError, whatever library it went through."""
+    """A failed write as an OSError that names the folder, whatever library it went through."""
     try:
         yield
-    except OSError:
-        raise
+    except OSError as e:
+        raise OSError(e.errno, e.strerror or os.strerror(e.errno or 0), str(folder)) from e
     except Exception as e:
-        if any(word in str(e).lower() for word in ("no space", "too large", "enospc", "efbig")):
-            raise OSError(28, "no space left", str(folder)) from e
-        raise
+        said = str(e).lower()
+        number = next((n for n in (errno.ENOSPC, errno.EFBIG) if os.strerror(n).lower() in said), 0)
+        if not number:
+            raise
+        raise OSError(number, os.strerror(number), str(folder)) from e

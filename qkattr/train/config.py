@@ -6,7 +6,6 @@ Every field that changes what is computed is compared when a run is resumed.
 from __future__ import annotations
 
 import dataclasses
-import tomllib
 import types
 import typing
 from collections.abc import Mapping
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from qkattr.errors import InputError, quoted
+from qkattr.load.files import read_toml
 
 ACTIVATIONS = ("topk", "batchtopk", "jumprelu")
 
@@ -170,10 +170,4 @@ def read_config(path: str | Path, **changes: Any) -> TrainConfig:
     Raises:
       InputError: it cannot be read, or is not a run.
     """
-    try:
-        values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as e:
-        raise InputError(f"cannot read {path}: {e.strerror}; give another path") from e
-    except ValueError as e:
-        raise InputError(f"{path} is not TOML: {e}; mend it") from e
-    return config_from({**values, **changes}, str(path))
+    return config_from({**read_toml(path), **changes}, str(path))

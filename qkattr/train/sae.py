@@ -71,7 +71,7 @@ def init_sae(key: Array, mean_D: Float[Array, "D"], *, cfg: TrainConfig) -> SAE:
     jump = cfg.activation == "jumprelu"
     return SAE(
         w_enc_MD=w,
-        w_dec_MD=w,
+        w_dec_MD=w.copy(),  # buffers of their own, since both are donated
         b_enc_M=jnp.zeros(cfg.width),
         b_dec_D=mean_D,
         log_threshold_M=jnp.full(cfg.width, jnp.log(cfg.threshold)) if jump else None,

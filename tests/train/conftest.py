@@ -1,0 +1,45 @@
+"""A tiny model in a folder, text for it, and a config that trains it in seconds."""
+
+from __future__ import annotations
+
+import folders
+import numpy as np
+import pytest
+
+from qkattr.load.bundle import load
+
+ROWS, ROW = 40, 17
+SETTINGS = dict(
+    width=24, k=4, tokens=640, batch=32, buffer=4, row=ROW, held_out=4, lr=1e-2, aux_k=4,
+    dead_after=200, checkpoint_every=5, seed=3,
+)  # fmt: skip
+
+
+def toml(**changes) -> str:
+    values = {**SETTINGS, **changes}
+    return "".join(
+        f"{k} = {str(v).lower() if isinstance(v, bool) else repr(v)}\n" for k, v in values.items()
+    )
+
+
+@pytest.fixture(scope="session")
+def home(tmp_path_factory):
+    """A folder with model/, rows.npy and run.toml."""
+    root = tmp_path_factory.mktemp("train")
+    folders.write_model(root / "model", tokenizer=True)
+    rng = np.random.default_rng(0)
+    rows = rng.integers(1, 200, (ROWS, ROW)).astype(np.uint16)
+    rows[:, 0] = 0
+    np.save(root / "rows.npy", rows)
+    (root / "run.toml").write_text(toml())
+    return root
+
+
+@pytest.fixture(scope="session")
+def small(home):
+    return load(home / "model")
+
+
+@pytest.fixture(scope="session")
+def rows(home):
+    return np.load(home / "rows.npy")
