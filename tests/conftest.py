@@ -24,6 +24,13 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "slow: runs on the real model")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def forget_programs():
+    """Compiled programs are seldom shared by modules, and would take gigabytes in the end."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture(scope="session", params=list(tiny.HOUSES))
 def case(request) -> tiny.Case:
     """Every house with a prompt."""

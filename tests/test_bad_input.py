@@ -15,6 +15,7 @@ import pytest
 import qkattr
 from qkattr.errors import InputError
 from qkattr.export import folder as export_folder
+from qkattr.load import smollm2
 
 IDS = "0,40,41,42,40"
 PROMPT = "hi hi hi 12"
@@ -167,6 +168,7 @@ def test_what_is_missing_on_the_command_line(refused, monkeypatch, tmp_path):
     assert "--saes is missing; give" in refused("check", "-m", "model")
     assert "; see `qkattr trace --help`" in refused("trace")
     monkeypatch.setenv("QKATTR_SHARED", str(tmp_path))
+    monkeypatch.setattr(smollm2, "_DATA", tmp_path)
     assert "set QKATTR_SHARED" in refused("trace", IDS, "--ids", "-m", "model", "-s", "smollm2")
 
 

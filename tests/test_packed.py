@@ -454,15 +454,18 @@ def test_the_header_is_checked_without_the_values(root, tmp_path):
 # The set in the package
 
 
-def test_the_packaged_set_goes_before_the_shared_folder(tmp_path, monkeypatch):
+def test_the_packaged_set_serves_where_there_is_no_shared_folder(tmp_path, monkeypatch):
     monkeypatch.setattr(smollm2, "_DATA", tmp_path)
-    monkeypatch.setattr(smollm2, "shared_saes", lambda: "shared")
+    monkeypatch.setenv("QKATTR_SHARED", str(tmp_path / "shared"))
     assert smollm2.packaged_saes() is smollm2.packaged_cards() is None
-    assert smollm2.saes_path() == "shared"
+    with pytest.raises(InputError, match="set QKATTR_SHARED"):
+        smollm2.saes_path()
     for name in ("saes.safetensors", "cards.npz"):
         (tmp_path / name).touch()
     assert smollm2.saes_path() == tmp_path / "saes.safetensors"
     assert smollm2.packaged_cards() == tmp_path / "cards.npz"
+    (tmp_path / "shared" / "smollm2" / "saes").mkdir(parents=True)
+    assert smollm2.saes_path() == tmp_path / "shared" / "smollm2" / "saes"
 
 
 def test_smollm2_may_be_the_packed_file(root, monkeypatch):

@@ -19,30 +19,14 @@ def read_text(path: Path | None) -> str | np.ndarray:
     if path is None:
         return resources.files("qkattr").joinpath("sample.txt").read_text(encoding="utf-8")
     if path.suffix == ".npy":
-        return _read_ids(path)
+        from qkattr.load.corpus import read_ids
+
+        return read_ids(path)
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, ValueError) as e:
         reason = e.strerror if isinstance(e, OSError) else "it is not UTF-8 text"
         raise InputError(f"cannot read {str(path)!r}: {reason}; give a text file") from e
-
-
-def _read_ids(path: Path) -> np.ndarray:
-    import numpy as np
-
-    try:
-        ids = np.lib.format.open_memmap(path, mode="r")
-    except (OSError, ValueError, TypeError, OverflowError, EOFError) as e:
-        reason = getattr(e, "strerror", None) or "it is not a whole array"
-        raise InputError(
-            f"cannot read {str(path)!r}: {reason}; give rows of token ids as np.save writes them"
-        ) from e
-    if ids.ndim != 2 or ids.dtype.kind not in "iu":
-        raise InputError(
-            f"{path} holds {ids.dtype} {list(ids.shape)}, expected integers [rows, tokens]; give "
-            "rows of token ids"
-        )
-    return ids
 
 
 def cut_rows(

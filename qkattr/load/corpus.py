@@ -125,18 +125,34 @@ def _join(texts: Iterator[str], tokenizer: Tokenizer, with_bos: bool) -> np.ndar
     return np.concatenate(parts) if parts else np.zeros(0, np.int64)
 
 
-def _read_npy(path: Path, length: int, vocab: int) -> np.ndarray:
+def read_ids(path: Path) -> np.ndarray:
+    """Memory-mapped token ids, `int[n, length]`, of a .npy file.
+
+    Raises:
+      InputError: the file cannot be read, or holds something else.
+    """
     try:
-        rows = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as e:
-        raise InputError(f"cannot read {path}: {e}; give int[n, {length}] saved by NumPy") from e
-    if rows.ndim != 2 or not np.issubdtype(rows.dtype, np.integer) or rows.shape[1] != length:
+        ids = np.lib.format.open_memmap(path, mode="r")
+    except (OSError, ValueError, TypeError, OverflowError, EOFError) as e:
+        reason = getattr(e, "strerror", None) or "it is not a whole array"
         raise InputError(
-            f"{path} is {rows.dtype}{list(rows.shape)}, expected integers [n, {length}]; save "
-            f"token ids so, or set the row's length"
+            f"cannot read {str(path)!r}: {reason}; give rows of token ids as np.save writes them"
+        ) from e
+    if ids.ndim != 2 or ids.dtype.kind not in "iu":
+        raise InputError(
+            f"{path} holds {ids.dtype} {list(ids.shape)}, expected integers [rows, tokens]; give "
+            "rows of token ids"
         )
-    if len(rows) < 1:
-        raise InputError(f"{path} has no rows; give at least one")
+    return ids
+
+
+def _read_npy(path: Path, length: int, vocab: int) -> np.ndarray:
+    rows = read_ids(path)
+    if len(rows) < 1 or rows.shape[1] != length:
+        raise InputError(
+            f"{path} has {rows.shape[0]} rows of {rows.shape[1]} tokens, expected rows of "
+            f"{length}; save token ids so, or set the row's length"
+        )
     return _within(rows, vocab, path)
 
 

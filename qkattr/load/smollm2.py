@@ -134,14 +134,20 @@ def packaged_cards() -> Path | None:
 
 
 def saes_path() -> Path:
-    """The SAEs trained on this model: the packaged file, else (for now) the shared folder."""
-    return packaged_saes() or shared_saes()
+    """The SAEs trained on this model: the shared folder where there is one (for now: the recorded
+    findings are with it), else the packaged file."""
+    try:
+        return shared_saes()
+    except InputError:
+        if (packaged := packaged_saes()) is None:
+            raise
+        return packaged
 
 
 def shared_saes() -> Path:
     """Their folder, where the package has none: `$QKATTR_SHARED/smollm2/saes`, or below ../shared.
 
-    It goes when the package has them: then `saes_path` is `packaged_saes`.
+    It goes when the findings are made again with the packaged set.
     """
     shared = Path(os.environ.get("QKATTR_SHARED") or "../shared")
     path = shared / "smollm2" / "saes"
