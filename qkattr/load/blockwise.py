@@ -61,6 +61,22 @@ def quantise(w: Float[np.ndarray, "R D"], *, bits: int = 4, block: int = 32) -> 
     return Blockwise(np.concatenate(codes), np.concatenate(scales), gain)
 
 
+def on_grid(
+    w: Float[np.ndarray, "R D"],
+    scales: Float[np.ndarray, "R G"],
+    gain: Float[np.ndarray, "D"],
+    *,
+    bits: int,
+    block: int,
+) -> Blockwise:
+    """The codes of a matrix under given scales and gains: those that are nearest to it."""
+    w = np.ascontiguousarray(w, np.float32) / gain
+    part = np.pad(w, ((0, 0), (0, -w.shape[1] % block)))
+    scales = scales.astype(np.float16)
+    q = _rounded(part.reshape(*scales.shape, block), scales[..., None], bits)
+    return Blockwise(_to_bytes(q.reshape(part.shape), bits), scales, gain.astype(np.float32))
+
+
 def _gain(w: np.ndarray) -> np.ndarray:
     """One number a column, such that w / gain is about 1 in all: float16 scales always fit."""
     squares = np.square(w, dtype=np.float64).mean(0)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Annotated, Literal, get_args
 
@@ -22,7 +22,14 @@ from safetensors.numpy import save
 
 from qkattr.config import ModelConfig
 from qkattr.errors import InputError, clipped
-from qkattr.load.blockwise import Blockwise, dequantise, quantise, relative_error, shapes
+from qkattr.load.blockwise import (
+    Blockwise,
+    dequantise,
+    on_grid,
+    quantise,
+    relative_error,
+    shapes,
+)
 from qkattr.load.mapped import MappedTensors, check_finite, open_mapped, some
 from qkattr.load.saes import by_boundary, check_set, map_sae, read_headers
 from qkattr.load.writing import replacing
@@ -30,6 +37,7 @@ from qkattr.sources.dictionary import Dictionary, DictionaryConfig
 
 METADATA, VERSION = "qkattr.packed_saes", 1
 Bits = Literal[4, 8]
+Grid = tuple[np.ndarray, np.ndarray]  # scales `[M, G]` and gain `[D]` of a matrix
 _MATRICES = ("W_enc", "W_dec")
 _TYPES = {"codes": "U8", "scales": "F16", "gain": "F32"}
 
@@ -111,12 +119,14 @@ def pack_saes(
     bits: int = 4,
     block: int = 32,
     wide: Collection[int] = (),
+    grids: Mapping[int, Mapping[str, Grid]] | None = None,
     progress: Callable[[str], None] = lambda stage: None,
 ) -> tuple[PackedError, ...]:
     """Pack a folder of SAELens SAEs into one file, whole or not at all.
 
     bits: 4 or 8 a weight. block: weights that share a scale, an even number up to 1024. wide:
-    boundaries that get 8 bits in any case.
+    boundaries that get 8 bits in any case. grids: scales and gains to round to, by boundary and
+    matrix, of weights that were trained on them; None: those that fit the weights best.
 
     Raises:
       InputError: as `load_sae`; the hooks are not boundaries or two are one; the numbers do not fit
@@ -134,7 +144,8 @@ def pack_saes(
     for boundary, header in headers.items():
         progress(f"packing boundary {boundary}")
         width = 8 if boundary in wide else bits
-        packed, error = _pack(map_sae(header), boundary, bits=width, block=block, name=header.name)
+        how = dict(bits=width, block=block, grids=grids and grids[boundary])
+        packed, error = _pack(map_sae(header), boundary, **how, name=header.name)
         tensors |= {f"{header.hook}.{name}": tensor for name, tensor in packed.items()}
         errors.append(error)
         configs.append(
@@ -154,7 +165,13 @@ def pack_saes(
 
 
 def _pack(
-    dictionary: Dictionary, boundary: int, *, bits: int, block: int, name: str
+    dictionary: Dictionary,
+    boundary: int,
+    *,
+    bits: int,
+    block: int,
+    grids: Mapping[str, Grid] | None,
+    name: str,
 ) -> tuple[dict[str, np.ndarray], PackedError]:
     """The SAE's tensors as they are stored, and what became of its weights."""
     vectors = {
@@ -166,7 +183,10 @@ def _pack(
     errors = {}
     matrices = np.asarray(dictionary.w_enc_DM).T, np.asarray(dictionary.w_dec_MD)
     for matrix, w in zip(_MATRICES, matrices, strict=True):
-        packed = quantise(w, bits=bits, block=block)
+        if grids is None:
+            packed = quantise(w, bits=bits, block=block)
+        else:
+            packed = on_grid(w, *grids[matrix], bits=bits, block=block)
         errors[matrix] = relative_error(w, dequantise(packed, bits=bits))
         if not errors[matrix] <= _USELESS:
             raise InputError(

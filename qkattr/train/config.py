@@ -34,7 +34,10 @@ class TrainConfig:
       dead_after: positions without firing after which a feature is dead.
     l0_weight, bandwidth, threshold: of jumprelu: what the L0 penalty counts, the width of its
       straight-through rectangle, and the first threshold.
-    start: a folder of SAEs to go on from; "": random rows.
+    start: a folder of SAEs, or a packed file, to go on from; "": random rows.
+    bits: of a weight in the packed file that the run is to end in, 4 or 8; 0: none. wide:
+      boundaries that get 8. round_from: the share of the steps after which products see rounded
+      weights.
     sparse: read and write only active rows; "auto": on a CPU. compute: dtype of the products,
       "float32" or "bfloat16".
     checkpoint_every: steps; keep: checkpoints. seed: of everything drawn.
@@ -60,6 +63,9 @@ class TrainConfig:
     bandwidth: float = 0.05
     threshold: float = 0.05
     start: str = ""
+    bits: int = 0
+    wide: tuple[int, ...] = ()
+    round_from: float = 0.5
     sparse: bool | str = "auto"
     compute: str = "float32"
     checkpoint_every: int = 200
@@ -77,6 +83,7 @@ class TrainConfig:
         elif self.slots == 0:
             set_(self, "slots", min(self.width, 4 * self.k))
         set_(self, "aux_k", min(self.aux_k, self.width))
+        set_(self, "wide", tuple(self.wide))  # TOML has lists
         _check(self)
 
     @property
@@ -110,6 +117,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "l0_weight": (0, 1e6),
     "bandwidth": (1e-9, 1e3),
     "threshold": (1e-9, 1e3),
+    "round_from": (0, 1),
     "checkpoint_every": (1, 2**31),
     "keep": (1, 1000),
     "seed": (0, 2**31 - 1),
@@ -126,6 +134,10 @@ def _check(cfg: TrainConfig) -> None:
             raise InputError(
                 f"{name} is {quoted(str(getattr(cfg, name)))}; known are {', '.join(known)}"
             )
+    if cfg.bits not in (0, 4, 8):
+        raise InputError(f"bits is {cfg.bits}; give 4 or 8, or 0 for no packed file")
+    if not all(type(boundary) is int and boundary > 0 for boundary in cfg.wide):
+        raise InputError(f"wide should be a list of boundaries from 1 on, got {list(cfg.wide)}")
     if not isinstance(cfg.sparse, bool):
         raise InputError(f'sparse is {cfg.sparse!r}; give true, false or "auto"')
     if not cfg.k <= cfg.slots <= cfg.width:
@@ -151,7 +163,7 @@ def config_from(values: Mapping[str, Any], where: str) -> TrainConfig:
         if name not in hints:
             raise InputError(f"{where}: {quoted(name)} is not known; known are {', '.join(hints)}")
         kinds = typing.get_args(hints[name]) if _is_union(hints[name]) else (hints[name],)
-        kinds = (*kinds, int) if float in kinds else kinds
+        kinds = (list,) if name == "wide" else (*kinds, int) if float in kinds else kinds
         if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
             wanted = " or ".join(kind.__name__ for kind in kinds)
             raise InputError(f"{where}: {name} should be {wanted}, got {value!r:.40}; change it")

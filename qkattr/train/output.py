@@ -20,9 +20,11 @@ from jaxtyping import Array, Float
 from qkattr.config import ModelConfig
 from qkattr.errors import InputError
 from qkattr.export.folder import write_files
+from qkattr.load.packed import open_packed, pack_saes
 from qkattr.load.saes import CONFIG, WEIGHTS, load_saes
 from qkattr.sources.dictionary import Dictionary, DictionaryConfig
 from qkattr.train.config import TrainConfig
+from qkattr.train.rounding import BLOCK, rounded
 from qkattr.train.sae import SAE
 from qkattr.train.step import TrainState
 
@@ -31,7 +33,7 @@ def dictionaries(
     state: TrainState, scale: Float[Array, "L"], *, cfg: TrainConfig
 ) -> tuple[Dictionary, ...]:
     """One dictionary a boundary, in residual units."""
-    sae = jax.device_get(state.sae)
+    sae = jax.device_get(jax.vmap(rounded)(state.sae, state.grid) if cfg.bits else state.sae)
     scale_L, threshold_L = np.asarray(scale), np.asarray(state.threshold)
     topk = cfg.activation == "topk"
     config = DictionaryConfig(
@@ -56,6 +58,20 @@ def dictionaries(
         )
         for b in range(len(scale_L))
     )
+
+
+def write_packed(folder: Path, path: Path, state: TrainState, *, cfg: TrainConfig) -> None:
+    """Pack the written set on the grid it was trained on."""
+    grid = jax.device_get(state.grid)
+    n = len(grid.half)
+    grids = {
+        b + 1: {
+            "W_enc": (grid.scale_enc_MG[b], grid.gain_enc_D[b]),
+            "W_dec": (grid.scale_dec_MG[b], grid.gain_dec_D[b]),
+        }
+        for b in range(n)
+    }
+    pack_saes(folder, path, bits=cfg.bits, block=BLOCK, wide=cfg.wide, grids=grids)
 
 
 def write_saes(
@@ -119,7 +135,8 @@ def start_from(
       InputError: they are not SAEs of this kind and width after every block, or read their input
         otherwise than the trainer does.
     """
-    found = load_saes(folder, model)[1:]
+    opener = open_packed if Path(folder).is_file() else load_saes
+    found = opener(folder, model)[1:]
     for b, d in enumerate(found, start=1):
         same = d.config.activation == cfg.activation and d.config.subtract_b_dec
         if not same or d.config.normalize != "none" or d.width != cfg.width:

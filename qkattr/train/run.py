@@ -3,7 +3,7 @@ checkpoints, and resuming.
 
     OUT/checkpoints      by orbax, to go on from
     OUT/metrics.jsonl    a line every LOG steps
-    OUT/saes             the trained set, SAELens folders
+    OUT/saes             the trained set, SAELens folders; with `bits` also OUT/saes.safetensors
     OUT/metrics.json     how good it is on the held-out rows
 """
 
@@ -30,7 +30,8 @@ from qkattr.sharding import shard
 from qkattr.sources.dictionary import Dictionary
 from qkattr.train.checkpoints import Checkpoints
 from qkattr.train.config import TrainConfig
-from qkattr.train.output import dictionaries, start_from, write_saes
+from qkattr.train.output import dictionaries, start_from, write_packed, write_saes
+from qkattr.train.rounding import fit_grid
 from qkattr.train.sae import SAE, init_sae
 from qkattr.train.step import TrainState, init_state, train_step
 from qkattr.train.stream import Stream
@@ -92,6 +93,8 @@ def train(
         checkpoints.close()
     trained = dictionaries(state, stream.scale, cfg=cfg)
     write_saes(out / "saes", trained, model_name=bundle.model, context=cfg.row)
+    if cfg.bits:
+        write_packed(out / "saes", out / "saes.safetensors", state, cfg=cfg)
     return trained
 
 
@@ -151,6 +154,10 @@ def _loop(
     at_once = jax.default_backend() != "cpu" or stream.mesh is not None
     began, first, window = time.perf_counter(), done, []
     for step in range(done, cfg.steps):
+        if cfg.bits and step == round(cfg.round_from * cfg.steps):
+            state = dataclasses.replace(
+                state, grid=shard(fit_grid(state.sae, cfg=cfg), stream.mesh)
+            )
         x, weight = stream.batch(step)
         state, seen = train_step(state, x, weight, cfg=cfg, at_once=at_once)
         loss, error, variance, l0 = jax.device_get((seen.loss, seen.error, seen.variance, seen.l0))

@@ -19,6 +19,7 @@ from flax import struct
 from jaxtyping import Array, Float, Int
 
 from qkattr.train.config import TrainConfig
+from qkattr.train.rounding import Grid, no_grid, rounded
 from qkattr.train.sae import SAE, Seen, loss
 
 #: Of the running mean of batchtopk's threshold.
@@ -29,11 +30,12 @@ FORGET = 0.01
 class TrainState:
     """What training changes; every leaf has a leading L.
 
-    silent_M: positions since the feature last fired. threshold: running mean of the least
-    activation let through (batchtopk).
+    grid: what products see the weights rounded to. silent_M: positions since the feature last
+    fired. threshold: running mean of the least activation let through (batchtopk).
     """
 
     sae: SAE
+    grid: Grid
     opt: optax.OptState
     silent_M: Int[Array, "L M"]
     threshold: Float[Array, "L"]
@@ -63,6 +65,7 @@ def init_state(saes: SAE, *, cfg: TrainConfig) -> TrainState:
     n = saes.b_dec_D.shape[0]
     return TrainState(
         sae=saes,
+        grid=no_grid(saes),
         opt=jax.vmap(optimiser(cfg).init)(saes),
         silent_M=jnp.zeros((n, cfg.width), jnp.int32),
         threshold=jnp.zeros(n),
@@ -74,7 +77,12 @@ def step_one(
 ) -> tuple[TrainState, Seen]:
     """One SAE's step (no leading L)."""
     dead = state.silent_M >= cfg.dead_after
-    gradient, seen = jax.grad(loss, has_aux=True)(state.sae, x, weight, dead, cfg=cfg)
+
+    def of_rounded(sae: SAE):
+        used = rounded(sae, state.grid) if cfg.bits else sae
+        return loss(used, x, weight, dead, cfg=cfg)
+
+    gradient, seen = jax.grad(of_rounded, has_aux=True)(state.sae)
     w = state.sae.w_dec_MD
     along = (gradient.w_dec_MD * w).sum(1, keepdims=True) * w
     gradient = dataclasses.replace(gradient, w_dec_MD=gradient.w_dec_MD - along)
@@ -89,7 +97,8 @@ def step_one(
     threshold = jnp.where(
         first, seen.threshold, state.threshold + FORGET * (seen.threshold - state.threshold)
     )
-    return TrainState(sae=sae, opt=opt, silent_M=silent, threshold=threshold), seen
+    state = TrainState(sae=sae, grid=state.grid, opt=opt, silent_M=silent, threshold=threshold)
+    return state, seen
 
 
 @partial(jax.jit, static_argnames=("cfg", "at_once"), donate_argnames=("state",))
