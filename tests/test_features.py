@@ -899,10 +899,10 @@ def test_the_command_refuses(run, arguments, said):
 @pytest.mark.parametrize(
     "change,said",
     [
-        (("--text", "absent.npy"), "cannot read"),
+        (("--text", "absent.npy"), "no such file"),
         (("--text", "floats.npy"), "expected integers"),
         (("--out", "saes"), "is a folder"),
-        (("--length", 500), "shape"),
+        (("--length", 500), "expected rows of 500"),
         (("--saes", "model"), "SAE"),
     ],
 )
