@@ -224,21 +224,6 @@ def run(root, capsys, monkeypatch):
     return run
 
 
-@pytest.fixture
-def refused(root, capsys, monkeypatch):
-    """Runs a command line that must be refused, and returns the line."""
-    monkeypatch.chdir(root)
-
-    def run(*arguments):
-        code = main([str(a) for a in arguments])
-        out, err = capsys.readouterr()
-        assert code == 2 and out == ""
-        assert re.fullmatch(r"qkattr: [^\n]+\n", err) and err.rstrip("\n").isprintable()
-        return err
-
-    return run
-
-
 def test_pack_and_use(run, tmp_path):
     out = tmp_path / "new" / "saes.safetensors"
     options = ("--text", "rows.npy", "--rows", 3, "--wide", 2, "--json")

@@ -7,7 +7,7 @@ import json
 
 import numpy as np
 import pytest
-from conftest import toml
+from training import toml
 
 from qkattr.cli.main import main
 from qkattr.errors import InputError

@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import SETTINGS
 from safetensors.numpy import load_file
 from tiny import within
+from training import SETTINGS
 
 from qkattr.load.blockwise import Blockwise, dequantise, on_grid, quantise
 from qkattr.load.packed import open_packed, pack_saes

@@ -6,8 +6,8 @@ import dataclasses
 
 import jax.numpy as jnp
 import numpy as np
-from conftest import ROW, SETTINGS
 from tiny import within
+from training import ROW, SETTINGS
 
 from qkattr.model.forward import forward
 from qkattr.sharding import make_mesh, shard

@@ -12,9 +12,9 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import SETTINGS, toml
 from safetensors.numpy import load_file
 from tiny import within
+from training import SETTINGS, toml
 
 from qkattr.cli.main import main
 from qkattr.errors import InputError
