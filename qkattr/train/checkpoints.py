@@ -13,6 +13,8 @@ import errno
 import json
 import logging
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -53,6 +55,7 @@ class Checkpoints:
         described = ocp.args.JsonSave(self._description())
         tree = ocp.args.StandardSave(dict(state=state, scale=scale))
         with _plain_errors(self._folder):
+            _check_room(self._folder, sum(leaf.nbytes for leaf in jax.tree.leaves((state, scale))))
             self._manager.save(step, args=ocp.args.Composite(tree=tree, run=described))
             self._manager.wait_until_finished()
             self._manager.check_for_errors()
@@ -88,6 +91,20 @@ class Checkpoints:
     def _description(self) -> dict[str, Any]:
         settings = dataclasses.asdict(self._cfg)
         return self._header | {k: v for k, v in settings.items() if k not in _FREE}
+
+
+def _check_room(folder: Path, size: int) -> None:
+    """Take the bytes of a checkpoint once and give them back, so that a full disk is one error
+    before the writing and not one in each of its threads.
+
+    Raises:
+      OSError: there is no room.
+    """
+    with tempfile.TemporaryFile(dir=folder) as file:
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(file.fileno(), 0, size)
+        elif shutil.disk_usage(folder).free < size:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 @contextlib.contextmanager

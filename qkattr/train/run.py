@@ -88,6 +88,7 @@ def train(
     checkpoints = Checkpoints(out / "checkpoints", cfg, header)
     try:
         done, state = _begin(stream, checkpoints, bundle, mesh)
+        _cut_log(out / "metrics.jsonl", done)
         state = _loop(stream, checkpoints, state, done, out / "metrics.jsonl", progress)
     finally:
         checkpoints.close()
@@ -198,6 +199,20 @@ def _report(state, window, step, rate, cfg, log: Path, progress) -> None:
         with log.open("a", encoding="utf-8") as lines:
             lines.write(json.dumps(dataclasses.asdict(said)) + "\n")
     progress(said)
+
+
+def _cut_log(log: Path, done: int) -> None:
+    """Leave the lines of steps that are done: those after the checkpoint are made again."""
+    if jax.process_index() or not log.is_file():
+        return
+    kept = []
+    for line in log.read_text(encoding="utf-8").splitlines(keepends=True):
+        try:
+            if json.loads(line)["step"] <= done:
+                kept.append(line)
+        except (ValueError, KeyError, TypeError):
+            continue  # cut short
+    write_files(log.parent, {log.name: "".join(kept).encode()})
 
 
 def _digest(rows: np.ndarray) -> str:

@@ -11,7 +11,7 @@ from qkattr.load.bundle import load
 
 
 @pytest.fixture(scope="session")
-def home(tmp_path_factory):
+def root(tmp_path_factory):
     """A folder with model/, rows.npy and run.toml."""
     root = tmp_path_factory.mktemp("train")
     folders.write_model(root / "model", tokenizer=True)
@@ -24,10 +24,10 @@ def home(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def small(home):
-    return load(home / "model")
+def small(root):
+    return load(root / "model")
 
 
 @pytest.fixture(scope="session")
-def rows(home):
-    return np.load(home / "rows.npy")
+def rows(root):
+    return np.load(root / "rows.npy")

@@ -9,17 +9,8 @@ import numpy as np
 import pytest
 from training import toml
 
-from qkattr.cli.main import main
 from qkattr.errors import InputError
 from qkattr.load.corpus import read_rows
-
-
-def refused(capsys, *arguments) -> str:
-    assert main([str(a) for a in arguments]) == 2
-    lines = capsys.readouterr().err.strip().splitlines()
-    assert len(lines) == 1, lines
-    return lines[0]
-
 
 CONFIGS = {
     "wdith = 3\n": "'wdith' is not known",
@@ -38,29 +29,27 @@ CONFIGS = {
 
 
 @pytest.mark.parametrize("text", CONFIGS)
-def test_configs(text, home, tmp_path, capsys):
+def test_configs(text, root, tmp_path, refused):
     path = tmp_path / "run.toml"
     path.write_text(text)
     out = tmp_path / "out"
-    said = refused(
-        capsys, "train", path, "-m", home / "model", "--text", home / "rows.npy", "--out", out
-    )
+    said = refused("train", path, "-m", root / "model", "--text", root / "rows.npy", "--out", out)
     assert CONFIGS[text] in said
     assert not out.exists()
 
 
 COMMANDS = {
-    "missing": (["train", "{home}/none.toml"], "cannot read"),
-    "model": (["train", "{home}/run.toml"], "--model is missing"),
-    "text": (["train", "{home}/run.toml", "-m", "{home}/model"], "--text is missing"),
+    "missing": (["train", "{root}/none.toml"], "cannot read"),
+    "model": (["train", "{root}/run.toml"], "--model is missing"),
+    "text": (["train", "{root}/run.toml", "-m", "{root}/model"], "--text is missing"),
     "out": (
-        ["train", "{home}/run.toml", "-m", "{home}/model", "--text", "{home}/rows.npy"],
+        ["train", "{root}/run.toml", "-m", "{root}/model", "--text", "{root}/rows.npy"],
         "--out is missing",
     ),
-    "set": (["train", "{home}/run.toml", "--set", "lr"], "--set expects NAME=VALUE"),
-    "set value": (["train", "{home}/run.toml", "--set", "lr=fast"], "lr should be float"),
+    "set": (["train", "{root}/run.toml", "--set", "lr"], "--set expects NAME=VALUE"),
+    "set value": (["train", "{root}/run.toml", "--set", "lr=fast"], "lr should be float"),
     "mesh": (
-        ["train", "{home}/run.toml", "-m", "{home}/model", "--text", "{home}/rows.npy", "--out",
+        ["train", "{root}/run.toml", "-m", "{root}/model", "--text", "{root}/rows.npy", "--out",
          "{tmp}/o", "--mesh", "3,x"],
         "--mesh expects DATA,MODEL",
     ),
@@ -68,27 +57,27 @@ COMMANDS = {
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_command_lines(name, home, tmp_path, capsys):
+def test_command_lines(name, root, tmp_path, refused):
     arguments, said = COMMANDS[name]
-    filled = [a.format(home=home, tmp=tmp_path) for a in arguments]
-    assert said in refused(capsys, *filled)
+    filled = [a.format(root=root, tmp=tmp_path) for a in arguments]
+    assert said in refused(*filled)
 
 
-def test_a_text_without_rows_to_train_on(home, tmp_path, capsys):
-    np.save(tmp_path / "few.npy", np.load(home / "rows.npy")[:4])
+def test_a_text_without_rows_to_train_on(root, tmp_path, refused):
+    np.save(tmp_path / "few.npy", np.load(root / "rows.npy")[:4])
     said = refused(
-        capsys, "train", home / "run.toml", "-m", home / "model", "--text", tmp_path / "few.npy",
+        "train", root / "run.toml", "-m", root / "model", "--text", tmp_path / "few.npy",
         "--out", tmp_path / "o",
     )  # fmt: skip
     assert "expected more than the 4 held out" in said
 
 
-def test_a_start_of_another_kind(home, tmp_path, capsys):
+def test_a_start_of_another_kind(root, tmp_path, refused):
     import folders
 
     folders.write_saes(tmp_path / "saes")
     said = refused(
-        capsys, "train", home / "run.toml", "-m", home / "model", "--text", home / "rows.npy",
+        "train", root / "run.toml", "-m", root / "model", "--text", root / "rows.npy",
         "--out", tmp_path / "o", "--set", f"start={tmp_path / 'saes'}",
     )  # fmt: skip
     assert "is topk of width 32" in said and "of width 24" in said

@@ -34,10 +34,10 @@ def config(**changes) -> TrainConfig:
     return TrainConfig(**{**SETTINGS, **changes})
 
 
-def command(home, out, *more) -> list[str]:
+def command(root, out, *, config=None) -> list[str]:
     return [
-        "train", str(home / "run.toml"), "-m", str(home / "model"), "--text",
-        str(home / "rows.npy"), "--out", str(out), *more,
+        "train", str(config or root / "run.toml"), "-m", str(root / "model"), "--text",
+        str(root / "rows.npy"), "--out", str(out),
     ]  # fmt: skip
 
 
@@ -57,13 +57,13 @@ def assert_same_weights(one: Path, two: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def unbroken(home, tmp_path_factory):
+def unbroken(root, tmp_path_factory):
     out = tmp_path_factory.mktemp("unbroken")
-    assert main(command(home, out)) == 0
+    assert main(command(root, out)) == 0
     return out
 
 
-def test_a_run_leaves_saes_metrics_and_a_log(home, small, rows, unbroken):
+def test_a_run_leaves_saes_metrics_and_a_log(root, small, rows, unbroken):
     saes = load_saes(unbroken / "saes", small.config)
     assert [d is None for d in saes] == [True, False, False]
     report = json.loads((unbroken / "metrics.json").read_text())
@@ -75,7 +75,7 @@ def test_a_run_leaves_saes_metrics_and_a_log(home, small, rows, unbroken):
     assert sorted(p.name for p in (unbroken / "checkpoints").iterdir()) == ["15", "20"]
 
 
-def test_it_learns(home, small, rows, tmp_path):
+def test_it_learns(root, small, rows, tmp_path):
     longer = train(small, rows, config(tokens=32 * 300), out=tmp_path / "long")
     short = train(small, rows, config(tokens=32), out=tmp_path / "short")
     few = measure(small, short, rows, config(), out=tmp_path / "short")["boundaries"]
@@ -139,19 +139,22 @@ def test_on_a_mesh_a_run_is_the_same(small, rows, unbroken, tmp_path):
         within(name, second[name], tensor, 5e-3, max(1.0, float(np.abs(tensor).max())))
 
 
-def start(home, out, *more) -> subprocess.Popen:
-    code = "import sys; from qkattr.cli.main import main; sys.exit(main(sys.argv[1:]))"
-    return subprocess.Popen(
-        [sys.executable, "-c", code, *command(home, out, *more)],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
+def child(code: str, *arguments) -> subprocess.CompletedProcess:
+    """A process of its own, on one device."""
+    return subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        capture_output=True,
         text=True,
         env={**os.environ, "JAX_NUM_CPU_DEVICES": "1"},
+        check=False,
     )
 
 
+RUN = "import sys; from qkattr.cli.main import main; sys.exit(main(sys.argv[1:]))"
+
+
 @pytest.mark.parametrize("after", [5, 10, 15])
-def test_a_stopped_run_goes_on_bit_for_bit(after, small, rows, home, unbroken, tmp_path):
+def test_a_stopped_run_goes_on_bit_for_bit(after, small, rows, root, unbroken, tmp_path):
     class Stop(Exception):
         pass
 
@@ -186,7 +189,7 @@ def test_another_run_in_the_same_folder_is_refused(small, rows, unbroken, tmp_pa
     assert_same_weights(unbroken, out)
 
 
-def test_a_full_disk_leaves_the_last_checkpoint_whole(home, unbroken, tmp_path):
+def test_a_full_disk_leaves_the_last_checkpoint_whole(root, unbroken, tmp_path):
     """A limit on the size of files stands for a full disk; the run goes on when there is room."""
     out = tmp_path / "out"
     code = (
@@ -201,20 +204,63 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(home, unbroken, tmp_path):
         "from qkattr.cli.main import main\n"
         "sys.exit(main(sys.argv[1:]))\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code, *command(home, out)], capture_output=True, text=True,
-        env={**os.environ, "JAX_NUM_CPU_DEVICES": "1"}, check=False,
-    )  # fmt: skip
+    done = child(code, *command(root, out))
     assert done.returncode == 2, done.stderr
-    last = done.stderr.strip().splitlines()[-1]  # the writer's threads may have spoken before
+    last = done.stderr.strip().splitlines()[-1]  # the bar comes before
     assert last.startswith("qkattr: cannot use ") and last.endswith("; give another path")
+    assert "Traceback" not in done.stderr
     whole = [p.name for p in (out / "checkpoints").iterdir() if p.name.isdecimal()]
     assert whole == ["5"]
-    process = start(home, out)
-    assert process.wait() == 0, process.stderr.read()
-    whole = start(home, tmp_path / "whole")
-    assert whole.wait() == 0
+    for folder in (out, tmp_path / "whole"):
+        done = child(RUN, *command(root, folder))
+        assert done.returncode == 0, done.stderr
     assert_same_weights(tmp_path / "whole", out)
+
+
+# Runs a command again and again, killed after 1 to 10 further steps and up to 50 ms more, until the
+# given number of kills; then lets it end. Forked children spare the imports; JAX starts in them.
+KILLED = """
+import os, random, signal, sys, threading
+from qkattr.cli.main import main
+from qkattr.train.stream import Stream
+kills, *command = sys.argv[1:]
+random.seed(4)
+batch, left = Stream.batch, None
+
+def counted(self, step):
+    global left
+    if left == 0:
+        threading.Timer(jitter, os.kill, (os.getpid(), signal.SIGKILL)).start()
+    left = None if left is None else left - 1
+    return batch(self, step)
+
+Stream.batch = counted
+for kill in range(int(kills) + 1):
+    left, jitter = random.randint(1, 10), random.random() / 20
+    if kill == int(kills):
+        left = None
+    child = os.fork()
+    if not child:
+        os.dup2(2, 1)
+        os._exit(main(command))
+    status = os.waitpid(child, 0)[1]
+    print("killed" if os.WIFSIGNALED(status) else f"ended {os.waitstatus_to_exitcode(status)}")
+"""
+
+
+@pytest.mark.slow
+def test_a_run_killed_ten_times_ends_as_if_it_had_not_been(root, tmp_path):
+    config = tmp_path / "run.toml"
+    config.write_text(toml(tokens=32 * 150, checkpoint_every=3))
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    done = child(RUN, *command(root, whole, config=config))
+    assert done.returncode == 0, done.stderr
+    done = child(KILLED, 10, *command(root, broken, config=config))
+    assert done.stdout.split() == ["killed"] * 10 + ["ended", "0"], done.stderr
+    assert_same_weights(whole, broken)
+    lines = (broken / "metrics.jsonl").read_text().splitlines()
+    steps = [json.loads(line)["step"] for line in lines]
+    assert steps == list(range(10, 151, 10))
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(small, rows, tmp_path, monkeypatch):
@@ -266,7 +312,7 @@ def test_saelens_reads_the_set_and_computes_the_same(small, unbroken, tmp_path, 
         within("decode", theirs[str(folder)][1], rebuilt, SAME, float(jnp.abs(rebuilt).max()))
 
 
-def test_the_config_file_is_what_runs(home, tmp_path):
+def test_the_config_file_is_what_runs(root, tmp_path):
     from qkattr.train.config import read_config
 
     path = tmp_path / "run.toml"
