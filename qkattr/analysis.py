@@ -21,6 +21,7 @@ import numpy as np
 
 import qkattr
 from qkattr.errors import InputError
+from qkattr.export.summary import shown_cards
 from qkattr.graph.paths import Place, ranked_scores
 from qkattr.graph.sweep import DirectTargets, sweep
 from qkattr.graph.tables import Graph, build_graph
@@ -128,9 +129,12 @@ def trace(
     )
     places = [place for place, _ in ranked_scores(graph, opts.qk)]
     tables = qk_tables(session, places, result.labels)
-    return dataclasses.replace(
+    result = dataclasses.replace(
         result, qk={".".join(map(str, place)): table for place, table in tables.items()}
     )
+    if bundle.cards is None:
+        return result
+    return dataclasses.replace(result, cards=shown_cards(result, bundle.cards))
 
 
 def attach(result: Result, bundle: Bundle) -> Result:
@@ -314,7 +318,7 @@ def _settings(bundle: Bundle, opts: TraceOptions) -> dict[str, Any]:
         n_blocks=config.n_blocks,
         n_heads=config.n_heads,
         windows=[None if w == NO_WINDOW else w for w in config.windows],
-        **dataclasses.asdict(opts),
+        **{k: list(v) if isinstance(v, tuple) else v for k, v in vars(opts).items()},
     )
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from qkattr.features.cards import Card
 from qkattr.graph.paths import Route, strongest_routes
 from qkattr.graph.tables import Graph
 from qkattr.qk.table import QKAttribution
@@ -67,7 +68,7 @@ class Result:
     falling probability. graph: nodes and edges. sinks: positions by boundary. scores: `[X, 5]`
     block, head, query, key, side (0 query, 1 key) of SCORE nodes. qk: by "L.H.query.key".
     settings: all options. provenance: what made it. labels: of features, by (boundary, index).
-    vocabulary: the text of logit nodes, by token id.
+    vocabulary: the text of logit nodes, by token id. cards: of the features that the page shows.
     """
 
     tokens: list[str]
@@ -82,6 +83,7 @@ class Result:
     provenance: dict[str, Any]
     labels: dict[tuple[int, int], str] = dataclasses.field(default_factory=dict)
     vocabulary: dict[int, str] = dataclasses.field(default_factory=dict)
+    cards: dict[tuple[int, int], Card] = dataclasses.field(default_factory=dict)
     session: Session | None = dataclasses.field(default=None, repr=False)
 
     @property

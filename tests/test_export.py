@@ -145,7 +145,7 @@ QKATTR = an_object(
         qkattr=an_object(
             dict(
                 version=STRING,
-                schema={"const": 1},
+                schema={"const": 2},
                 settings=an_object(
                     dict(linearisation=STRING, read=STRING, precision=STRING, sinks={}, bos={})
                 ),
@@ -156,6 +156,7 @@ QKATTR = an_object(
                 replacement=NUMBER,
                 leak={"type": "array", "minItems": folders.BLOCKS + 1},
                 sinks={"type": "array"},
+                cards={"type": "array"},
                 qk={"type": "object", "propertyNames": {"pattern": r"^\d+\.\d+\.\d+\.\d+$"}},
             )
         ),

@@ -8,7 +8,7 @@ from rich.text import Text
 
 from qkattr.cli.show import bar, console, percent, say
 from qkattr.errors import printable, quoted
-from qkattr.export.summary import visible
+from qkattr.export.summary import quality, visible
 from qkattr.features.cards import Card, Example
 
 
@@ -34,21 +34,6 @@ def show_card(card: Card) -> None:
         say(out, f"{name}:")
         for example in examples:
             out.print(context(example, card.max))
-
-
-def quality(card: Card) -> str:
-    """How well the label's rule does."""
-    if card.given:
-        return "The label was given; its quality was not measured."
-    if card.auc is None:
-        return f"AUC not measured: {card.n} held-out positions activate it."
-    said = (
-        f"AUC {card.auc:.2f} of its rule: {card.n} held-out positions that activate it against all "
-        f"others"
-    )
-    if card.strong_auc is not None:
-        said += f"; {card.strong_auc:.2f} for its strongest fifth ({card.strong_n})"
-    return f"{said}. 0.5 is chance; of an unclear label, the best rule found."
 
 
 def context(example: Example, most: float) -> Text:

@@ -22,6 +22,7 @@ import numpy as np
 from qkattr.errors import InputError
 from qkattr.export.graph_json import SCHEMA, dumps, graph_json
 from qkattr.export.html import page
+from qkattr.features.cards import Card
 from qkattr.graph.tables import Edges, Graph, Nodes
 from qkattr.qk.table import QKAttribution
 from qkattr.result import Result
@@ -164,6 +165,7 @@ def _build(header: dict[str, Any], columns: dict[str, np.ndarray]) -> Result:
         provenance=header["provenance"],
         labels=_labels(header["labels"]),
         vocabulary={int(i): text for i, text in header["vocabulary"].items()},
+        cards={(c.boundary, c.index): c for c in map(Card.from_json, header["cards"])},
     )
 
 

@@ -7,6 +7,7 @@ it (`graph.npz`) hold them as computed.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from typing import Any
@@ -16,7 +17,7 @@ import numpy as np
 from qkattr.result import Result
 from qkattr.types import Kind
 
-SCHEMA = 1
+SCHEMA = 2
 
 #: Links listed in the file, the strongest by influence; `graph.npz` has all. Viewers take 100 MB.
 LINKS = 200_000
@@ -90,6 +91,7 @@ def header(result: Result) -> dict[str, Any]:
         "scores": result.scores.tolist(),
         "labels": {f"{b}:{i}": text for (b, i), text in result.labels.items()},
         "vocabulary": {str(i): text for i, text in result.vocabulary.items()},
+        "cards": [dataclasses.asdict(card) for card in result.cards.values()],
         "qk": {place: table.to_json(LISTED) for place, table in result.qk.items()},
     }
 

@@ -12,16 +12,18 @@ import jinja2
 
 from qkattr.errors import quoted
 from qkattr.export.summary import (
+    MARGINALS_SHOWN,
+    PAIRS_SHOWN,
     carrying_heads,
     component,
+    feature_in,
+    quality,
     route_hops,
     strongest_edges,
     visible,
 )
+from qkattr.features.cards import Card, Example
 from qkattr.result import Result
-
-PAIRS_SHOWN = 12
-MARGINALS_SHOWN = 5
 
 
 def page(result: Result) -> str:
@@ -39,7 +41,11 @@ def page(result: Result) -> str:
         routes=[dict(share=r.share, hops=route_hops(result, r)) for r in result.routes(8)],
         heads=carrying_heads(result),
         qk=[_qk(table) for table in result.qk.values()],
-        edges=strongest_edges(result),
+        edges=[
+            dict(e, ends=zip((e["source"], e["target"]), e["features"], strict=True))
+            for e in strongest_edges(result)
+        ],
+        cards={feature: _card(card) for feature, card in result.cards.items()},
         leak=leak,
         completeness=result.graph.completeness,
         replacement=result.graph.replacement,
@@ -80,8 +86,7 @@ def _qk(table) -> dict[str, Any]:
     most = max((abs(p["value"]) for p in table.pairs), default=1.0)
     pairs = [
         dict(
-            query=component(p["query"]),
-            key=component(p["key"]),
+            sides=[_side(table.layer, p[side]) for side in ("query", "key")],
             value=p["value"],
             contrast=p["contrast"],
             bar=abs(p["value"]) / max(most, 1e-30),
@@ -101,10 +106,31 @@ def _qk(table) -> dict[str, Any]:
         n_pairs=table.n_pairs,
         shares=shares,
         pairs=pairs,
-        query_marginals=_marginals(table.query_marginals),
-        key_marginals=_marginals(table.key_marginals),
+        query_marginals=_marginals(table.layer, table.query_marginals),
+        key_marginals=_marginals(table.layer, table.key_marginals),
     )
 
 
-def _marginals(marginals: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [dict(m, name=component(m)) for m in marginals[:MARGINALS_SHOWN]]
+def _side(layer: int, described: dict[str, Any]) -> tuple[str, tuple[int, int] | None]:
+    return component(described), feature_in(layer, described)
+
+
+def _marginals(layer: int, marginals: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [dict(m, side=_side(layer, m)) for m in marginals[:MARGINALS_SHOWN]]
+
+
+def _card(card: Card) -> dict[str, Any]:
+    contexts = [_context(example, card.max) for example in card.examples]
+    return dict(card=card, quality=quality(card), contexts=contexts)
+
+
+def _context(example: Example, most: float) -> dict[str, Any]:
+    """Runs of text of one shade: a context's inactive tokens are one run."""
+    runs: list[dict[str, Any]] = []
+    for i, (token, activation) in enumerate(zip(example.tokens, example.activations, strict=True)):
+        if activation <= 0 and i != example.at and runs and not runs[-1]["shade"]:
+            runs[-1]["text"] += token
+            continue
+        shade = min(max(activation, 0) / max(most, 1e-30), 1)
+        runs.append(dict(text=token, shade=round(100 * shade), at=i == example.at))
+    return dict(quantile=example.quantile, activation=example.activation, runs=runs)

@@ -7,9 +7,15 @@ from typing import Any
 import numpy as np
 
 from qkattr.errors import clipped, printable, quoted
+from qkattr.features.cards import Card, Cards
 from qkattr.graph.paths import Route, ranked_scores
 from qkattr.result import Result
 from qkattr.types import Kind
+
+#: Rows of a QK attribution, and of the edges, that are shown.
+PAIRS_SHOWN = 12
+MARGINALS_SHOWN = 5
+EDGES_SHOWN = 40
 
 
 def number(x: float) -> str:
@@ -50,6 +56,48 @@ def component(described: dict[str, Any]) -> str:
     if not label:
         return text
     return f"{text} {quoted(label) if kind == Kind.TOKEN.label else visible(label)}"
+
+
+def feature_of(result: Result, node: int) -> tuple[int, int] | None:
+    """The (boundary, index) of a node that is a feature."""
+    nodes = result.graph.nodes
+    if nodes.kind[node] != Kind.FEATURE:
+        return None
+    return int(nodes.boundary[node]), int(nodes.index[node])
+
+
+def feature_in(layer: int, described: dict[str, Any]) -> tuple[int, int] | None:
+    """The (boundary, index) of a component of a block's QK attribution that is a feature."""
+    if described["kind"] != Kind.FEATURE.label:
+        return None
+    return layer, described["index"]
+
+
+def shown_cards(result: Result, cards: Cards) -> dict[tuple[int, int], Card]:
+    """The cards of the features that the page shows: those of QK attributions and of edges."""
+    shown = {feature for row in strongest_edges(result) for feature in row["features"]}
+    for table in result.qk.values():
+        sides = [pair[side] for pair in table.pairs[:PAIRS_SHOWN] for side in ("query", "key")]
+        for marginals in (table.query_marginals, table.key_marginals):
+            sides += marginals[:MARGINALS_SHOWN]
+        shown |= {feature_in(table.layer, side) for side in sides}
+    known = [feature for feature in shown if feature and feature[1] < cards.width(feature[0])]
+    return {feature: cards.card(*feature) for feature in sorted(known)}
+
+
+def quality(card: Card) -> str:
+    """How well the label's rule does."""
+    if card.given:
+        return "The label was given; its quality was not measured."
+    if card.auc is None:
+        return f"AUC not measured: {card.n} held-out positions activate it."
+    said = (
+        f"AUC {card.auc:.2f} of its rule: {card.n} held-out positions that activate it against all "
+        f"others"
+    )
+    if card.strong_auc is not None:
+        said += f"; {card.strong_auc:.2f} for its strongest fifth ({card.strong_n})"
+    return f"{said}. 0.5 is chance; of an unclear label, the best rule found."
 
 
 def route_hops(result: Result, route: Route) -> list[dict[str, Any]]:
@@ -102,7 +150,7 @@ def carrying_heads(result: Result, n: int = 15) -> list[dict[str, Any]]:
     return rows
 
 
-def strongest_edges(result: Result, n: int = 40) -> list[dict[str, Any]]:
+def strongest_edges(result: Result, n: int = EDGES_SHOWN) -> list[dict[str, Any]]:
     """The edges with most influence that did more than carry a feature on in place."""
     edges, nodes = result.graph.edges, result.graph.nodes
     influence = result.graph.edge_influence()
@@ -120,6 +168,7 @@ def strongest_edges(result: Result, n: int = 40) -> list[dict[str, Any]]:
             dict(
                 source=name(result, int(edges.source[i])),
                 target=name(result, int(edges.target[i])),
+                features=[feature_of(result, int(end[i])) for end in (edges.source, edges.target)],
                 influence=float(influence[i]),
                 weight=number(float(edges.weight[i])),
                 residual=number(float(edges.residual[i])),

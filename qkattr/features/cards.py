@@ -77,6 +77,17 @@ class Card:
     top_logits: list[tuple[str, float]]
     bottom_logits: list[tuple[str, float]]
 
+    @classmethod
+    def from_json(cls, raw: dict[str, Any]) -> Card:
+        """A card from `dataclasses.asdict` that has been JSON.
+
+        Raises:
+          TypeError, KeyError: it is no such thing.
+        """
+        rows = ("histogram", "top_logits", "bottom_logits")
+        lists = {name: [tuple(row) for row in raw[name]] for name in rows}
+        return cls(**(raw | lists | dict(examples=[Example(**e) for e in raw["examples"]])))
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Cards:

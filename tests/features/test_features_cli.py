@@ -10,9 +10,11 @@ import folders
 import numpy as np
 import pytest
 
+import qkattr
 from qkattr.cli.main import main
 from qkattr.export.feature_json import feature_json
-from qkattr.features import Cards
+from qkattr.features import Cards, with_cards
+from qkattr.load.bundle import load
 
 
 @pytest.fixture(scope="module")
@@ -211,3 +213,24 @@ def test_trace_takes_cards(root, capsys, tmp_path):
     assert features
     assert all(n["clerp"] == made.label(n["boundary"], n["index"]) for n in features)
     assert main([str(a) for a in [*given, "--cards", root / "rows.npy"]]) == 2
+
+
+def test_the_page_shows_the_cards_of_what_it_names(root, tmp_path):
+    """Each feature that the page names links to its card, which is there once, also when opened."""
+    hostile = "<img src=x>\u202e"
+    opened = Cards.open(root / "cards.npz")
+    every = {feature: f"{hostile} {feature}" for feature in opened.labels()}
+    every |= {(b, 0): hostile for b in opened.boundaries.tolist()}
+    bundle = with_cards(load(root / "model", root / "saes"), opened.with_labels(every))
+    result = qkattr.trace(bundle, "hi 12 hi", qk=4)
+    html = result.save(tmp_path / "out").read_text()
+    linked = set(re.findall(r'href="#f(\d+-\d+)"', html))
+    assert linked and linked == {f"{b}-{i}" for b, i in result.cards}
+    assert all(html.count(f'id="f{name}"') == 1 for name in linked)
+    for example in next(iter(result.cards.values())).examples:
+        assert f"{example.activation:.3g}" in html
+    assert "<img" not in html and "\u202e" not in html
+    again = qkattr.open(tmp_path / "out")
+    assert again.cards == result.cards
+    again.to_html(tmp_path / "again.html")
+    assert (tmp_path / "again.html").read_text() == html
