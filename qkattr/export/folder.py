@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import lzma
 import os
 import tempfile
 import zipfile
@@ -42,6 +43,7 @@ DAMAGE = (
     RuntimeError,
     zipfile.BadZipFile,
     zlib.error,
+    lzma.LZMAError,
 )
 
 

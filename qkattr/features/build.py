@@ -32,7 +32,7 @@ from qkattr.session import token_text
 
 #: Tokens listed of the top and of the bottom logits; fifths of the activations; features labelled
 #: at a time.
-RAISED, LOWERED, FIFTHS, CHUNK = 8, 5, 5, 4096
+RAISED, LOWERED, FIFTHS, CHUNK = 6, 3, 5, 4096
 
 
 def make_cards(

@@ -26,7 +26,7 @@ class ScanConfig:
     and split. shown: how many of these keep a window. before, after: positions of a window around
     its own. batch: rows at a time. precision: of matmuls."""
 
-    top: int = 6
+    top: int = 4
     samples: int = 250
     shown: int = 10
     before: int = 9

@@ -1,4 +1,4 @@
-"""Cards on disk: one compressed .npz of columns, without pickles.
+"""Cards on disk: one .npz of columns without pickles, compressed by LZMA.
 
 Each column in the smallest integer type that holds it; texts as UTF-8, one after the other, with
 their lengths; the rest as JSON. A file is read whole: the shipped set is a few megabytes.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,10 @@ def save_cards(cards: Cards, path: str | Path) -> Path:
     header = json.dumps({"schema": SCHEMA, **cards.meta}).encode()
     columns["header"] = np.frombuffer(header, np.uint8)
     buffer = io.BytesIO()
-    np.savez_compressed(buffer, **columns)
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_LZMA) as archive:
+        for name, column in columns.items():
+            with archive.open(f"{name}.npy", "w") as file:
+                np.lib.format.write_array(file, column, allow_pickle=False)
     write_files(path.parent, {path.name: buffer.getvalue()})
     return path
 
