@@ -1,6 +1,6 @@
 """What a sweep over scales costs, beside a plain batched forward of as many prompts.
 
-    python benchmarks/steer.py [--repeat 15]        needs `smollm2` and its SAEs
+    python benchmarks/steer.py [--repeat 15]
 
 Interleaved in one process; medians. The sweep: 11 scales of the 4 strongest key features of each
 block in the 7 heads with the largest loadings, Aunt Sally (15 tokens, padded to 16), norm scales

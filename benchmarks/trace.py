@@ -2,7 +2,7 @@
 
     python benchmarks/trace.py [--tokens 15 64 256] [--repeat 5] [--json FILE]
 
-Needs `smollm2` and its SAEs (QKATTR_SHARED). For each stage: cold (first call, compilation
+For each stage: cold (first call, compilation
 included, in a process that may find programs in the persistent cache), warm (median), and, where
 the stage is matmuls, the operations that are needed and their rate. Needed operations of the sweep,
 per block, are the causal, group-summed edge contraction of the rows that were kept, and the pull of

@@ -1,9 +1,9 @@
 """Draws the README's picture: one QK attribution of the real run.
 
-    python docs/figures.py            needs matplotlib, `smollm2` and its SAEs (QKATTR_SHARED)
+    python docs/figures.py            needs matplotlib
 
 Left, where the head looked; right, the strongest pairs of features that made it look at " Sally",
-positive and negative, with what the features are (from docs/contexts.py).
+positive and negative, with what the features are (from their cards).
 """
 
 from __future__ import annotations

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-from pathlib import Path
 
 # Programs are compiled anew: writing them to a cache on disk has crashed XLA in a long run.
 os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
@@ -56,23 +55,7 @@ def refused(capsys, root, monkeypatch):
 
 
 @pytest.fixture(scope="session")
-def shared() -> Path:
-    """The folder with the real model's SAEs: $QKATTR_SHARED,
-    by default ../shared beside the repository.
-    """
-    root = Path(__file__).parent.parent
-    folder = (root / os.environ.get("QKATTR_SHARED", "../shared")).resolve()
-    if not (folder / "smollm2" / "saes").is_dir():
-        pytest.fail(
-            "QKATTR_SHARED names no folder with smollm2/saes; "
-            "set it, or deselect with -m 'not slow'"
-        )
-    os.environ["QKATTR_SHARED"] = str(folder)
-    return folder
-
-
-@pytest.fixture(scope="session")
-def bundle(shared):
+def bundle():
     """SmolLM2 with its SAEs."""
     from qkattr.load.bundle import load
 

@@ -167,9 +167,8 @@ def test_what_is_missing_on_the_command_line(refused, monkeypatch, tmp_path):
     assert "--saes is missing; give" in refused("trace", IDS, "--ids", "-m", "model")
     assert "--saes is missing; give" in refused("check", "-m", "model")
     assert "; see `qkattr trace --help`" in refused("trace")
-    monkeypatch.setenv("QKATTR_SHARED", str(tmp_path))
     monkeypatch.setattr(smollm2, "_DATA", tmp_path)
-    assert "set QKATTR_SHARED" in refused("trace", IDS, "--ids", "-m", "model", "-s", "smollm2")
+    assert "install qkattr again" in refused("trace", IDS, "--ids", "-m", "model", "-s", "smollm2")
 
 
 # Prompts and places

@@ -64,8 +64,7 @@ def cli(files, capsys):
 
 
 @pytest.fixture
-def real(shared, capsys, monkeypatch):
-    monkeypatch.setenv("QKATTR_SHARED", str(shared))
+def real(capsys):
     return Cli(capsys, "smollm2", "smollm2")
 
 
@@ -100,7 +99,7 @@ def check_graph(graph):
     assert all(set(node) >= {"boundary", "kind", "index", "ctx_idx"} for node in graph["nodes"])
     assert all(set(link) >= {"resid", "mlp", "heads", "weight"} for link in graph["links"])
     header = graph["qkattr"]
-    assert set(header) >= HEADER_KEYS and header["schema"] == 1
+    assert set(header) >= HEADER_KEYS and header["schema"] == 2
     assert set(header["settings"]) >= SETTINGS
     assert set(header["provenance"]) >= {"model_hash", "saes_hash", "jax", "device"}
     assert all(set(row) >= LEAK_KEYS for row in header["leak"])

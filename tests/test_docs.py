@@ -54,7 +54,7 @@ def test_pages_run(page, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("page", pages(real=True))
-def test_pages_run_on_the_real_model(page, shared, tmp_path, monkeypatch):
+def test_pages_run_on_the_real_model(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     execute(page, real=True)
 

@@ -12,7 +12,6 @@ from qkattr.config import BlockConfig, ModelConfig, Rotary
 from qkattr.errors import InputError
 from qkattr.load.fingerprint import fingerprint
 from qkattr.load.saes import check_saes, load_sae, load_saes, sae_model_names
-from qkattr.load.smollm2 import shared_saes
 from qkattr.sources.dictionary import activations, encode
 from qkattr.types import NO_WINDOW
 
@@ -321,11 +320,3 @@ def test_fingerprint(tmp_path):
     ]
     a, b, c = (fingerprint(root, root.iterdir()) for root in roots)
     assert a == b != c
-
-
-def test_shared_saes_need_the_setting(tmp_path, monkeypatch):
-    monkeypatch.setenv("QKATTR_SHARED", str(tmp_path))
-    with pytest.raises(InputError, match="set QKATTR_SHARED to the folder that has smollm2/saes"):
-        shared_saes()
-    (tmp_path / "smollm2" / "saes").mkdir(parents=True)
-    assert shared_saes() == tmp_path / "smollm2" / "saes"

@@ -18,7 +18,6 @@ from qkattr.load.bundle import load
 from qkattr.load.gguf import half_split, open_gguf
 from qkattr.load.gguf_tokenizer import tokenizer_from_gguf
 from qkattr.load.hf import load_hf, read_config
-from qkattr.load.tokenizer import Tokenizer
 from qkattr.load.weights import read_params
 
 D, N, K, H, F, V, L = 24, 4, 2, 6, 20, 32, 2
@@ -433,10 +432,11 @@ def test_smollm2_by_name():
 
 
 @pytest.mark.slow
-def test_smollm2_tokenizer_equals_the_shared_one():
-    """They differ only where digits follow white space: the shared file does not cut there."""
+def test_smollm2_tokenizer_equals_that_of_transformers():
+    """They differ only where digits follow white space: `transformers` does not cut there."""
     ours = tokenizer_from_gguf(open_gguf(smollm2.cached_file()).reader)
-    theirs = Tokenizer.from_folder(smollm2.shared_saes().parent)
+    path = smollm2.cached_file()
+    theirs = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     for text in (
         "Hello, world!\n\n\tdef f(x):\n    return x**2  # ok",
         "naïve café — “quotes” 日本語 🙂🙃",
@@ -444,4 +444,4 @@ def test_smollm2_tokenizer_equals_the_shared_one():
         "price 3.14 in 2024, 10 000",
         "<|im_start|>user\nhi<|im_end|>\n<|endoftext|>x",
     ):
-        assert ours.encode(text) == theirs.encode(text)
+        assert ours.encode(text) == theirs.encode(text, add_special_tokens=False)

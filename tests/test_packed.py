@@ -1,5 +1,6 @@
 """Packed SAEs: what they stand for by hand-written loops, what packing costs, what is refused."""
 
+import dataclasses
 import json
 import os
 import re
@@ -439,18 +440,11 @@ def test_the_header_is_checked_without_the_values(root, tmp_path):
 # The set in the package
 
 
-def test_the_packaged_set_serves_where_there_is_no_shared_folder(tmp_path, monkeypatch):
+def test_a_package_without_its_data_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(smollm2, "_DATA", tmp_path)
-    monkeypatch.setenv("QKATTR_SHARED", str(tmp_path / "shared"))
-    assert smollm2.packaged_saes() is smollm2.packaged_cards() is None
-    with pytest.raises(InputError, match="set QKATTR_SHARED"):
-        smollm2.saes_path()
-    for name in ("saes.safetensors", "cards.npz"):
-        (tmp_path / name).touch()
-    assert smollm2.saes_path() == tmp_path / "saes.safetensors"
-    assert smollm2.packaged_cards() == tmp_path / "cards.npz"
-    (tmp_path / "shared" / "smollm2" / "saes").mkdir(parents=True)
-    assert smollm2.saes_path() == tmp_path / "shared" / "smollm2" / "saes"
+    for path in (smollm2.saes_path, smollm2.cards_path):
+        with pytest.raises(InputError, match="is missing from the package; install qkattr again"):
+            path()
 
 
 def test_smollm2_may_be_the_packed_file(root, monkeypatch):
@@ -461,7 +455,7 @@ def test_smollm2_may_be_the_packed_file(root, monkeypatch):
 
 def test_demo_is_a_trace(run, root, tmp_path, monkeypatch):
     monkeypatch.setattr(smollm2, "saes_path", lambda: root / "packed.safetensors")
-    real = qkattr.load(root / "model", "smollm2")
+    real = dataclasses.replace(qkattr.load(root / "model", "smollm2"), read_cards=None)
     monkeypatch.setattr(bundle_module, "open_bundle", lambda *names, **options: real)
     monkeypatch.setattr(demo_command, "PROMPT", "hi hi hi 12")
     said = run("demo", "--out", tmp_path / "page").replace("\n", " ")

@@ -36,7 +36,7 @@ def features(
     ] = None,
     batch: Annotated[int, Option(min=1, help="Rows at a time.")] = 32,
     cards: Annotated[
-        Path | None, Option(help="Cards to read, a file of --out.", show_default=False)
+        Path | None, Option(help="Cards to read, a file of --out.", show_default="those of smollm2")
     ] = None,
     boundary: Annotated[int | None, Option(help="Of the feature.", show_default=False)] = None,
     index: Annotated[int | None, Option(help="Print this feature.", show_default=False)] = None,
@@ -70,10 +70,14 @@ def features(
         _make(model, saes, text, into, rows=rows, length=length, batch=batch, bos=bos, dtype=dtype)
         return
     from qkattr.features.cards import Cards
+    from qkattr.load import smollm2
 
-    opened = Cards.open(cards)
+    into = out or cards
+    if labels is not None and into is None:
+        raise InputError("--out is missing; give the .npz file to write the cards to")
+    opened = Cards.open(cards or smollm2.cards_path())
     if labels is not None:
-        _import(opened, labels, out or cards, resid_pre, boundary)
+        _import(opened, labels, into, resid_pre, boundary)
     elif export is not None:
         _export(opened, export, boundary)
     elif index is not None:
@@ -85,7 +89,7 @@ def features(
 
 
 def _check(text, cards, boundary, index, stray_pre, asked: dict[str, bool]) -> None:
-    if (text is None) == (cards is None):
+    if text is not None and cards is not None:
         raise InputError(
             "features makes cards from --text or reads them from --cards; give one of the two"
         )

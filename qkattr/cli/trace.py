@@ -62,7 +62,7 @@ def trace(
     ] = 8,
     cards: Annotated[
         Path | None,
-        Option(help="Feature cards that name the features.", show_default=False),
+        Option(help="Cards that name the features; --saes smollm2 has some.", show_default=False),
     ] = None,
     sink: common.Sink = True,
     bos: common.Bos = None,

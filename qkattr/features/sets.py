@@ -57,4 +57,4 @@ def with_cards(bundle: Bundle, cards: Cards | str | Path) -> Bundle:
             f"the cards are of other SAEs ({cards.meta['saes']}, fingerprint {str(was)[:12]}) than "
             f"the ones given ({str(now)[:12]}); make cards of these, or load those"
         )
-    return dataclasses.replace(bundle, cards=cards)
+    return dataclasses.replace(bundle, read_cards=lambda: cards)

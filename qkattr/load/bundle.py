@@ -36,8 +36,8 @@ class Bundle:
     tokenizer: None when the model's files hold none; prompts are token ids then. dictionaries: one
     a boundary, or None without SAEs. model, saes: as they were asked for. model_hash, saes_hash:
     see `fingerprint`. bos: whether text gets a BOS, as the SAEs say; None: as the tokenizer does,
-    also when the SAEs disagree. cards: of the SAEs' features, which label what is traced; see
-    `qkattr.features.with_cards`.
+    also when the SAEs disagree. read_cards: the cards of the SAEs' features, which label what is
+    traced: those that come with "smollm2", or see `qkattr.features.with_cards`.
     """
 
     config: ModelConfig
@@ -50,7 +50,7 @@ class Bundle:
     saes_hash: str | None
     bos: bool | None = None
     dtype: str = "float32"
-    cards: Cards | None = None
+    read_cards: Callable[[], Cards] | None = dataclasses.field(default=None, repr=False)
 
     @functools.cached_property
     def params(self) -> Params:
@@ -60,6 +60,11 @@ class Bundle:
           InputError: a tensor cannot be read or is not finite.
         """
         return self.read_params()
+
+    @functools.cached_property
+    def cards(self) -> Cards | None:
+        """The feature cards, if there are any."""
+        return None if self.read_cards is None else self.read_cards()
 
     def tokenize(self, prompt: Prompt, bos: bool | None = None) -> tuple[tuple[int, ...], str]:
         """Token ids of a prompt, and a phrase that says what was done about its BOS.
@@ -221,4 +226,11 @@ def open_bundle(
         saes_hash=saes_hash,
         bos=True if bos is None and model == smollm2.NAME else bos,
         dtype=dtype,
+        read_cards=_packaged_cards if str(saes) == smollm2.NAME else None,
     )
+
+
+def _packaged_cards() -> Cards:
+    from qkattr.features.cards import Cards
+
+    return Cards.open(smollm2.cards_path())

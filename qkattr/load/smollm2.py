@@ -121,39 +121,26 @@ def open_smollm2() -> tuple[GGUF, Tokenizer]:
     ), tokenizer
 
 
-def packaged_saes() -> Path | None:
-    """The packed SAEs in the package."""
-    path = _DATA / "saes.safetensors"
-    return path if path.is_file() else None
-
-
-def packaged_cards() -> Path | None:
-    """The feature cards of those SAEs in the package."""
-    path = _DATA / "cards.npz"
-    return path if path.is_file() else None
-
-
 def saes_path() -> Path:
-    """The SAEs trained on this model: the shared folder where there is one (for now: the recorded
-    findings are with it), else the packaged file."""
-    try:
-        return shared_saes()
-    except InputError:
-        if (packaged := packaged_saes()) is None:
-            raise
-        return packaged
+    """The packed SAEs trained on this model, in the package.
 
-
-def shared_saes() -> Path:
-    """Their folder, where the package has none: `$QKATTR_SHARED/smollm2/saes`, or below ../shared.
-
-    It goes when the findings are made again with the packaged set.
+    Raises:
+      InputError: the package has been taken apart.
     """
-    shared = Path(os.environ.get("QKATTR_SHARED") or "../shared")
-    path = shared / "smollm2" / "saes"
-    if not path.is_dir():
-        raise InputError(
-            f"no SAEs named {NAME!r}: {path} does not exist; set QKATTR_SHARED to the folder "
-            "that has smollm2/saes"
-        )
+    return _packaged("saes.safetensors")
+
+
+def cards_path() -> Path:
+    """The feature cards of those SAEs, in the package.
+
+    Raises:
+      InputError: the package has been taken apart.
+    """
+    return _packaged("cards.npz")
+
+
+def _packaged(name: str) -> Path:
+    path = _DATA / name
+    if not path.is_file():
+        raise InputError(f"{path} is missing from the package; install qkattr again")
     return path

@@ -57,5 +57,5 @@ def cli(root, capsys, monkeypatch):
 
 
 @pytest.fixture(scope="session")
-def sally(shared):
+def sally():
     return qkattr.trace(qkattr.load("smollm2", "smollm2"), SALLY, qk=0)

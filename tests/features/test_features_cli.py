@@ -165,7 +165,7 @@ CARDS = ("--cards", "cards.npz")
 @pytest.mark.parametrize(
     "arguments,said",
     [
-        ((), "give one of the two"),
+        (("--labels", "own.json"), "--out is missing"),
         (("--text", "rows.npy", *CARDS), "give one of the two"),
         (("--text", "rows.npy"), "--model is missing"),
         (("--text", "rows.npy", "--model", "model"), "--saes is missing"),
