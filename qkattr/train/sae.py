@@ -88,10 +88,11 @@ def loss(
 ) -> tuple[Float[Array, ""], Seen]:
     """The loss of a batch, and what it showed."""
     n = jnp.maximum(weight.sum(), 1)
-    y = (x - sae.b_dec_D).astype(cfg.compute)
     w_enc, w_dec = sae.w_enc_MD.astype(cfg.compute), sae.w_dec_MD.astype(cfg.compute)
+    # W_enc (x - b_dec) + b_enc, so that no gradient by position is needed.
+    bias = (sae.b_enc_M - sae.w_enc_MD @ sae.b_dec_D).astype(cfg.compute)
     how = dict(slots=cfg.slots, sparse=cfg.sparse)
-    v, index = largest(y, w_enc, sae.b_enc_M.astype(cfg.compute), **how)
+    v, index = largest(x.astype(cfg.compute), w_enc, bias, **how)
     v = v.astype(jnp.float32)
     a, l0, threshold = _gate(sae, v, index, weight, cfg=cfg)
     rebuilt = write(a.astype(cfg.compute), index, w_dec, sparse=cfg.sparse) + sae.b_dec_D
@@ -100,7 +101,7 @@ def loss(
     total = error / (n * x.shape[1])
     l0 = (weight * l0).sum() / n
     if cfg.aux_k:
-        total = total + cfg.aux_weight * _auxiliary(sae, y, left, weight, dead, cfg=cfg)
+        total = total + cfg.aux_weight * _auxiliary(sae, x, left, weight, dead, cfg=cfg)
     if cfg.activation == "jumprelu":
         total = total + cfg.l0_weight * jnp.square(l0 / cfg.k - 1)
     mean = (weight[:, None] * x).sum(0) / n
@@ -131,13 +132,14 @@ def _gate(
     return a, (a > 0).sum(-1).astype(jnp.float32), least
 
 
-def _auxiliary(sae: SAE, y, left, weight, dead, *, cfg: TrainConfig) -> Float[Array, ""]:
+def _auxiliary(sae: SAE, x, left, weight, dead, *, cfg: TrainConfig) -> Float[Array, ""]:
     """How badly dead features account for what is left, as a share of it; 0 when none is dead."""
-    few = slice(0, max(1, y.shape[0] // AUX_SHARE))
-    y, weight = y[few], weight[few]
+    few = slice(0, max(1, x.shape[0] // AUX_SHARE))
+    x, weight = x[few], weight[few]
     target = jax.lax.stop_gradient(left[few])
 
     def account(sae: SAE):
+        y = (x - sae.b_dec_D).astype(cfg.compute)
         bias = jnp.where(dead, sae.b_enc_M, -1e9).astype(cfg.compute)
         w_enc, w_dec = sae.w_enc_MD.astype(cfg.compute), sae.w_dec_MD.astype(cfg.compute)
         v, index = largest(y, w_enc, bias, slots=cfg.aux_k, sparse=cfg.sparse)
