@@ -54,7 +54,8 @@ def steer(
         str | None, Option(help="Features whose label has this text instead.", show_default=False)
     ] = None,
     labels: Annotated[
-        Path | None, Option(help='JSON of labels, {"B:F": "text"}.', show_default=False)
+        Path | None,
+        Option(help='Labels instead of the cards\': JSON, {"B:F": "text"}.', show_default=False),
     ] = None,
     scales: Annotated[str, Option(help="What the features are multiplied by.")] = (
         "-1,-0.5,0,0.5,1,1.5,2"
@@ -91,6 +92,7 @@ def steer(
     from qkattr.experiments.edits import parse_edit, parse_heads
     from qkattr.experiments.steer import check_asked, check_scales
     from qkattr.experiments.steer import steer as steer_prompt
+    from qkattr.load.groups import search_labels
 
     edits = [parse_edit(text) for text in edit or ()]
     ablated = parse_heads(ablate) if ablate is not None else ()
@@ -98,7 +100,8 @@ def steer(
     known = _labels(labels)
     features_of = _group(group, label, known)
     choosing = common.given(context, "heads", "side", "features", "by")
-    _check_ends(source, target, bool(edits or ablated), hydra or features_of is not None, choosing)
+    named = group is not None or label is not None
+    _check_ends(source, target, bool(edits or ablated), hydra or named, choosing)
     _check_figure(figure)
     choice = dict(source=source, target=target, heads=heads, side=side, features=features, by=by)
 
@@ -116,6 +119,8 @@ def steer(
         )  # fmt: skip
         if source is not None:
             progress("choosing heads and features")
+            if label is not None and known is None:
+                features_of = search_labels(subject.labels, label)
             edits += choose_edits(subject, **choice, group=features_of)
         steering = steer_prompt(
             subject,
@@ -172,9 +177,7 @@ def _group(group: str | None, label: str | None, labels) -> Group | None:
 
     if group is not None and label is not None:
         raise InputError("--group and --label both choose the features; give one of them")
-    if label is not None:
-        if labels is None:
-            raise InputError("--label searches labels, and there are none; give --labels FILE")
+    if label is not None and labels is not None:
         return search_labels(labels, label)
     if group is None:
         return None

@@ -69,6 +69,8 @@ def search_labels(labels: Mapping[tuple[int, int], str], text: str) -> Group:
     Raises:
       InputError: there is none.
     """
+    if not labels:
+        raise InputError("no feature has a label; give labels, or SAEs with cards")
     found = [f for f, label in labels.items() if text.casefold() in label.casefold()]
     if not found:
         raise InputError(

@@ -348,12 +348,12 @@ def test_groups_of_which_nothing_is_active(steer, files):
     message = "none of the group's features is active at position 1 in blocks 1; give features of"
     assert message in steer(*CHOSEN, "--group", "groups.toml:quiet")
     assert message in steer(*CHOSEN, "--labels", "labels.json", "--label", "Aunt")
+    assert "no feature has a label; give labels" in steer(*CHOSEN, "--label", "aunt")
 
 
 @pytest.mark.parametrize(
     "more, message",
     [
-        (("--label", "aunt"), "--label searches labels, and there are none; give --labels FILE"),
         (
             ("--labels", "labels.json", "--label", "zebra"),
             "none of 1 labels contains 'zebra'; give",
