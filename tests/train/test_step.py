@@ -109,11 +109,15 @@ def test_bfloat16_products_stay_near_float32():
     within("bfloat16", rough.sae.w_dec_MD, exact.sae.w_dec_MD, 0.03)
 
 
-#: What finds it: a dictionary twice as wide has a row to spare for each that two rows fight over.
+#: What finds it: a wider dictionary has rows to spare where two of them fight over one.
 PLANTED = {
-    "topk": dict(width=planted.FEATURES, lr=5e-3, tokens=4000 * planted.BATCH),
-    "batchtopk": dict(width=2 * planted.FEATURES, lr=1e-2, tokens=3000 * planted.BATCH),
-}
+    "topk": dict(width=4 * planted.FEATURES, tokens=1500 * planted.BATCH),
+    "batchtopk": dict(width=2 * planted.FEATURES, tokens=3000 * planted.BATCH),
+    "jumprelu": dict(
+        width=4 * planted.FEATURES, tokens=3000 * planted.BATCH, l0_weight=1, bandwidth=1,
+        threshold=1,
+    ),
+}  # fmt: skip
 
 
 @pytest.mark.slow
@@ -121,8 +125,8 @@ PLANTED = {
 def test_a_planted_dictionary_is_found(kind):
     """At least 95 % of 512 rows in 64 dimensions, 8 active, by cosine 0.95."""
     cfg = TrainConfig(
-        activation=kind, k=planted.ACTIVE, batch=planted.BATCH, buffer=64, decay=0.4, clip=100.0,
-        dead_after=20_000, sparse=False, **PLANTED[kind],
+        activation=kind, k=planted.ACTIVE, batch=planted.BATCH, buffer=64, lr=1e-2, decay=0.4,
+        clip=100.0, dead_after=20_000, sparse=False, **PLANTED[kind],
     )  # fmt: skip
     truth = planted.dictionary(jax.random.key(3))
     state, _ = planted.train(cfg, truth)
