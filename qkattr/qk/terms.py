@@ -101,9 +101,9 @@ def qk_terms(
     """
     weights = one_head(weights, head)
     _, seen = block(weights, x, cfg=cfg, precision=precision)
-    q = _query_components(weights, components, seen, query, cfg=cfg, precision=precision)
-    k = _key_components(weights, components, seen, cfg=cfg, precision=precision)
-    others = _other_keys(weights, seen.scores_NTS[0, query], query, key, cfg=cfg)
+    q = query_components(weights, components, seen, query, cfg=cfg, precision=precision)
+    k = key_components(weights, components, seen, cfg=cfg, precision=precision)
+    others = other_keys(weights, seen.scores_NTS[0, query], query, key, cfg=cfg)
     baseline = _same_component_elsewhere(components, k, others, key)
     dots = partial(jnp.einsum, "AH,CH->AC", precision=precision)
     score = seen.scores_NTS[0, query, key]
@@ -119,8 +119,8 @@ def qk_terms(
         capped=cap,
         slope=slope,
         probability=seen.pattern_NTS[0, query, key],
-        query_used=_used(components, query, weights.bq_NH, weights.norm_attn),
-        key_used=_used(components, key, weights.bk_KH, weights.norm_attn),
+        query_used=used_slots(components, query, weights.bq_NH, weights.norm_attn),
+        key_used=used_slots(components, key, weights.bk_KH, weights.norm_attn),
         query_kind=components.kind[query],
         key_kind=components.kind[key],
         query_index=components.index[query],
@@ -188,10 +188,17 @@ def _project(
     return lambda vectors: dot(norm_direction(norm, vectors, cfg=cfg), w_DH), constant
 
 
-def _query_components(
-    weights: BlockWeights, components: Components, seen: Activations, query, *, cfg, precision
+def query_components(
+    weights: BlockWeights,
+    components: Components,
+    seen: Activations,
+    query,
+    *,
+    cfg,
+    precision,
+    at=None,
 ) -> Float[Array, "A H"]:
-    """The query's components at one position, of a one-head block."""
+    """The query's components at one position, of a one-head block; turned as at position `at`."""
     n_slots = components.n_slots
     bias = None if weights.bq_NH is None else weights.bq_NH[0]
     to_head, constant = _project(weights.norm_attn, weights.wq_DNH[:, 0], bias, cfg, precision)
@@ -203,14 +210,14 @@ def _query_components(
         seen.scale_q_TN[query][None],
         gain=weights.norm_q,
         inv_freq=weights.inv_freq,
-        positions=jnp.asarray(query)[None],
+        positions=jnp.asarray(query if at is None else at)[None],
     )[0]
 
 
-def _key_components(
-    weights: BlockWeights, components: Components, seen: Activations, *, cfg, precision
+def key_components(
+    weights: BlockWeights, components: Components, seen: Activations, *, cfg, precision, at=None
 ) -> Float[Array, "S C H"]:
-    """The keys' components at every position, of a one-head block."""
+    """The keys' components at every position, of a one-head block; turned as at `at`, `[S]`."""
     n_positions, n_slots = components.kind.shape
     bias = None if weights.bk_KH is None else weights.bk_KH[0]
     to_head, constant = _project(weights.norm_attn, weights.wk_DKH[:, 0], bias, cfg, precision)
@@ -221,11 +228,11 @@ def _key_components(
         seen.scale_k_SK,
         gain=weights.norm_k,
         inv_freq=weights.inv_freq,
-        positions=jnp.arange(n_positions),
+        positions=jnp.arange(n_positions) if at is None else at,
     )
 
 
-def _other_keys(weights, scores_S, query, key, *, cfg) -> Float[Array, "S"]:
+def other_keys(weights, scores_S, query, key, *, cfg) -> Float[Array, "S"]:
     """The pattern renormalised over the visible keys other than `key`; zeros when there is none."""
     position = jnp.arange(scores_S.shape[0])
     seen = visible(scores_S.shape[0], weights.window)[query] & (position != key)
@@ -246,7 +253,7 @@ def _same_component_elsewhere(
     return jnp.einsum("CSX,SXH->CH", weight, k, precision="highest")
 
 
-def _used(
+def used_slots(
     components: Components, position, bias: Array | None, norm: Norm | None
 ) -> Bool[Array, "C"]:
     """Slots that are components: the bias slot only where it carries a vector or constants."""
