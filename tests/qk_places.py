@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 
-
 #: Houses that between them have LayerNorm, softcap, windows, QK-norm, biases and learned positions.
 FOUR = ("llama", "gpt2", "gemma2", "everything")
 
