@@ -16,7 +16,7 @@ from qkattr.graph.paths import Place
 from qkattr.load.bundle import Bundle, Prompt
 from qkattr.model.forward import block
 from qkattr.options import make_options
-from qkattr.qk.table import QKAttribution, qk_table
+from qkattr.qk.table import Labeller, QKAttribution, qk_table
 from qkattr.qk.terms import QKTerms, qk_terms_many
 from qkattr.result import Result
 from qkattr.session import (
@@ -86,12 +86,10 @@ def attribute_qk(
     Raises:
       InputError: the prompt, the place or an option (see `TraceOptions`) cannot be used.
     """
-    opts = make_options(options)
-    ids, _ = bundle.tokenize(prompt, opts.bos)
-    place = find_place_in(bundle.config, token_texts(bundle, ids), (layer, head, query, key))
-    session = start_session(bundle, ids, opts, progress)
+    session, place, labels = open_place(
+        bundle, prompt, (layer, head, query, key), labels=labels, progress=progress, **options
+    )
     progress("QK attribution")
-    labels = prompt_labels(session) if labels is None else labels
     return qk_tables(session, [place], labels)[place]
 
 
@@ -198,10 +196,45 @@ def qk_tables(
             jax.tree.map(lambda a, i=i: a[i], terms),
             tokens=session.tokens,
             place=place,
-            label_query=partial(_label, labels, block_, session.tokens[query]),
-            label_key=partial(_label, labels, block_, session.tokens[key]),
+            label_query=labeller(session, labels, block_, query),
+            label_key=labeller(session, labels, block_, key),
         )
     return tables
+
+
+def labeller(session: Session, labels: Labels, boundary: int, position: int) -> Labeller:
+    """What components of a position are called: a feature's label, a token's text."""
+    return partial(_label, labels, boundary, session.tokens[position])
+
+
+def open_place(
+    subject: Result | Bundle,
+    prompt: Prompt | None,
+    place: tuple,
+    *,
+    labels: Labels | None = None,
+    progress: Progress = lambda stage: None,
+    **options: Any,
+) -> tuple[Session, Place, Labels]:
+    """The session, the checked place (block, head, query, key) and the labels of an analysis.
+
+    subject: a result (then no prompt and no options), or a bundle with a prompt and its options.
+
+    Raises:
+      InputError: the place, the prompt or an option cannot be used, or the result has no model.
+    """
+    if isinstance(subject, Result):
+        if prompt is not None or options:
+            raise InputError("a result has its prompt and options; give them with a bundle only")
+        found = place_in(subject, place)
+        return need_session(subject), found, subject.labels if labels is None else labels
+    if prompt is None:
+        raise InputError("a bundle needs a prompt; give text, token ids or messages")
+    opts = make_options(options)
+    ids, _ = subject.tokenize(prompt, opts.bos)
+    found = find_place_in(subject.config, token_texts(subject, ids), place)
+    session = start_session(subject, ids, opts, progress)
+    return session, found, prompt_labels(session) if labels is None else labels
 
 
 def _label(labels: Labels, boundary: int, token: str, kind: Kind, index: int) -> str:

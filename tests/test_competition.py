@@ -20,6 +20,13 @@ IDENTITY = 1e-4
 ROW = 2e-5
 
 
+def identities(parts):
+    """A number for each component, the same for the same kind and index."""
+    names = np.stack([np.asarray(parts.kind).ravel(), np.asarray(parts.index).ravel()], axis=1)
+    found = np.unique(names, axis=0, return_inverse=True)[1]
+    return found.reshape(parts.kind.shape).astype(np.int32)
+
+
 def capped(raw, cfg):
     raw = np.asarray(raw, np.float64)
     return raw if cfg.softcap is None else cfg.softcap * np.tanh(raw / cfg.softcap)
@@ -57,7 +64,16 @@ def test_rows_sum_to_the_left_side_and_the_entropy(opened, form):
     for head, query, key in places(weights, len(x)):
         other = min(key + 1, query)
         found = competition(
-            weights, x, parts, head=head, query=query, key=key, other=other, form=form, cfg=cfg
+            weights,
+            x,
+            parts,
+            identities(parts),
+            head=head,
+            query=query,
+            key=key,
+            other=other,
+            form=form,
+            cfg=cfg,
         )
         expected = left_side(scores[head, query], weights, cfg, query, key, other, form)
         if expected is None:  # a query that sees one key has no other to compete with
@@ -75,8 +91,9 @@ def test_rows_are_weighted_terms(opened):
     weights, x, parts, cfg, scores = opened
     head, query = weights.wq_DNH.shape[1] - 1, len(x) - 1
     key = query - min(1, int(weights.window) - 1)
+    identity = identities(parts)
     found = jax.device_get(
-        competition(weights, x, parts, head=head, query=query, key=key, top=40, cfg=cfg)
+        competition(weights, x, parts, identity, head=head, query=query, key=key, top=40, cfg=cfg)
     )
     terms = np.stack(
         [
@@ -101,6 +118,13 @@ def test_rows_are_weighted_terms(opened):
         within("values", sign * listed.value, ranked, ROW, largest)
         theirs = rows[listed.query_slot, listed.key, listed.key_slot]
         within("where", listed.value, theirs, ROW, largest)
+    net = np.zeros((rows.shape[0], identity.size))
+    for s in range(rows.shape[1]):
+        for c in range(rows.shape[2]):
+            net[:, identity[s, c]] += rows[:, s, c]
+    for sign, listed in ((1, found.net_pushes), (-1, found.net_pulls)):
+        ranked = np.sort((sign * net).ravel())[::-1][:40]
+        within("net values", sign * listed.value, ranked, ROW, np.abs(rows).sum((1, 2)).max())
     total = np.abs(found.by_kind_absolute).sum()
     within("kinds", found.by_kind.sum(), found.total, ROW, total)
     within("absolute", total, np.abs(rows).sum(), ROW, total)
@@ -117,7 +141,14 @@ def test_on_the_real_model(bundle, name):
         for query in (len(x) - 1, len(x) - 3):
             for key in (0, query // 2, query):
                 found = competition(
-                    weights, x, parts, head=head, query=query, key=key, cfg=case.cfg.block
+                    weights,
+                    x,
+                    parts,
+                    identities(parts),
+                    head=head,
+                    query=query,
+                    key=key,
+                    cfg=case.cfg.block,
                 )
                 value, entropy = left_side(
                     scores[head, query], weights, case.cfg.block, query, key, 0, "odds"

@@ -14,15 +14,18 @@ import typer
 from qkattr.cli import (
     check,
     demo,
+    distance,
     faithfulness,
     features,
     heads,
+    mechanisms,
     pack,
     qk,
     steer,
     tokens,
     trace,
     train,
+    why,
 )
 from qkattr.errors import InputError, clipped, printable, quoted
 
@@ -43,6 +46,9 @@ app = typer.Typer(
 for command in (
     trace.trace,
     qk.qk,
+    why.why,
+    mechanisms.mechanisms,
+    distance.distance,
     heads.heads,
     steer.steer,
     faithfulness.faithfulness,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
@@ -120,7 +120,7 @@ def steer(
         if source is not None:
             progress("choosing heads and features")
             if label is not None and known is None:
-                features_of = search_labels(subject.labels, label)
+                features_of = search_labels(cast("Result", subject).labels, label)
             edits += choose_edits(subject, **choice, group=features_of)
         steering = steer_prompt(
             subject,

@@ -51,13 +51,24 @@ class Rows:
 
 
 @struct.dataclass
+class Nets:
+    """Some sums of rows over the keys at which one key component is active: `[R]` values, the query
+    slot, and the component's identity."""
+
+    value: Float[Array, "R"]
+    query_slot: Int[Array, "R"]
+    identity: Int[Array, "R"]
+
+
+@struct.dataclass
 class Competition:
     """The rows of one place (head, query, key), summed in several ways.
 
     pattern_S, raw_S, capped_S: attention, scores before and after the softcap. seen_S: keys that
     the query sees. weight_S: w of the module's header. entropy: what is subtracted. total: the sum
     of all rows; value: the left side, from the pattern itself.
-    pushes, pulls: the largest positive and the most negative rows.
+    pushes, pulls: the largest positive and the most negative rows. net_pushes, net_pulls: the same
+    of their sums over keys, in which what is equal at all keys cancels.
     by_key_S, by_query_A, by_component_SC: sums of rows. by_kind: `[kinds, kinds]` (query side, key
     side) sums, by_kind_absolute those of |row|.
     query_used, key_used_SC: slots that hold something.
@@ -73,6 +84,8 @@ class Competition:
     value: Float[Array, ""]
     pushes: Rows
     pulls: Rows
+    net_pushes: Nets
+    net_pulls: Nets
     by_key_S: Float[Array, "S"]
     by_query_A: Float[Array, "A"]
     by_component_SC: Float[Array, "S C"]
@@ -88,6 +101,7 @@ def competition(
     weights: BlockWeights,
     x: Float[Array, "T D"],
     components: Components,
+    identity: Int[Array, "S C"],
     *,
     head: Int[Array, ""] | int,
     query: Int[Array, ""] | int,
@@ -103,6 +117,7 @@ def competition(
 
     Args:
       weights: the block's. x: the residual stream it reads. components: of it.
+      identity: which component a slot holds, 0 to S C - 1: the same number for the same one.
       other: the second key of form "difference"; not read otherwise.
       form: one of `FORMS` (static). top: rows of either sign to keep (static). kinds: how many
         values `Kind` has (static).
@@ -121,6 +136,8 @@ def competition(
     k = key_components(weights, components, activations, cfg=cfg, precision=precision)
     k = k * (weight * ratio * cfg.scale)[:, None, None]
     rows = jnp.einsum("AH,SCH->ASC", q, k, precision=precision)
+    flat = rows.reshape(rows.shape[0], -1).T
+    net = jax.ops.segment_sum(flat, identity.ravel(), num_segments=identity.size).T
     each = jax.vmap(lambda s: used_slots(components, s, weights.bk_KH, weights.norm_attn))
     hot_q = jax.nn.one_hot(components.kind[query], kinds)
     hot_k = jax.nn.one_hot(components.kind, kinds)
@@ -136,6 +153,8 @@ def competition(
         value=value,
         pushes=_strongest(rows, top),
         pulls=_strongest(-rows, top, sign=-1.0),
+        net_pushes=_nets(net, top),
+        net_pulls=_nets(-net, top, sign=-1.0),
         by_key_S=rows.sum((0, 2)),
         by_query_A=rows.sum((1, 2)),
         by_component_SC=rows.sum(0),
@@ -170,3 +189,9 @@ def _strongest(rows: Float[Array, "A S C"], top: int, sign: float = 1.0) -> Rows
     value, flat = jax.lax.top_k(rows.ravel(), min(top, rows.size))
     a, s, c = jnp.unravel_index(flat, rows.shape)
     return Rows(value=sign * value, query_slot=a, key=s, key_slot=c)
+
+
+def _nets(net: Float[Array, "A U"], top: int, sign: float = 1.0) -> Nets:
+    value, flat = jax.lax.top_k(net.ravel(), min(top, net.size))
+    a, identity = jnp.unravel_index(flat, net.shape)
+    return Nets(value=sign * value, query_slot=a, identity=identity)

@@ -69,10 +69,10 @@ def qk_table(
     rows, columns = np.flatnonzero(terms.query_used), np.flatnonzero(terms.key_used)
     value = terms.terms[np.ix_(rows, columns)].astype(float)
     contrast = terms.contrast[np.ix_(rows, columns)].astype(float)
-    queries = _describe(
+    queries = describe(
         terms.query_kind, terms.query_index, terms.query_activation, rows, label_query
     )
-    keys = _describe(terms.key_kind, terms.key_index, terms.key_activation, columns, label_key)
+    keys = describe(terms.key_kind, terms.key_index, terms.key_activation, columns, label_key)
     order = np.argsort(-np.abs(value), axis=None, kind="stable")
     at = zip(*np.unravel_index(order, value.shape), strict=True)
     pairs = [
@@ -101,7 +101,8 @@ def qk_table(
     )
 
 
-def _describe(kind, index, activation, slots, label: Labeller) -> list[dict[str, Any]]:
+def describe(kind, index, activation, slots, label: Labeller) -> list[dict[str, Any]]:
+    """Some slots of a position as the JSON has them: kind, index, activation, label."""
     return [
         dict(
             kind=Kind(kind[i]).label,

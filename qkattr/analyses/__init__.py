@@ -1,0 +1,1 @@
+"""Analyses of one attention score, as tables: competition, mechanisms, distance, groups."""

@@ -1,0 +1,192 @@
+"""The parallel reasons of one score, or of the same score over several prompts.
+
+    mechanisms(subject, prompt, layer=, head=, query=, key=)
+    mechanisms_over(bundle, prompts, layer=, head=, query=, key=)
+
+Over prompts, components are matched by kind and index, and their terms summed before the matrix is
+decomposed (see `qk.mechanisms`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from qkattr.errors import InputError
+from qkattr.load.bundle import Bundle, Prompt
+from qkattr.qk.mechanisms import Mechanisms
+from qkattr.qk.mechanisms import mechanisms as decompose
+from qkattr.qk.table import describe
+from qkattr.result import Result
+from qkattr.scores import Labels, labeller, open_place, terms_at
+from qkattr.session import Progress
+from qkattr.types import Kind
+
+
+@dataclasses.dataclass(frozen=True)
+class MechanismTable:
+    """Attributes are the keys of the JSON.
+
+    score: the sum of the terms (over all prompts). rank: effective rank of their matrix. cross: the
+    share of sum |terms| between components of different mechanisms. mechanisms: by falling sigma,
+    each with what it `carried` of the score, its `share` of sum sigma^2, and its largest `query`
+    and `key` components with their `weight`, the entry of the singular vector. n_prompts: how many
+    were summed. error_share: of sum |terms|, with an error slot on either side.
+    """
+
+    tokens: list[str]
+    layer: int
+    head: int
+    query: int
+    key: int
+    score: float
+    rank: float
+    cross: float
+    mechanisms: list[dict[str, Any]]
+    n_prompts: int
+    error_share: float
+
+    def to_json(self) -> dict[str, Any]:
+        """A plain object."""
+        return dataclasses.asdict(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Side:
+    """Components of one side: their names (kind, index) and how the JSON describes them."""
+
+    names: list[tuple[int, int]]
+    described: list[dict[str, Any]]
+
+
+def mechanisms(
+    subject: Result | Bundle,
+    prompt: Prompt | None = None,
+    *,
+    layer: int,
+    head: int,
+    query: int | str,
+    key: int | str,
+    top: int = 8,
+    labels: Labels | None = None,
+    progress: Progress = lambda stage: None,
+    **options: Any,
+) -> MechanismTable:
+    """The mechanisms of one score. subject, query, key: as `why` takes them.
+
+    Raises:
+      InputError: the place, the prompt or an option cannot be used.
+    """
+    opened = open_place(
+        subject, prompt, (layer, head, query, key), labels=labels, progress=progress, **options
+    )
+    progress("mechanisms")
+    place, tokens = opened[1], opened[0].tokens
+    return _table([_terms(*opened)], place=place, tokens=tokens, top=top)
+
+
+def mechanisms_over(
+    bundle: Bundle,
+    prompts: Sequence[Prompt],
+    *,
+    layer: int,
+    head: int,
+    query: int | str,
+    key: int | str,
+    top: int = 8,
+    labels: Labels | None = None,
+    progress: Progress = lambda stage: None,
+    **options: Any,
+) -> MechanismTable:
+    """The mechanisms of a score summed over prompts; positions are those of every prompt (token
+    texts or negative ones, where lengths differ). tokens, query and key are the first prompt's.
+
+    Raises:
+      InputError: there are no prompts, or one of them cannot be used.
+    """
+    if not prompts:
+        raise InputError("mechanisms_over got no prompts; give at least one")
+    parts, first = [], None
+    for i, prompt in enumerate(prompts):
+        progress(f"prompt {i + 1} of {len(prompts)}")
+        opened = open_place(bundle, prompt, (layer, head, query, key), labels=labels, **options)
+        first = first or (opened[1], opened[0].tokens)
+        parts.append(_terms(*opened))
+    place, tokens = first or ((0, 0, 0, 0), [])
+    return _table(parts, place=place, tokens=tokens, top=top)
+
+
+def _terms(session, place, labels) -> tuple[np.ndarray, _Side, _Side]:
+    layer, _, query, key = place
+    qk = terms_at(session, [place])
+    rows, columns = np.flatnonzero(qk.query_used[0]), np.flatnonzero(qk.key_used[0])
+
+    def side(kind, index, activation, slots, position) -> _Side:
+        label = labeller(session, labels, layer, position)
+        names = [(int(kind[i]), int(index[i])) for i in slots]
+        return _Side(names, describe(kind, index, activation, slots, label))
+
+    return (
+        np.asarray(qk.terms[0], float)[np.ix_(rows, columns)],
+        side(qk.query_kind[0], qk.query_index[0], qk.query_activation[0], rows, query),
+        side(qk.key_kind[0], qk.key_index[0], qk.key_activation[0], columns, key),
+    )
+
+
+def _united(sides: list[_Side]) -> tuple[_Side, list[list[int]]]:
+    """All components of several prompts, each once, and where each prompt's are among them."""
+    at: dict[tuple[int, int], int] = {}
+    described, where = [], []
+    for side in sides:
+        for name, words in zip(side.names, side.described, strict=True):
+            if at.setdefault(name, len(at)) == len(described):
+                described.append({k: v for k, v in words.items() if k != "activation"})
+        where.append([at[name] for name in side.names])
+    return _Side(list(at), described), where
+
+
+def _table(parts, *, place, tokens, top: int) -> MechanismTable:
+    queries, query_at = _united([query for _, query, _ in parts])
+    keys, key_at = _united([key for _, _, key in parts])
+    terms = np.zeros((len(queries.names), len(keys.names)))
+    for (of_prompt, _, _), rows, columns in zip(parts, query_at, key_at, strict=True):
+        np.add.at(terms, np.ix_(rows, columns), of_prompt)
+    found = decompose(terms)
+    size = np.abs(terms)
+    sound = np.ix_(*([kind != Kind.ERROR for kind, _ in side.names] for side in (queries, keys)))
+    layer, head, query, key = place
+    return MechanismTable(
+        tokens=tokens,
+        layer=layer,
+        head=head,
+        query=query,
+        key=key,
+        score=float(terms.sum()),
+        rank=found.rank,
+        cross=found.cross,
+        mechanisms=[_mechanism(found, i, queries, keys, top) for i in range(_listed(found, top))],
+        n_prompts=len(parts),
+        error_share=float(1 - size[sound].sum() / max(size.sum(), 1e-300)),
+    )
+
+
+def _listed(found: Mechanisms, top: int) -> int:
+    return min(top, int((found.sigma_I > 1e-9 * max(found.sigma_I[0], 1e-300)).sum()))
+
+
+def _mechanism(found: Mechanisms, i: int, queries: _Side, keys: _Side, top: int) -> dict[str, Any]:
+    def largest(vector: np.ndarray, side: _Side) -> list[dict[str, Any]]:
+        order = np.argsort(-np.abs(vector), kind="stable")[:top]
+        return [side.described[j] | dict(weight=float(vector[j])) for j in order]
+
+    square = found.sigma_I**2
+    return dict(
+        sigma=float(found.sigma_I[i]),
+        carried=float(found.carried_I[i]),
+        share=float(square[i] / max(square.sum(), 1e-300)),
+        query=largest(found.query_IA[i], queries),
+        key=largest(found.key_IC[i], keys),
+    )

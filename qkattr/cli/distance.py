@@ -1,0 +1,106 @@
+"""`qkattr distance`: what of a score depends on how far back the key lies."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from qkattr.cli import common, place
+from qkattr.errors import printable, quoted
+
+if TYPE_CHECKING:
+    from qkattr.analyses.distance import Distance
+
+
+def distance(
+    context: typer.Context,
+    prompt: place.PromptOrFolder,
+    layer: place.Layer,
+    head: place.Head,
+    query: place.Query,
+    key: place.Key,
+    distances: Annotated[
+        int | None,
+        typer.Option(
+            "--max", help="Distances, from 0 on. Default: 256, or the window.", show_default=False
+        ),
+    ] = None,
+    model: common.Model = None,
+    saes: common.Saes = None,
+    top: Annotated[int, typer.Option(min=1, max=4096, help="Pairs to list.")] = 12,
+    figure: place.Figure = None,
+    sink: common.Sink = True,
+    bos: common.Bos = None,
+    ids: common.Ids = False,
+    dtype: common.Dtype = "float32",
+    json: common.Json = False,
+) -> None:
+    """A score and its strongest pairs as functions of distance, all else held."""
+    from qkattr.analyses.distance import check_distances
+    from qkattr.analyses.distance import distance as profile
+
+    check_distances(distances)
+    place.check_figure(figure)
+    with common.progress() as progress:
+        subject, given, options = place.open_subject(
+            context, prompt, (layer, head, query, key), model=model, saes=saes, dtype=dtype,
+            ids=ids, sink=sink, bos=bos, progress=progress,
+        )  # fmt: skip
+        found = profile(
+            subject, given, layer=layer, head=head, query=query, key=key, distances=distances,
+            top=top, progress=progress, **options,
+        )  # fmt: skip
+        if figure is not None:
+            from qkattr.export.qk_figures import distance_figure
+
+            progress("drawing")
+            distance_figure(found, figure)
+    if json:
+        common.print_json(found.to_json())
+        return
+    show(found)
+    if figure is not None:
+        print(printable(f"Drawn: {figure}"))
+
+
+def show(found: Distance) -> None:
+    """The score's split, the score at some distances, and the strongest pairs' split."""
+    from qkattr.cli.show import bar, console, say, show_table
+    from qkattr.export.summary import component
+
+    out = console()
+    at = lambda p: f"{quoted(found.tokens[p])} {p}"
+    here = found.query - found.key
+    say(
+        out,
+        f"Head {found.layer}.{found.head} at {at(found.query)} looks at {at(found.key)}, "
+        f"{here} back: score {found.score:.4f} = {found.invariant:+.4f} on average over distances "
+        f"0 to {len(found.score_profile) - 1} {found.positional:+.4f} at this one",
+    )
+    if not found.rotary:
+        say(out, "The block has no rotary embedding: its scores depend on distance through "
+                 "components alone.")  # fmt: skip
+    if found.position:
+        say(out, f"Terms with a position embedding on either side: {found.position:+.4f}")
+    some = sorted({0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, here})
+    some = [d for d in some if d < len(found.score_profile)]
+    most = max((abs(found.score_profile[d]) for d in some), default=1.0)
+    rows = [
+        (f"{d}{' *' if d == here else ''}", f"{v:+.4f}", bar(v, most))
+        for d in some
+        for v in [found.score_profile[d]]
+    ]
+    show_table(out, "Score at distance (* the prompt's)", ("distance|", "score|", ""), rows)
+    rows = [
+        (
+            component(p["query"]),
+            component(p["key"]),
+            f"{p['value']:+.4f}",
+            f"{p['mean']:+.4f}",
+            f"{p['positional']:+.4f}",
+        )
+        for p in found.pairs
+    ]
+    columns = ("query side", "key side", "value|", "mean|", "positional|")
+    show_table(out, "Strongest pairs", columns, rows)

@@ -1,0 +1,105 @@
+"""Figures of the QK analyses, readable in grey: sign is also a hatch, lines differ in dash."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qkattr.export.figures import (
+    COLOURS,
+    GREY,
+    LINES,
+    need_pyplot,
+    safe,
+    save_figure,
+    style,
+    tidy,
+)
+from qkattr.export.summary import component
+
+if TYPE_CHECKING:
+    from qkattr.analyses.distance import Distance
+    from qkattr.analyses.mechanisms import MechanismTable
+    from qkattr.analyses.why import Why
+
+#: Bars of a panel.
+BARS = 12
+
+
+def place_title(found: Any) -> str:
+    """Head 14.5, " Aunt" 14 to " Sally" 6."""
+    query, key = (f'"{safe(found.tokens[p].strip(), 16)}" {p}' for p in (found.query, found.key))
+    return f"Head {found.layer}.{found.head}, {query} to {key}"
+
+
+def signed_bars(axes, names: list[str], values: list[float], title: str, x: str) -> None:
+    """Horizontal bars, the first on top; negative ones hatched."""
+    at = range(len(values))
+    for i, value in zip(at, values, strict=True):
+        colour = COLOURS[0] if value >= 0 else COLOURS[1]
+        axes.barh(i, value, color=colour, hatch=None if value >= 0 else "///", edgecolor="white")
+    axes.set_yticks(list(at), names, fontsize=8)
+    axes.invert_yaxis()
+    axes.axvline(0, color=GREY, lw=0.8)
+    tidy(axes, title, x, "")
+
+
+def why_figure(found: Why, path: Path) -> Path:
+    """What each key's rows add; beside it the strongest rows of either sign."""
+    figure, (left, right) = need_pyplot().subplots(
+        1, 2, figsize=(12, 4.6), layout="constrained", width_ratios=(1, 1.7)
+    )
+    keys = found.keys[:BARS]
+    named = [
+        f'"{safe(k["token"].strip(), 14)}" {k["position"]} ({100 * k["probability"]:.1f} %)'
+        for k in keys
+    ]
+    signed_bars(left, named, [k["value"] for k in keys], "Keys by attention", "part of the sum")
+    rows = sorted(
+        [*found.pushes[: BARS // 2], *found.pulls[: BARS // 2]], key=lambda r: -r["value"]
+    )
+    named = [f"{safe(component(r['query']), 36)} x {safe(component(r['key']), 36)}" for r in rows]
+    signed_bars(right, named, [r["value"] for r in rows], "Pairs, summed over keys", "value")
+    left_side = "log(A / (1 - A))" if found.form == "odds" else "log A"
+    share = f"error slots {100 * found.error_share:.0f} % of the absolute sum"
+    title = f"{place_title(found)}: {left_side} = {found.value:+.2f}, {share}"
+    figure.suptitle(title, fontsize=11, x=0.01, ha="left")
+    return save_figure(figure, path)
+
+
+def mechanisms_figure(found: MechanismTable, path: Path) -> Path:
+    """Singular values with what each carries; beside it the components of the first ones."""
+    few = min(3, len(found.mechanisms))
+    figure, axes = need_pyplot().subplots(1, few + 1, figsize=(4 + 4 * few, 4.2),
+                                          layout="constrained")  # fmt: skip
+    shown = found.mechanisms[:BARS]
+    named = [f"{i}: sigma {m['sigma']:.2f}" for i, m in enumerate(shown)]
+    title = f"Parts of the score ({found.score:+.2f})"
+    signed_bars(axes[0], named, [m["carried"] for m in shown], title, "carried")
+    for i, panel in enumerate(axes[1:]):
+        sides = [("q", c) for c in found.mechanisms[i]["query"][:5]]
+        sides += [("k", c) for c in found.mechanisms[i]["key"][:5]]
+        named = [f"{side}: {safe(component(c), 36)}" for side, c in sides]
+        signed_bars(panel, named, [c["weight"] for _, c in sides], f"Mechanism {i}", "entry")
+    rank, cross = f"effective rank {found.rank:.2f}", f"cross terms {100 * found.cross:.0f} %"
+    figure.suptitle(f"{place_title(found)}: {rank}, {cross}", fontsize=11, x=0.01, ha="left")
+    return save_figure(figure, path)
+
+
+def distance_figure(found: Distance, path: Path) -> Path:
+    """The score and the strongest pairs against distance; the true distance is marked."""
+    figure, (left, right) = need_pyplot().subplots(1, 2, figsize=(12, 4), layout="constrained")
+    at = range(len(found.score_profile))
+    left.plot(at, found.score_profile, color=COLOURS[0], lw=1.8)
+    tidy(left, "Score, all pairs", "distance", "score")
+    for i, pair in enumerate(found.pairs[:LINES]):
+        label = f"{safe(component(pair['query']), 30)} x {safe(component(pair['key']), 30)}"
+        look = style(i) | dict(marker=None)
+        right.plot(at, pair["profile"], label=label, **look)
+    for axes in (left, right):
+        axes.axvline(found.query - found.key, color=GREY, lw=1.0, ls=":")
+        axes.axhline(0, color=GREY, lw=0.6)
+    right.legend(fontsize=7, frameon=False)
+    tidy(right, "Strongest pairs", "distance", "value")
+    figure.suptitle(place_title(found), fontsize=11, x=0.01, ha="left")
+    return save_figure(figure, path)
