@@ -12,7 +12,7 @@ from tiny import within
 from qkattr.errors import InputError
 from qkattr.model.forward import block
 from qkattr.qk.distance import distance_profile
-from qkattr.qk.groups import group_names, group_of_features, group_table
+from qkattr.qk.groups import group_name, group_of_features, group_table
 from qkattr.qk.mechanisms import mechanisms
 from qkattr.qk.terms import qk_terms
 from qkattr.types import Kind
@@ -109,9 +109,14 @@ def test_group_tables_sum_to_the_score(opened):
     qk = jax.device_get(qk_terms(weights, x, parts, head=head, query=query, key=key, cfg=cfg))
     features = qk.query_index[qk.query_kind == Kind.FEATURE].tolist()
     groups = group_of_features({"first": {7: features[:2]}, "rest": {7: features[2:4]}}, 7)
-    query_names = group_names(qk.query_kind, qk.query_index, groups)
-    key_names = group_names(qk.key_kind, qk.key_index, groups)
-    rows, columns, table = group_table(qk.terms, query_names, key_names)
+    names = lambda kind, index: [
+        group_name(Kind(k).label, int(i), groups) for k, i in zip(kind, index, strict=True)
+    ]
+    query_names, key_names = names(qk.query_kind, qk.query_index), names(qk.key_kind, qk.key_index)
+    sides = [(q, k) for q in query_names for k in key_names]
+    rows, columns, table = group_table(
+        qk.terms.ravel(), [q for q, _ in sides], [k for _, k in sides]
+    )
     within("table", table.sum(), qk.score, 2e-5, float(np.abs(qk.terms).sum()))
     for i, row in enumerate(rows):
         for j, column in enumerate(columns):

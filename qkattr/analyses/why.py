@@ -41,7 +41,8 @@ class Why:
     keys cancels; row_pushes, row_pulls: the single rows, each at one key. keys: every visible key
     with its attention, score, weight and the sum of its rows. query_side, features: components
     summed over all that they meet (on the key side over positions too). versus: for every other key
-    that got attention, log(A / A') and the pairs that decided. shares: absolute, by kind on either side.
+    that got attention, log(A / A') and the pairs that decided. shares: by kind on either side,
+    signed and absolute.
     """
 
     tokens: list[str]
@@ -151,7 +152,8 @@ def _compete(
     return jax.device_get(
         competition(
             weights, x, parts, listed.identity, head=head, query=query, key=key, other=other,
-            form=form, top=top, kinds=len(Kind), cfg=session.bundle.config.block, precision=session.precision,
+            form=form, top=top, kinds=len(Kind), cfg=session.bundle.config.block,
+            precision=session.precision,
         )
     )  # fmt: skip
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -36,6 +37,17 @@ def qk(
             show_default=False,
         ),
     ] = None,
+    groups: Annotated[
+        Path | None,
+        Option(help="Sum terms over the groups of a TOML file.", show_default=False),
+    ] = None,
+    label: Annotated[
+        list[str] | None,
+        Option(
+            help="Sum terms over features whose label has this text; repeatable.",
+            show_default=False,
+        ),
+    ] = None,
     sink: common.Sink = True,
     bos: common.Bos = None,
     ids: common.Ids = False,
@@ -43,6 +55,10 @@ def qk(
     json: common.Json = False,
 ) -> None:
     """A head's attention score as a sum over pairs of query-side and key-side components."""
+    from qkattr.analyses.groups import grouped
+    from qkattr.load.groups import read_groups
+
+    named = {} if groups is None else read_groups(groups)
     with common.progress() as progress:
         if common.is_result(prompt):
             from qkattr.scores import place_in, qk_attribution, stored_in_full
@@ -68,10 +84,13 @@ def qk(
                 sinks=sink,
                 bos=bos,
             )
+    sums = grouped(table, named, label or ()) if named or label else None
     if json:
-        common.print_json(table.to_json(top))
-    else:
-        show(table, top or 20)
+        common.print_json(table.to_json(top) | ({} if sums is None else dict(groups=sums)))
+        return
+    show(table, top or 20)
+    if sums is not None:
+        show_groups(sums)
 
 
 def show(table: QKAttribution, top: int) -> None:
@@ -114,3 +133,17 @@ def show(table: QKAttribution, top: int) -> None:
             for m in marginals[: min(top, 8)]
         ]
         show_table(out, f"Marginals, {side} side", ("component", "value|", "contrast|"), rows)
+
+
+def show_groups(sums: dict[str, Any]) -> None:
+    """The group x group table, with its margins."""
+    from qkattr.cli.show import console, show_table
+
+    rows = [
+        (name, *(f"{v:+.4f}" for v in values), f"{sum(values):+.4f}")
+        for name, values in zip(sums["query"], sums["table"], strict=True)
+    ]
+    columns = [sum(column) for column in zip(*sums["table"], strict=True)]
+    rows.append(("all", *(f"{v:+.4f}" for v in columns), f"{sums['sum']:+.4f}"))
+    heads = ("query side \\ key side", *(f"{name}|" for name in sums["key"]), "all|")
+    show_table(console(), "Groups", heads, rows)

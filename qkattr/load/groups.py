@@ -53,7 +53,22 @@ def read_group(path: str | Path, name: str | None = None) -> Group:
         if name is None:
             raise InputError(f"{path} has several groups: {found}; say which, as in {path}:NAME")
         raise InputError(f"{path} has no group {quoted(name)}, only {found}; give one of these")
-    table = groups[name]
+    return _features(groups[name], name, path)
+
+
+def read_groups(path: str | Path) -> dict[str, Group]:
+    """All groups of a TOML file.
+
+    Raises:
+      InputError: the file cannot be read, or holds no groups.
+    """
+    groups = read_toml(path)
+    if not groups:
+        raise InputError(f'{path} has no groups; write [name] and features = ["23:1441"]')
+    return {name: _features(table, name, path) for name, table in groups.items()}
+
+
+def _features(table: object, name: str, path: str | Path) -> Group:
     features = table.get("features") if isinstance(table, dict) else None
     if not isinstance(features, list) or not features:
         raise InputError(

@@ -3,12 +3,12 @@
     table[g, h] = sum of term[a, c] over a in group g, c in group h
 
 Every component is in exactly one group (those of a kind that nobody grouped stand under the kind's
-own name), so that the table sums to the score. Axes: A, C slots, G groups.
+own name), so that the table sums to the score. Axes: P terms, G groups.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from jaxtyping import Float
@@ -16,6 +16,9 @@ from jaxtyping import Float
 from qkattr.errors import InputError, quoted
 from qkattr.load.groups import Group
 from qkattr.types import Kind
+
+#: Features that are in no group.
+OTHERS = "other features"
 
 
 def group_of_features(groups: Mapping[str, Group], boundary: int) -> dict[int, str]:
@@ -35,20 +38,20 @@ def group_of_features(groups: Mapping[str, Group], boundary: int) -> dict[int, s
     return found
 
 
-def group_names(kind: np.ndarray, index: np.ndarray, groups: Mapping[int, str]) -> list[str]:
-    """The group of every slot: a feature's own, else the name of its kind."""
-    return [
-        groups.get(int(i), "other features") if k == Kind.FEATURE else Kind(k).label
-        for k, i in zip(kind, index, strict=True)
-    ]
+def group_name(kind: str, index: int | None, groups: Mapping[int, str]) -> str:
+    """The group of a component: a feature's own, else the name of its kind."""
+    if kind != Kind.FEATURE.label or index is None:
+        return kind
+    return groups.get(index, OTHERS)
 
 
 def group_table(
-    terms: Float[np.ndarray, "A C"], query: list[str], key: list[str]
+    values: Float[np.ndarray, "P"], query: Sequence[str], key: Sequence[str]
 ) -> tuple[list[str], list[str], Float[np.ndarray, "G G"]]:
-    """`(rows, columns, table)`: the sums, groups in the order in which they first appear."""
+    """`(rows, columns, table)`: P terms summed by the groups of their two sides, groups in the
+    order in which they first appear."""
     rows, columns = list(dict.fromkeys(query)), list(dict.fromkeys(key))
     table = np.zeros((len(rows), len(columns)))
-    at = np.ix_([rows.index(name) for name in query], [columns.index(name) for name in key])
-    np.add.at(table, at, np.asarray(terms, np.float64))
+    at = [rows.index(name) for name in query], [columns.index(name) for name in key]
+    np.add.at(table, at, np.asarray(values, np.float64))
     return rows, columns, table
