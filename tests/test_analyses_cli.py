@@ -1,0 +1,148 @@
+"""`qkattr why`, `mechanisms`, `distance` and `qk --groups` through the command line."""
+
+from __future__ import annotations
+
+import json
+
+import folders
+import pytest
+from tiny import within
+
+import qkattr
+from qkattr.cli.main import main
+
+IDS = "0,40,41,42,40,43"
+PLACE = ("--layer", "1", "--head", "2", "--query", "-1", "--key", "1")
+COMMANDS = ("why", "mechanisms", "distance")
+#: Of the absolute sum: float32 sums, made in another order.
+SUM = 2e-5
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    root = tmp_path_factory.mktemp("analyses")
+    folders.write_model(root / "model", tokenizer=True)
+    folders.write_saes(root / "saes")
+    bundle = qkattr.load(root / "model", root / "saes")
+    qkattr.trace(bundle, [int(i) for i in IDS.split(",")], qk=0).save(root / "result")
+    (root / "more.txt").write_text("hi hi hi 12\n\nhi 12 hi hi 12\n")
+    (root / "groups.toml").write_text('[mine]\nfeatures = ["1:0", "1:1", "1:2", "1:3"]\n')
+    (root / "twice.toml").write_text('[a]\nfeatures = ["1:0"]\n[b]\nfeatures = ["1:0"]\n')
+    return root
+
+
+@pytest.fixture
+def run(root, monkeypatch, capsys):
+    monkeypatch.chdir(root)
+
+    def call(*arguments, json_=True):
+        code = main([*map(str, arguments), *(["--json"] if json_ else [])])
+        out = capsys.readouterr().out
+        assert code == 0, out
+        return json.loads(out) if json_ else out
+
+    return call
+
+
+PROMPT = (IDS, "--ids", "-m", "model", "-s", "saes")
+
+
+@pytest.mark.parametrize("form", ["odds", "log"])
+def test_why(run, form):
+    found = run("why", *PROMPT, *PLACE, "--form", form, "--top", 400)
+    scale = sum(abs(k["value"]) for k in found["keys"]) + abs(found["entropy"])
+    within("sum", found["sum"] - found["entropy"], found["value"], SUM, scale)
+    within("keys", sum(k["value"] for k in found["keys"]), found["sum"], SUM, scale)
+    within("attention", sum(k["probability"] for k in found["keys"]), 1.0, 1e-6)
+    pairs = [*found["pushes"], *found["pulls"]]
+    assert all(p["value"] > 0 for p in found["pushes"])
+    assert all(p["value"] < 0 for p in found["pulls"])
+    within("pairs", sum(p["value"] for p in pairs), found["sum"], 1e-4, scale * 10)
+    for versus in found["versus"]:
+        other = next(k for k in found["keys"] if k["position"] == versus["key"])
+        here = next(k for k in found["keys"] if k["position"] == found["key"])
+        within("ratio", versus["log_ratio"], here["capped"] - other["capped"], 1e-5, scale)
+
+
+def test_mechanisms_of_one_and_of_several_prompts(run):
+    one = run("mechanisms", *PROMPT, *PLACE, "--top", 400)
+    qk = run("qk", *PROMPT, *PLACE)
+    within("score", one["score"], qk["score"], SUM, sum(abs(p["value"]) for p in qk["pairs"]))
+    carried = sum(m["carried"] for m in one["mechanisms"])
+    within("carried", carried, one["score"], 1e-6, sum(abs(p["value"]) for p in qk["pairs"]))
+    place = (*PLACE[:4], "--query", "-1", "--key", "0")
+    text = ("hi hi 12", "-m", "model", "-s", "saes", *place)
+    alone = run("mechanisms", *text)
+    several = run("mechanisms", *text, "--more", "more.txt")
+    assert (alone["n_prompts"], several["n_prompts"]) == (1, 3)
+    lines = ["hi hi hi 12", "hi 12 hi hi 12"]
+    rest = [run("mechanisms", line, "-m", "model", "-s", "saes", *place)["score"] for line in lines]
+    within("scores add up", several["score"], alone["score"] + sum(rest), 1e-5, 10)
+
+
+def test_distance(run):
+    found = run("distance", *PROMPT, *PLACE, "--max", 20)
+    here = found["query"] - found["key"]
+    assert len(found["score_profile"]) == 20 and found["rotary"]
+    within("here", found["score_profile"][here], found["score"], 1e-5, 10)
+    within("split", found["invariant"] + found["positional"], found["score"], 1e-6, 10)
+    for pair in found["pairs"]:
+        within("pair", pair["mean"] + pair["positional"], pair["value"], 1e-6, 10)
+        assert len(pair["profile"]) == 20
+    assert len(run("distance", *PROMPT, *PLACE, "--max", 1)["score_profile"]) == here + 1
+
+
+def test_groups(run):
+    found = run("qk", *PROMPT, *PLACE, "--groups", "groups.toml")
+    groups = found["groups"]
+    size = sum(abs(p["value"]) for p in found["pairs"])
+    within("sum", groups["sum"], found["score"], SUM, size)
+    within("table", sum(map(sum, groups["table"])), groups["sum"], 1e-9, size)
+    own = [p for p in found["pairs"] if p["query"]["kind"] == "feature"
+           and p["query"]["index"] in range(4)]  # fmt: skip
+    row = groups["table"][groups["query"].index("mine")] if own else []
+    within("mine", sum(row), sum(p["value"] for p in own), 1e-9, size)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_tables_folders_and_figures(run, root, tmp_path, command):
+    pytest.importorskip("matplotlib", reason="figures are an extra")
+    figure = tmp_path / "f.png"
+    said = run(command, *PROMPT, *PLACE, "--figure", figure, json_=False)
+    assert "Head 1.2" in said and figure.read_bytes()[:4] == b"\x89PNG"
+    one, two = run(command, "./result", *PLACE), run(command, *PROMPT, *PLACE)
+    score = "value" if command == "why" else "score"
+    assert one[score] == pytest.approx(two[score], rel=1e-5)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize(
+    "more, said",
+    [
+        (("--layer", "9"), "layer 9 is out of range"),
+        (("--head", "99"), "head 99 is out of range"),
+        (("--query", "0"), "comes after the query"),
+        (("--key", "77"), "position"),
+        (("--figure", "x.bmp"), "ending names no format"),
+        (("-m", "nothing"), "no such model"),
+    ],
+)
+def test_bad_places(refused, command, more, said):
+    assert said in refused(command, *PROMPT, *PLACE, *more)
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (("why", *PROMPT, *PLACE, "--form", "x"), "form is 'x'; give odds or log"),
+        (("why", *PROMPT, *PLACE[:4], "--query", "0", "--key", "0"), "nothing competes with it"),
+        (("distance", *PROMPT, *PLACE, "--max", "0"), "distances should lie in 1.."),
+        (("mechanisms", *PROMPT, *PLACE, "--more", "absent.txt"), "cannot read absent.txt"),
+        (("mechanisms", "./result", *PLACE, "--more", "more.txt"), "--more goes with a prompt"),
+        (("qk", *PROMPT, *PLACE, "--groups", "twice.toml"), "in the groups 'a' and 'b'"),
+        (("qk", *PROMPT, *PLACE, "--groups", "absent.toml"), "cannot read absent.toml"),
+        (("qk", *PROMPT, *PLACE, "--label", "zebra"), "no feature has a label"),
+    ],
+)
+def test_bad_input(refused, arguments, said):
+    assert said in refused(*arguments)
