@@ -79,8 +79,9 @@ class BlockWeights:
         None  # on the attention output, before it joins the residual stream
     )
     norm_mlp_post: Norm | None = None  # on the MLP output
-    norm_q: Float[Array, "H"] | None = None  # QK-norm: RMSNorm of each head's query, before rotary
-    norm_k: Float[Array, "H"] | None = None
+    # QK-norm, before rotary: gain of an RMSNorm of each head, or of all heads together (OLMo 2)
+    norm_q: Float[Array, "H"] | Float[Array, "N H"] | None = None
+    norm_k: Float[Array, "H"] | Float[Array, "K H"] | None = None
     bq_NH: Float[Array, "N H"] | None = None
     bk_KH: Float[Array, "K H"] | None = None
     bv_KH: Float[Array, "K H"] | None = None

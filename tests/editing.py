@@ -178,21 +178,20 @@ def reference_block(w, x, cfg, edits: BlockEdits = BlockEdits(), held: dict | No
     def head_vector(side, n, t):
         """What meets in the score: of the edited read where there is an edit of this head."""
         if side == "query":
-            weight, gain, made = w.wq_DNH[:, n], w.norm_q, edits.query
-            bias = or_zero(w.bq_NH, n)
+            head, weight, bias, gain, made = n, w.wq_DNH, w.bq_NH, w.norm_q, edits.query
         else:
-            kv = n // naive.group_of(w)
-            weight, gain, made = w.wk_DKH[:, kv], w.norm_k, edits.key
-            bias = or_zero(w.bk_KH, kv)
+            head = n // naive.group_of(w)
+            weight, bias, gain, made = w.wk_DKH, w.bk_KH, w.norm_k, edits.key
 
         def raw(read, at):
-            return normed(w.norm_attn, read, at) @ naive.f64(weight) + bias
+            return normed(w.norm_attn, read, at) @ naive.f64(weight[:, head]) + or_zero(bias, head)
 
-        def rms(raw):
-            return 1.0 if gain is None else 1 / np.sqrt(np.mean(raw**2) + cfg.eps)
+        def rms(read, at):
+            y = normed(w.norm_attn, read, at)
+            return naive.qk_scale(gain, y, weight, bias, head, cfg)
 
         norm_scale = scales["attn"][t]
-        head_scale = scale((side, n, t), lambda: rms(raw(x[t], norm_scale)))
+        head_scale = scale((side, n, t), lambda: rms(x[t], norm_scale))
         read, edited = x[t], False
         for e in range(0 if made is None else len(made.scale_E)):
             if made.position_E[e] == t and made.heads_EN[e, n] and made.scale_E[e] != 1:
@@ -200,9 +199,10 @@ def reference_block(w, x, cfg, edits: BlockEdits = BlockEdits(), held: dict | No
                 read, edited = read + delta, True
         if edited and edits.live_scales:
             norm_scale = naive.inverse_norm(w.norm_attn, read, cfg)
-            head_scale = rms(raw(read, norm_scale))
+            head_scale = rms(read, norm_scale)
         projected = raw(read, norm_scale)
-        projected = projected if gain is None else projected * naive.f64(gain) * head_scale
+        if gain is not None:
+            projected = projected * naive.f64(naive.gain_of(gain, head)) * head_scale
         return naive.rotation(t, w.inv_freq, size) @ projected
 
     y = norm("attn", w.norm_attn, x)

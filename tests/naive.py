@@ -94,8 +94,17 @@ class Seen:
     up: np.ndarray
 
 
-def _qk_scale(gain, raw, cfg):
-    return 1.0 if gain is None else 1 / np.sqrt(np.mean(raw**2) + cfg.eps)
+def qk_scale(gain, y, weight, bias, head, cfg):
+    """1 / rms of one head's query or key, or of those of all heads where the gain is theirs."""
+    if gain is None:
+        return 1.0
+    heads = range(weight.shape[1]) if np.ndim(gain) == 2 else [head]
+    raw = [y @ f64(weight[:, n]) + (0 if bias is None else f64(bias[n])) for n in heads]
+    return 1 / np.sqrt(np.mean(np.square(raw)) + cfg.eps)
+
+
+def gain_of(gain, head):
+    return gain[head] if np.ndim(gain) == 2 else gain
 
 
 def _head_matrix(gain, scale, position, inv_freq, size) -> np.ndarray:
@@ -130,9 +139,11 @@ def run_block(
         for t in range(T):
             q = y[t] @ f64(w.wq_DNH[:, n]) + (0 if w.bq_NH is None else f64(w.bq_NH[n]))
             key = y[t] @ f64(w.wk_DKH[:, k]) + (0 if w.bk_KH is None else f64(w.bk_KH[k]))
-            head_q[n, t], head_k[n, t] = _qk_scale(w.norm_q, q, cfg), _qk_scale(w.norm_k, key, cfg)
-            queries.append(_head_matrix(w.norm_q, head_q[n, t], t, w.inv_freq, size) @ q)
-            keys.append(_head_matrix(w.norm_k, head_k[n, t], t, w.inv_freq, size) @ key)
+            head_q[n, t] = qk_scale(w.norm_q, y[t], w.wq_DNH, w.bq_NH, n, cfg)
+            head_k[n, t] = qk_scale(w.norm_k, y[t], w.wk_DKH, w.bk_KH, k, cfg)
+            gain_q, gain_k = gain_of(w.norm_q, n), gain_of(w.norm_k, k)
+            queries.append(_head_matrix(gain_q, head_q[n, t], t, w.inv_freq, size) @ q)
+            keys.append(_head_matrix(gain_k, head_k[n, t], t, w.inv_freq, size) @ key)
             values.append(y[t] @ f64(w.wv_DKH[:, k]) + (0 if w.bv_KH is None else f64(w.bv_KH[k])))
         scores[n] = cfg.scale * np.stack(queries) @ np.stack(keys).T
         for t in range(T):
@@ -196,10 +207,10 @@ def qk_vectors(
     kv = head // group_of(w)
     if side == "query":
         weight, bias, gain, scale = w.wq_DNH[:, head], w.bq_NH, w.norm_q, seen.head_q[head, t]
-        bias = None if bias is None else bias[head]
+        bias, gain = None if bias is None else bias[head], gain_of(gain, head)
     else:
         weight, bias, gain, scale = w.wk_DKH[:, kv], w.bk_KH, w.norm_k, seen.head_k[head, t]
-        bias = None if bias is None else bias[kv]
+        bias, gain = None if bias is None else bias[kv], gain_of(gain, kv)
     raw = np.stack([f64(weight).T @ seen.norm_attn[t] @ v for v in f64(vectors)])
     raw[-2] += f64(weight).T @ norm_constant(w.norm_attn, d) + _or_zero(bias, size)
     return raw @ _head_matrix(gain, scale, t, w.inv_freq, size).T

@@ -156,6 +156,7 @@ def test_zeroing_one_feature_moves_the_score_by_its_key_marginal(case):
     cfg = case.cfg.block
     seen = naive.run_block(weights, x, cfg)
     kv, t = head // naive.group_of(weights), tiny.T - 1
+    gain_k = naive.gain_of(weights.norm_k, kv)
     qk = jax.device_get(every_pair(weights, x, parts, cfg=cfg))
     vectors = np.asarray(parts.vectors(), np.float64)
     largest = np.abs(seen.scores[head, t]).max()
@@ -165,10 +166,7 @@ def test_zeroing_one_feature_moves_the_score_by_its_key_marginal(case):
         raw += naive.f64(weights.wk_DKH[:, kv]).T @ naive.norm_constant(weights.norm_attn, tiny.D)
         raw += 0 if weights.bk_KH is None else naive.f64(weights.bk_KH[kv])
         size = len(raw)
-        key = (
-            naive._head_matrix(weights.norm_k, seen.head_k[head, s], s, weights.inv_freq, size)
-            @ raw
-        )
+        key = naive._head_matrix(gain_k, seen.head_k[head, s], s, weights.inv_freq, size) @ raw
         query = naive.qk_vectors(weights, seen, cfg, vectors[t], head, t, "query").sum(0)
         change = seen.scores[head, t, s] - cfg.scale * query @ key
         within(

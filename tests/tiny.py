@@ -98,7 +98,7 @@ class House:
     norm: str = "rms"
     pre: bool = True
     post: bool = False
-    qk_norm: bool = False
+    qk_norm: bool | str = False  # "wide": of all heads together
     bias: bool = False
     gated: bool = True
     activation: str = "silu"
@@ -126,13 +126,13 @@ HOUSES = {
         post=True, activation="gelu_tanh", softcap=2.0, windows=(NO_WINDOW, 4, NO_WINDOW)
     ),
     "qwen3": House(qk_norm=True),
-    "olmo2": House(pre=False, post=True, qk_norm=True, tied=False),
+    "olmo2": House(pre=False, post=True, qk_norm="wide", tied=False),
     "everything": House(
         norm="layer", post=True, qk_norm=True, bias=True, activation="gelu_tanh", softcap=3.0,
         rotary=2, windows=(NO_WINDOW, 4, 2), positions=True, tied=False,
     ),
     "everything_parallel_ungated": House(
-        norm="layer", post=True, qk_norm=True, bias=True, gated=False, parallel=True, tied=False
+        norm="layer", post=True, qk_norm="wide", bias=True, gated=False, parallel=True, tied=False
     ),
 }  # fmt: skip
 
@@ -153,6 +153,10 @@ def house(name: str) -> tuple[Params, ModelConfig]:
     def bias(*shape):
         return random(*shape, scale=0.3) if h.bias else None
 
+    def qk_norm(heads):
+        lead = (L, heads) if h.qk_norm == "wide" else (L,)
+        return random(*lead, H, scale=0.3, mean=1.0) if h.qk_norm else None
+
     k = h.kv_heads
     blocks = BlockWeights(
         wq_DNH=random(L, D, N, H, scale=D**-0.5 * 1.5),
@@ -170,8 +174,8 @@ def house(name: str) -> tuple[Params, ModelConfig]:
         norm_mlp=norm(h.pre, L),
         norm_attn_post=norm(h.post, L),
         norm_mlp_post=norm(h.post, L),
-        norm_q=random(L, H, scale=0.3, mean=1.0) if h.qk_norm else None,
-        norm_k=random(L, H, scale=0.3, mean=1.0) if h.qk_norm else None,
+        norm_q=qk_norm(N),
+        norm_k=qk_norm(k),
         bq_NH=bias(L, N, H),
         bk_KH=bias(L, k, H),
         bv_KH=bias(L, k, H),

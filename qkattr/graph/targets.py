@@ -22,7 +22,7 @@ from jaxtyping import Array, Float, Int
 
 from qkattr.config import BlockConfig, ModelConfig
 from qkattr.graph.sweep import DirectTargets
-from qkattr.model.attention import finish_head
+from qkattr.model.attention import finish_head, gain_of
 from qkattr.model.forward import block
 from qkattr.model.layers import f32, norm_bias, norm_scale, norm_transpose
 from qkattr.sharding import on_any_mesh
@@ -84,11 +84,11 @@ def score_covectors(
         q, k = seen.q_TNH[query, head], seen.k_SKH[key, kv]
         pull = partial(_pull_score, weights, cfg=cfg)
         on_query = pull(
-            k, query, weights.wq_DNH[:, head], weights.bq_NH, head, weights.norm_q,
+            k, query, weights.wq_DNH[:, head], weights.bq_NH, head, gain_of(weights.norm_q, head),
             seen.scale_q_TN[query, head], seen.scale_attn_T[query],
         )  # fmt: skip
         on_key = pull(
-            q, key, weights.wk_DKH[:, kv], weights.bk_KH, kv, weights.norm_k,
+            q, key, weights.wk_DKH[:, kv], weights.bk_KH, kv, gain_of(weights.norm_k, kv),
             seen.scale_k_SK[key, kv], seen.scale_attn_T[key],
         )  # fmt: skip
         return jax.tree.map(lambda *sides: jnp.stack(sides), on_query, on_key)

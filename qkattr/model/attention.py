@@ -2,33 +2,71 @@
 
     q[t] = R(t) QN(W_Q y[t] + b_Q)    k[s] = R(s) KN(W_K y[s] + b_K)    score = scale * q[t] . k[s]
 
-with y the block's normed input, R rotary, QN and KN an optional per-head RMSNorm (QK-norm).
-`finish_head` takes the QK-norm's scale as an argument, so that the forward pass (the scale of the
-whole query) and the expansion of a score into components (the same scale, frozen) are one piece of
-code.
+with y the block's normed input, R rotary, QN and KN an optional RMSNorm (QK-norm) of each head, or
+of all heads together: its gain is `[H]` or `[N, H]`, and its scale in the second case the same for
+all heads. `finish_head` takes the QK-norm's scale as an argument, so that the forward pass (the
+scale of the whole query) and the expansion of a score into components (the same scale, frozen) are
+one piece of code.
 Axes: T query position, S key position, D d_model, N query heads, K key/value heads, H head_dim.
 """
 
 from __future__ import annotations
+
+import dataclasses
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from qkattr.config import BlockConfig
-from qkattr.model.layers import f32, rotate
+from qkattr.model.layers import f32, rotate, softcap
 from qkattr.types import BlockWeights
 
 MASKED = -1e30  # a finite stand-in for -inf: exp of it is exactly 0 in float32, and it makes no NaN
 
 
 def head_scale(
-    gain: Array | None, q: Float[Array, "... H"], *, cfg: BlockConfig
-) -> Float[Array, ...]:
-    """1 / rms of each head's query or key: the QK-norm's scale, 1 where there is none."""
+    gain: Array | None, q: Float[Array, "... N H"], *, cfg: BlockConfig
+) -> Float[Array, "... N"]:
+    """The QK-norm's scale at every head: 1 / rms of its query or key, or of those of all heads; 1
+    where there is none."""
     if gain is None:
         return jnp.ones(q.shape[:-1], jnp.float32)
-    return jax.lax.rsqrt(jnp.mean(jnp.square(q), -1) + cfg.eps)
+    square = jnp.mean(jnp.square(q), -1)
+    if gain.ndim == 2:
+        square = jnp.broadcast_to(square.mean(-1, keepdims=True), square.shape)
+    return jax.lax.rsqrt(square + cfg.eps)
+
+
+def gain_of(gain: Array | None, head: Int[Array, ""] | int) -> Float[Array, "H"] | None:
+    """One head's gain of the QK-norm."""
+    return gain if gain is None or gain.ndim == 1 else gain[head]
+
+
+def apart(
+    weights: BlockWeights, head: Int[Array, ""] | int
+) -> tuple[BlockWeights, Int[Array, ""] | int]:
+    """A block to run a head in, and its number there: with this query head and its key head alone,
+    or the whole block where a QK-norm goes over all heads.
+    """
+    if weights.norm_q is not None and weights.norm_q.ndim == 2:
+        return weights, head
+    kv = head // (weights.wq_DNH.shape[1] // weights.wk_DKH.shape[1])
+
+    def pick(w: Array | None, axis: int, n) -> Array | None:
+        return None if w is None else jax.lax.dynamic_slice_in_dim(w, n, 1, axis)
+
+    alone = dataclasses.replace(
+        weights,
+        wq_DNH=pick(weights.wq_DNH, 1, head),
+        wk_DKH=pick(weights.wk_DKH, 1, kv),
+        wv_DKH=pick(weights.wv_DKH, 1, kv),
+        wo_NHD=pick(weights.wo_NHD, 0, head),
+        bq_NH=pick(weights.bq_NH, 0, head),
+        bk_KH=pick(weights.bk_KH, 0, kv),
+        bv_KH=pick(weights.bv_KH, 0, kv),
+    )
+    return alone, 0
 
 
 def finish_head(
@@ -107,7 +145,7 @@ def attention_scores(
 
 def capped(scores: Float[Array, ...], *, cfg: BlockConfig) -> Float[Array, ...]:
     """The softcap of Gemma 2; the scores themselves elsewhere."""
-    return scores if cfg.softcap is None else cfg.softcap * jnp.tanh(scores / cfg.softcap)
+    return softcap(scores, cfg.softcap)
 
 
 def attention_pattern(

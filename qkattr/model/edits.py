@@ -164,9 +164,9 @@ def _edited_reads(
     side: the half of the QK circuit that is edited, "query" or "key"; X is its N or K.
     """
     if side == "query":
-        made, w_DXH, bias_XH, gain_H = edits.query, weights.wq_DNH, weights.bq_NH, weights.norm_q
+        made, w_DXH, bias_XH, gain = edits.query, weights.wq_DNH, weights.bq_NH, weights.norm_q
     else:
-        made, w_DXH, bias_XH, gain_H = edits.key, weights.wk_DKH, weights.bk_KH, weights.norm_k
+        made, w_DXH, bias_XH, gain = edits.key, weights.wk_DKH, weights.bk_KH, weights.norm_k
     live = edits.live_scales
     position, (n_edits, n_heads) = made.position_E, made.heads_EN.shape
     together = position[:, None] == position
@@ -181,10 +181,18 @@ def _edited_reads(
     grouped = y.reshape(n_edits, n_projections, n_heads // n_projections, -1)
     raw = jnp.einsum("EXGD,DXH->EXGH", grouped, f32(w_DXH), precision=precision)
     raw = raw if bias_XH is None else raw + f32(bias_XH)[:, None]
+    if not live:
+        scale_head = scale_head[..., None]
+    elif gain is None or gain.ndim == 1:
+        scale_head = head_scale(gain, raw, cfg=cfg)
+    else:  # a QK-norm of all heads: each is normalised as if all of them read what it reads
+        every = jnp.einsum("EXGD,DYH->EXGYH", grouped, f32(w_DXH), precision=precision)
+        every = every if bias_XH is None else every + f32(bias_XH)
+        scale_head = head_scale(gain, every, cfg=cfg)[..., 0]
     new = finish_head(
         raw,
-        head_scale(gain_H, raw, cfg=cfg) if live else scale_head[..., None],
-        gain=gain_H,
+        scale_head,
+        gain=gain if gain is None or gain.ndim == 1 else gain[:, None],
         inv_freq=weights.inv_freq,
         positions=position,
     )

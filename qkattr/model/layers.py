@@ -31,6 +31,11 @@ def f32(x: Array) -> Float[Array, ...]:
     return jnp.asarray(x, jnp.float32)
 
 
+def softcap(x: Float[Array, ...], cap: float | None) -> Float[Array, ...]:
+    """`cap * tanh(x / cap)`: x where it is small, never beyond the cap; x itself without a cap."""
+    return x if cap is None else cap * jnp.tanh(x / cap)
+
+
 def norm_scale(
     norm: Norm | None, x: Float[Array, "... D"], *, cfg: BlockConfig
 ) -> Float[Array, ...]:

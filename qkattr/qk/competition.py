@@ -31,7 +31,7 @@ from jaxtyping import Array, Bool, Float, Int
 from qkattr.config import BlockConfig
 from qkattr.model.attention import capped, visible
 from qkattr.model.forward import block
-from qkattr.qk.terms import key_components, one_head, other_keys, query_components, used_slots
+from qkattr.qk.terms import apart, key_components, other_keys, query_components, used_slots
 from qkattr.sharding import on_any_mesh
 from qkattr.sources.components import Components
 from qkattr.types import BlockWeights
@@ -122,18 +122,20 @@ def competition(
       form: one of `FORMS` (static). top: rows of either sign to keep (static). kinds: how many
         values `Kind` has (static).
     """
-    weights = one_head(weights, head)
+    weights, head = apart(weights, head)
     _, activations = block(weights, x, cfg=cfg, precision=precision)
-    raw = activations.scores_NTS[0, query]
-    pattern = activations.pattern_NTS[0, query]
+    raw = activations.scores_NTS[head, query]
+    pattern = activations.pattern_NTS[head, query]
     cap = capped(raw, cfg=cfg)
     seen = visible(x.shape[0], weights.window)[query]
     weight, entropy, value = _weights(
         weights, raw, jnp.where(seen, cap, 0.0), pattern, seen, query, key, other, form, cfg
     )
     ratio = jnp.where(jnp.abs(raw) > 1e-12, cap / jnp.where(raw == 0, 1.0, raw), 1.0)
-    q = query_components(weights, components, activations, query, cfg=cfg, precision=precision)
-    k = key_components(weights, components, activations, cfg=cfg, precision=precision)
+    q = query_components(
+        weights, components, activations, head, query, cfg=cfg, precision=precision
+    )
+    k = key_components(weights, components, activations, head, cfg=cfg, precision=precision)
     k = k * (weight * ratio * cfg.scale)[:, None, None]
     rows = jnp.einsum("AH,SCH->ASC", q, k, precision=precision)
     flat = rows.reshape(rows.shape[0], -1).T

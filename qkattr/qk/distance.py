@@ -24,7 +24,7 @@ from jaxtyping import Array, Float, Int
 from qkattr.config import BlockConfig
 from qkattr.model.forward import block
 from qkattr.model.layers import rotate
-from qkattr.qk.terms import key_components, one_head, query_components
+from qkattr.qk.terms import apart, key_components, query_components
 from qkattr.sharding import on_any_mesh
 from qkattr.sources.components import Components
 from qkattr.types import BlockWeights
@@ -55,12 +55,12 @@ def distance_profile(
 ) -> Profile:
     """The values of some pairs (query slot, key slot) of one place at distances 0 to
     `distances` - 1; `head`, `query`, `key` and `pairs` may be traced."""
-    weights = one_head(weights, head)
+    weights, head = apart(weights, head)
     _, seen = block(weights, x, cfg=cfg, precision=precision)
     how = dict(cfg=cfg, precision=precision)
-    q = query_components(weights, components, seen, query, at=0, **how)
+    q = query_components(weights, components, seen, head, query, at=0, **how)
     still = jnp.zeros(x.shape[0], jnp.int32)
-    k = key_components(weights, components, seen, at=still, **how)[key]
+    k = key_components(weights, components, seen, head, at=still, **how)[key]
     q_P, k_P = q[pairs[:, 0]], k[pairs[:, 1]]
 
     def turned(vectors: Array) -> Array:

@@ -20,7 +20,6 @@ given the frozen scales.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from functools import partial
 
@@ -30,7 +29,7 @@ from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
 from qkattr.config import BlockConfig
-from qkattr.model.attention import MASKED, capped, finish_head, visible
+from qkattr.model.attention import MASKED, apart, capped, finish_head, gain_of, visible
 from qkattr.model.forward import block
 from qkattr.model.layers import f32, norm_bias, norm_direction
 from qkattr.sharding import on_any_mesh
@@ -99,14 +98,15 @@ def qk_terms(
       head, query, key: query head, query position, key position (key <= query).
       cfg: the block's configuration.
     """
-    weights = one_head(weights, head)
+    weights, head = apart(weights, head)
     _, seen = block(weights, x, cfg=cfg, precision=precision)
-    q = query_components(weights, components, seen, query, cfg=cfg, precision=precision)
-    k = key_components(weights, components, seen, cfg=cfg, precision=precision)
-    others = other_keys(weights, seen.scores_NTS[0, query], query, key, cfg=cfg)
+    scores_TS = seen.scores_NTS[head]
+    q = query_components(weights, components, seen, head, query, cfg=cfg, precision=precision)
+    k = key_components(weights, components, seen, head, cfg=cfg, precision=precision)
+    others = other_keys(weights, scores_TS[query], query, key, cfg=cfg)
     baseline = _same_component_elsewhere(components, k, others, key)
     dots = partial(jnp.einsum, "AH,CH->AC", precision=precision)
-    score = seen.scores_NTS[0, query, key]
+    score = scores_TS[query, key]
     cap, slope = jax.jvp(lambda s: capped(s, cfg=cfg), (score,), (jnp.ones_like(score),))
     terms = dots(q, k[key]) * cfg.scale
     elsewhere = jnp.einsum("S,SCH->H", others, k, precision="highest")
@@ -118,7 +118,7 @@ def qk_terms(
         score=score,
         capped=cap,
         slope=slope,
-        probability=seen.pattern_NTS[0, query, key],
+        probability=seen.pattern_NTS[head, query, key],
         query_used=used_slots(components, query, weights.bq_NH, weights.norm_attn),
         key_used=used_slots(components, key, weights.bk_KH, weights.norm_attn),
         query_kind=components.kind[query],
@@ -155,25 +155,6 @@ def qk_terms_many(
     return jax.lax.map(one, places)
 
 
-def one_head(weights: BlockWeights, head: Int[Array, ""] | int) -> BlockWeights:
-    """A block with one query head and its key head only: its scores are those of that head."""
-    kv = head // (weights.wq_DNH.shape[1] // weights.wk_DKH.shape[1])
-
-    def pick(w: Array | None, axis: int, n) -> Array | None:
-        return None if w is None else jax.lax.dynamic_slice_in_dim(w, n, 1, axis)
-
-    return dataclasses.replace(
-        weights,
-        wq_DNH=pick(weights.wq_DNH, 1, head),
-        wk_DKH=pick(weights.wk_DKH, 1, kv),
-        wv_DKH=pick(weights.wv_DKH, 1, kv),
-        wo_NHD=pick(weights.wo_NHD, 0, head),
-        bq_NH=pick(weights.bq_NH, 0, head),
-        bk_KH=pick(weights.bk_KH, 0, kv),
-        bv_KH=pick(weights.bv_KH, 0, kv),
-    )
-
-
 def _project(
     norm: Norm | None, w_DH: Array, bias_H: Array | None, cfg: BlockConfig, precision: str
 ) -> tuple[Callable[[Array], Array], Array | float]:
@@ -192,41 +173,50 @@ def query_components(
     weights: BlockWeights,
     components: Components,
     seen: Activations,
+    head,
     query,
     *,
     cfg,
     precision,
     at=None,
 ) -> Float[Array, "A H"]:
-    """The query's components at one position, of a one-head block; turned as at position `at`."""
+    """A head's query at one position, component by component; turned as at position `at`."""
     n_slots = components.n_slots
-    bias = None if weights.bq_NH is None else weights.bq_NH[0]
-    to_head, constant = _project(weights.norm_attn, weights.wq_DNH[:, 0], bias, cfg, precision)
+    bias = None if weights.bq_NH is None else weights.bq_NH[head]
+    to_head, constant = _project(weights.norm_attn, weights.wq_DNH[:, head], bias, cfg, precision)
     vectors = components.at(jnp.full(n_slots, query), jnp.arange(n_slots))
     raw = to_head(vectors) * seen.scale_attn_T[query]
     raw = raw.at[n_slots - 2].add(constant)
     return finish_head(
         raw[None],
-        seen.scale_q_TN[query][None],
-        gain=weights.norm_q,
+        seen.scale_q_TN[query, head][None, None],
+        gain=gain_of(weights.norm_q, head),
         inv_freq=weights.inv_freq,
         positions=jnp.asarray(query if at is None else at)[None],
     )[0]
 
 
 def key_components(
-    weights: BlockWeights, components: Components, seen: Activations, *, cfg, precision, at=None
+    weights: BlockWeights,
+    components: Components,
+    seen: Activations,
+    head,
+    *,
+    cfg,
+    precision,
+    at=None,
 ) -> Float[Array, "S C H"]:
-    """The keys' components at every position, of a one-head block; turned as at `at`, `[S]`."""
+    """The keys that a head reads, component by component; turned as at positions `at`, `[S]`."""
     n_positions, n_slots = components.kind.shape
-    bias = None if weights.bk_KH is None else weights.bk_KH[0]
-    to_head, constant = _project(weights.norm_attn, weights.wk_DKH[:, 0], bias, cfg, precision)
+    kv = head // (weights.wq_DNH.shape[1] // weights.wk_DKH.shape[1])
+    bias = None if weights.bk_KH is None else weights.bk_KH[kv]
+    to_head, constant = _project(weights.norm_attn, weights.wk_DKH[:, kv], bias, cfg, precision)
     raw = components.map(to_head) * seen.scale_attn_T[:, None, None]
     raw = raw.at[:, n_slots - 2].add(constant)
     return finish_head(
         raw,
-        seen.scale_k_SK,
-        gain=weights.norm_k,
+        seen.scale_k_SK[:, kv, None],
+        gain=gain_of(weights.norm_k, kv),
         inv_freq=weights.inv_freq,
         positions=jnp.arange(n_positions) if at is None else at,
     )

@@ -25,9 +25,10 @@ from jaxtyping import Array, Float, Int
 from qkattr.experiments.edits import Head
 from qkattr.experiments.faithfulness.statistics import correlation, slope
 from qkattr.experiments.runs import clean_top, run_edits
+from qkattr.model.attention import apart
 from qkattr.model.edits import BlockEdits, Edits, ReadEdits
 from qkattr.model.forward import block
-from qkattr.qk.terms import QKTerms, one_head
+from qkattr.qk.terms import QKTerms
 from qkattr.scores import terms_at
 from qkattr.session import Session
 from qkattr.sharding import on_any_mesh
@@ -61,6 +62,7 @@ def removed_scores(
     def one(inputs):
         (b, head, query, key), vectors, shares = inputs
         weights, x = jax.tree.map(lambda a: a[b], (blocks, boundaries[:-1]))
+        alone, n = apart(weights, head)
         position = key if side == "key" else query
         sums = jnp.einsum("BC,CD->BD", shares, vectors, precision="highest")
 
@@ -69,11 +71,11 @@ def removed_scores(
                 position_E=position[None],
                 vector_ED=vector[None],
                 scale_E=jnp.zeros(1),
-                heads_EN=jnp.ones((1, 1), bool),
+                heads_EN=(jnp.arange(alone.wq_DNH.shape[1]) == n)[None],
             )
             edits = BlockEdits(**{side: edit}, live_scales=live)
-            _, seen = block(one_head(weights, head), x, cfg=cfg, edits=edits, precision=precision)
-            return seen.scores_NTS[0, query, key], seen.pattern_NTS[0, query, key]
+            _, seen = block(alone, x, cfg=cfg, edits=edits, precision=precision)
+            return seen.scores_NTS[n, query, key], seen.pattern_NTS[n, query, key]
 
         return jax.lax.map(run, sums, batch_size=16)
 
