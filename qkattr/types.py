@@ -99,12 +99,13 @@ NO_WINDOW = 2**30
 class Params:
     """A whole model. `blocks` is stacked on a leading axis L."""
 
-    embed_VD: Float[Array, "V D"]
+    embed_VD: Float[Array, "V D"]  # times embed_scale on the way in; as it is on the way out
     blocks: BlockWeights
     norm_final: Norm | None = None
     unembed_DV: Float[Array, "D V"] | None = None  # None: tied to the embedding
     unembed_bias_V: Float[Array, "V"] | None = None
     position_PD: Float[Array, "P D"] | None = None  # learned position embedding
+    embed_scale: Float[Array, ""] | None = None  # None: 1
 
 
 @struct.dataclass

@@ -3,9 +3,9 @@
     logits(f) = scale * (N'(W_dec[f]) W_U  -  mean over the vocabulary)
 
 N' is the final norm without its scale and bias (centred for LayerNorm, its gain folded in), scale
-the median of the norm's own scale over the text: the change of the logits for one unit of
-activation (one unit of the decoder row, where an SAE normalises its input). Later blocks are left
-out: exact for the last boundary, a reading aid before it.
+the median of the norm's own scale over the text: the change of the logits, before a softcap, for
+one unit of activation (one unit of the decoder row, where an SAE normalises its input). Later
+blocks are left out: exact for the last boundary, a reading aid before it.
 Axes: M features, D d_model, V vocabulary, Q tokens listed.
 """
 

@@ -7,8 +7,8 @@ as covectors on the residual stream.
                                                         likewise q on the key side
 
 The value of a target is `g . x + constant`, the constant being what biases add. The mean over the
-vocabulary moves no probability, so a logit target is the logit less the mean logit. Exact given the
-frozen norm scales.
+vocabulary moves no probability, so a logit target is the logit less the mean logit. Logits and
+scores are read before their softcaps. Exact given the frozen norm scales.
 Axes: P targets, D d_model, V vocabulary, H head_dim.
 """
 

@@ -16,8 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from qkattr.config import ModelConfig, Rotary, from_hf
+from qkattr.config import ModelConfig, Rotary
 from qkattr.errors import InputError
+from qkattr.load.families import from_hf
 
 _ROPE_FACTORS = "rope_freqs.weight"
 _LLAMA3 = (

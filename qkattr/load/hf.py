@@ -10,8 +10,9 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from qkattr.config import ModelConfig, from_hf
+from qkattr.config import ModelConfig
 from qkattr.errors import InputError
+from qkattr.load.families import from_hf
 from qkattr.load.mapped import MappedTensors, open_mapped
 from qkattr.load.weights import read_params
 from qkattr.types import Params

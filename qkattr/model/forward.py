@@ -33,7 +33,7 @@ from qkattr.model.edits import (
     edited_residual,
     edited_scores,
 )
-from qkattr.model.layers import apply_norm, f32, norm_bias, norm_linear, norm_scale
+from qkattr.model.layers import apply_norm, f32, norm_bias, norm_linear, norm_scale, softcap
 from qkattr.model.mlp import hidden, mlp_out
 from qkattr.sharding import on_any_mesh
 from qkattr.types import Activations, BlockWeights, Norm, Params, Trace
@@ -95,19 +95,21 @@ def block(
 def embed(params: Params, tokens: Int[Array, "T"]) -> Float[Array, "T D"]:
     """Boundary 0: token embedding, plus the learned position embedding where the model has one."""
     x = f32(params.embed_VD[tokens])
+    x = x if params.embed_scale is None else x * f32(params.embed_scale)
     return x if params.position_PD is None else x + f32(params.position_PD[: tokens.shape[0]])
 
 
 def unembed(
     params: Params, x: Float[Array, "... D"], *, cfg: ModelConfig, precision: str = "highest"
 ) -> Float[Array, "... V"]:
-    """Logits of the last boundary's residual stream."""
+    """Logits of the last boundary's residual stream, after the softcap where there is one."""
     y = apply_norm(params.norm_final, x, cfg=cfg.block)
     if params.unembed_DV is None:
         logits = jnp.einsum("...D,VD->...V", y, f32(params.embed_VD), precision=precision)
     else:
         logits = jnp.einsum("...D,DV->...V", y, f32(params.unembed_DV), precision=precision)
-    return logits if params.unembed_bias_V is None else logits + f32(params.unembed_bias_V)
+    logits = logits if params.unembed_bias_V is None else logits + f32(params.unembed_bias_V)
+    return softcap(logits, cfg.final_softcap)
 
 
 def residual_stream(

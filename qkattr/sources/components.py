@@ -364,6 +364,8 @@ def _from_embeddings(params: Params, tokens: np.ndarray, slots: int) -> _Source:
     def directions(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         is_token = ids < vocab
         rows = [np.asarray(params.embed_VD[ids[is_token]], np.float32)]
+        if params.embed_scale is not None:
+            rows[0] = rows[0] * np.asarray(params.embed_scale, np.float32)
         if params.position_PD is not None:
             rows.append(np.asarray(params.position_PD[ids[~is_token] - vocab], np.float32))
         rows = np.concatenate(rows)
