@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,16 @@ _SIZES = dict(
     bos_token_id=1,
     eos_token_id=2,
 )
-_GPT2 = dict(n_embd=36, n_head=6, n_layer=2, n_positions=32, vocab_size=V, n_inner=44)
+_GPT2 = dict(
+    n_embd=36,
+    n_head=6,
+    n_layer=2,
+    n_positions=32,
+    vocab_size=V,
+    n_inner=44,
+    bos_token_id=1,
+    eos_token_id=2,
+)
 _GEMMA3 = dict(
     num_hidden_layers=6,
     head_dim=10,
@@ -92,7 +102,7 @@ def _neox(share: float, **options: Any) -> Made:
 MODELS = {
     "gpt2": _gpt2(),
     "gpt2-by-depth": _gpt2(
-        num_hidden_layers=3, scale_attn_by_inverse_layer_idx=True, reorder_and_upcast_attn=True
+        num_hidden_layers=3, scale_attn_by_inverse_layer_idx=True
     ),
     "gpt2-unscaled-relu": _gpt2(
         scale_attn_weights=False, activation_function="relu", n_inner=None, n_head=4
@@ -118,6 +128,9 @@ MODELS = {
     "qwen3-biased": _made("Qwen3", head_dim=6, num_key_value_heads=1, attention_bias=True),
     "gemma2": _made(
         "Gemma2",
+        hidden_size=40,
+        num_attention_heads=5,
+        num_key_value_heads=5,
         num_hidden_layers=3,
         head_dim=10,
         query_pre_attn_scalar=5,
@@ -144,6 +157,7 @@ MODELS = {
 }  # fmt: skip
 
 
+@functools.cache
 def random_model(name: str) -> torch.nn.Module:
     """A model of a family in eager attention, with everything in it random."""
     made = MODELS[name]
@@ -165,13 +179,38 @@ def saved(name: str) -> Path:
     return folder
 
 
+@dataclasses.dataclass(frozen=True)
+class Reference:
+    """What `transformers` computes in float32.
+
+    logits: `[T, V]`. patterns, scores: `[L, N, T, S]`, these after the scale and before the softcap.
+    """
+
+    logits: np.ndarray
+    patterns: np.ndarray
+    scores: np.ndarray
+
+
 @functools.cache
-def reference(name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Logits `[T, V]` and attentions `[L, N, T, S]` of `transformers` in float32."""
-    with torch.no_grad():
-        ids = torch.tensor(PROMPT)[None].long()
-        out = random_model(name).forward(ids, output_attentions=True)
-    return out.logits[0].numpy(), np.stack([a[0].numpy() for a in out.attentions])
+def reference(name: str) -> Reference:
+    """The prompt through the family's own code; scores of the queries and keys it attends with."""
+    model, scores = random_model(name), []
+    source: Any = sys.modules[type(model).__module__]
+
+    def keep_scores(module, query, key, value, mask, **options):
+        keys = key.repeat_interleave(query.shape[1] // key.shape[1], 1)
+        scores.append((query @ keys.mT)[0].numpy() * options["scaling"])
+        return eager(module, query, key, value, mask, **options)
+
+    eager, source.eager_attention_forward = source.eager_attention_forward, keep_scores
+    try:
+        with torch.no_grad():
+            ids = torch.tensor(PROMPT)[None].long()
+            out = model.forward(ids, output_attentions=True)
+    finally:
+        source.eager_attention_forward = eager
+    patterns = np.stack([a[0].numpy() for a in out.attentions])
+    return Reference(out.logits[0].numpy(), patterns, np.stack(scores))
 
 
 @functools.cache

@@ -26,9 +26,9 @@ def made(name):
 
 
 def test_logits_and_patterns_equal_transformers(name, made):
-    logits, attentions = families.reference(name)
-    within(f"{name}: logits", made.logits, logits, LOGITS)
-    within(f"{name}: patterns", made.trace.patterns, attentions, PATTERN)
+    expected = families.reference(name)
+    within(f"{name}: logits", made.logits, expected.logits, LOGITS)
+    within(f"{name}: patterns", made.trace.patterns, expected.patterns, PATTERN)
 
 
 def pattern_of(scores, window, softcap):
@@ -41,23 +41,26 @@ def pattern_of(scores, window, softcap):
     return weight / weight.sum(1, keepdims=True)
 
 
-def test_terms_make_every_score_and_the_patterns_of_transformers(name, made):
-    _, attentions = families.reference(name)
-    T, cfg = len(families.PROMPT), made.cfg.block
+def test_terms_make_every_score_and_pattern_of_transformers(name, made):
+    """Theirs, too: a key bias without rotary, say, shows in scores and nowhere else."""
+    expected, T, cfg = families.reference(name), len(families.PROMPT), made.cfg.block
+    causal = np.tril(np.ones((T, T)))
     for b in range(made.cfg.n_blocks):
         sums, _ = jax.device_get(every_pair(*made.block(b), cfg=cfg, sums=True))
-        causal = np.tril(np.ones((T, T)))
-        scores = np.asarray(made.trace.scores[b]) * causal
-        largest = np.abs(scores).max((1, 2), keepdims=True)
+        scores, theirs = np.asarray(made.trace.scores[b]) * causal, expected.scores[b] * causal
+        largest = np.abs(theirs).max((1, 2), keepdims=True)
         within(f"{name}: sum of terms - score", sums * causal, scores, SCORE, largest)
+        within(f"{name}: sum of terms - theirs", sums * causal, theirs, SCORE, largest)
         for n in range(made.cfg.n_heads):
             pattern = pattern_of(np.float64(sums[n]), made.cfg.windows[b], cfg.softcap)
-            within(f"{name}: pattern of the terms", pattern, attentions[b, n], PATTERN)
+            within(f"{name}: pattern of the terms", pattern, expected.patterns[b, n], PATTERN)
 
 
 def test_head_loadings_equal_the_vjp(name, made):
+    """To 1e-4 of the row's largest, as `check_parts` has it; two blocks, of both kinds if there
+    are two."""
     cfg = made.cfg.block
-    for b in range(made.cfg.n_blocks):
+    for b in range(2):
         weights, x, parts = made.block(b)
         frozen = freeze(weights, x, cfg=cfg)
         check_parts(frozen, weights, x, parts, cfg, "jacobian", range(made.cfg.n_heads))

@@ -69,8 +69,8 @@ class Fields:
                     f"config.json has no {name}; it is not a complete {self.family} config"
                 )
             return default
-        if kind is float and isinstance(value, int) and not isinstance(value, bool):
-            value = float(value)
+        if kind is float and type(value) is int:
+            value = as_float(value)
         if type(value) is not kind:
             raise InputError(
                 f"config.json: {name} should be {kind.__name__}, got {value!r:.60}; "
@@ -117,9 +117,17 @@ class Fields:
             )
 
 
+def as_float(value: int | float) -> float:
+    """A number of a JSON file as a float; infinite where it has more digits than a float holds."""
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf
+
+
 def check_positive(name: str, value: float) -> float:
     """The value, if it is a positive and finite number that float32 holds."""
-    if not 1e-30 < value < 1e30 or math.isnan(value):
+    if not 1e-30 < value < 1e30:
         raise InputError(
             f"config.json: {name} should be a positive number, got {value!r}; "
             f"restore the model's own config"

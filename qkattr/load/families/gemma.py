@@ -91,13 +91,15 @@ def _two_rotaries(fields: Fields, head_dim: int, context: int) -> tuple[Rotary, 
     whole = dict(rope_theta=fields.positive("rope_theta", 1e6))
     local = dict(rope_theta=fields.positive("rope_local_base_freq", 1e4))
     rope = read_rope(fields)
-    if {"full_attention", "sliding_attention"} & set(rope):
-        whole |= rope.pop("full_attention", None) or {}
-        local |= rope.pop("sliding_attention", None) or {}
-    return (
-        make_rotary(whole | rope, head_dim, context),
-        make_rotary(local, head_dim, context),
-    )
+    for kind, table in (("full_attention", whole), ("sliding_attention", local)):
+        own = rope.pop(kind, None) or {}
+        if not isinstance(own, dict):
+            raise InputError(
+                f"config.json: rope_parameters of {kind} should be an object, got {own!r:.40}; "
+                f"restore the model's own config"
+            )
+        table.update(own)
+    return make_rotary(whole | rope, head_dim, context), make_rotary(local, head_dim, context)
 
 
 def _multimodal(fields: Fields) -> ModelConfig:

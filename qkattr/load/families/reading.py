@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from typing import Any
 
 from qkattr.config import Rotary
 from qkattr.errors import InputError
-from qkattr.load.families.fields import Fields, check_positive
+from qkattr.load.families.fields import Fields, as_float, check_positive
 from qkattr.types import NO_WINDOW
 
 # Activations by their names in Hugging Face configs; the values are keys of `layers.ACTIVATIONS`.
@@ -133,10 +132,10 @@ def _number(rope: dict[str, Any], key: str, default: float | None = None) -> flo
     value = rope.pop(key, default)
     if not isinstance(value, int | float) or isinstance(value, bool):
         raise InputError(
-            f"config.json: the rope parameter {key} should be a number, got "
-            f"{json.dumps(value):.40}; restore the model's own config"
+            f"config.json: the rope parameter {key} should be a number, got {value!r:.40}; "
+            f"restore the model's own config"
         )
-    return check_positive(f"the rope parameter {key}", float(value))
+    return check_positive(f"the rope parameter {key}", as_float(value))
 
 
 def read_windows(fields: Fields, n_blocks: int, sliding: Callable[[int], bool]) -> tuple[int, ...]:
