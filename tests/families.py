@@ -183,7 +183,7 @@ def saved(name: str) -> Path:
 class Reference:
     """What `transformers` computes in float32.
 
-    logits: `[T, V]`. patterns, scores: `[L, N, T, S]`, these after the scale and before the softcap.
+    logits: `[T, V]`. patterns, scores: `[L, N, T, S]`, scores after the scale, before the softcap.
     """
 
     logits: np.ndarray
