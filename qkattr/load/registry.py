@@ -1,0 +1,220 @@
+"""The models and SAEs known by name: `data/registry.toml`, typed and checked.
+
+A set of SAEs is named `NAME` or `NAME:CHOICE,CHOICE`, as in `gemma-scope-2-270m-pt-res:262k,big`;
+what is not chosen is the entry's first. Nothing here touches the network or the disk's cache.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+import re
+from collections.abc import Iterable
+from importlib import resources
+from typing import Literal
+
+import msgspec
+
+from qkattr.errors import InputError, quoted
+
+Format = Literal[
+    "saelens",
+    "gemma-scope",
+    "gemma-scope-2",
+    "llama-scope",
+    "llama-scope-r1",
+    "sparsify",
+    "qwen-scope",
+]
+
+
+class ModelEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A model; the fields are explained in the file."""
+
+    repo: str
+    blocks: int
+    license: str
+    gated: bool = False
+    note: str = ""
+
+
+class Extra(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """An SAE that does not follow its set's pattern."""
+
+    folder: str
+    boundary: int
+    source: str | None = None
+
+
+class SaeEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """A set of SAEs; the fields are explained in the file."""
+
+    repo: str
+    folder: str
+    files: list[str]
+    model: str
+    format: Format
+    hook: Literal["resid_post", "resid_pre"]
+    layers: int
+    license: str
+    aliases: list[str] = []
+    optional: list[str] = []
+    choices: dict[str, list[str]] = {}
+    l0_of_layer: dict[str, list[int]] = {}
+    extra: list[Extra] = []
+    width: str | None = None
+    prepend_bos: bool | None = None
+    centred: bool = False
+    norm: Literal["in the files"] | None = None
+    scan: str | None = None
+    source_set: str | None = None
+    sourced: list[int] | None = None
+    note: str = ""
+    unsure: str = ""
+
+
+class Registry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    models: dict[str, ModelEntry]
+    saes: dict[str, SaeEntry]
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """Where Neuronpedia has the cards of a set: pages `scan/source/index`.
+
+    sources: by boundary. source_set: the part of their names that all share, None without sources.
+    pre: source L is the stream before block L, boundary L.
+    """
+
+    scan: str
+    source_set: str | None
+    sources: dict[int, str]
+    pre: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class SaeChoice:
+    """A set of SAEs with its choices made. chosen: by the name of the choice."""
+
+    name: str
+    entry: SaeEntry
+    chosen: dict[str, str]
+
+    @property
+    def repo(self) -> str:
+        return self.entry.repo.format(**self.chosen)
+
+    def files(self, *, optional: bool = False) -> dict[int, tuple[str, ...]]:
+        """The files of each boundary's SAE, as paths in the repository; or those it may lack."""
+        names = self.entry.optional if optional else self.entry.files
+        shift = self.entry.hook == "resid_post"
+        files = {
+            b + shift: _paths(self._fill(self.entry.folder, b), names, b) for b in self._layers
+        }
+        return files | {e.boundary: _paths(e.folder, names, 0) for e in self.entry.extra}
+
+    def source(self) -> Source | None:
+        """What Neuronpedia calls them; None where that is not known."""
+        entry, pre = self.entry, self.entry.hook == "resid_pre"
+        if entry.scan is None:
+            return None
+        if entry.source_set is None:
+            return Source(entry.scan, None, {}, pre)
+        name = entry.source_set.format(**self.chosen)
+        layers = self._layers if entry.sourced is None else entry.sourced
+        sources = {layer + (not pre): f"{layer}-{name}" for layer in layers}
+        sources |= {e.boundary: e.source for e in entry.extra if e.source}
+        return Source(entry.scan, name, sources, pre)
+
+    def notes(self) -> tuple[str, ...]:
+        """What to know when they are used."""
+        entry = self.entry
+        unsure = f"not verified: {entry.unsure}" if entry.unsure else ""
+        return tuple(f"{self.name}: {text}" for text in (entry.note, unsure) if text)
+
+    @property
+    def _layers(self) -> range:
+        return range(self.entry.layers)
+
+    def _fill(self, pattern: str, layer: int) -> str:
+        l0 = self.entry.l0_of_layer.get(self.chosen.get("width", ""))
+        return pattern.format(layer=layer, l0=l0[layer] if l0 else None, **self.chosen)
+
+
+def _paths(folder: str, names: list[str], layer: int) -> tuple[str, ...]:
+    filled = (name.format(layer=layer) for name in names)
+    return tuple(f"{folder}/{name}" if folder else name for name in filled)
+
+
+@functools.cache
+def registry() -> Registry:
+    """The whole file."""
+    text = resources.files("qkattr").joinpath("data/registry.toml").read_text(encoding="utf-8")
+    return msgspec.toml.decode(text, type=Registry)
+
+
+def find_model(name: str) -> ModelEntry | None:
+    """The entry of a model's short name."""
+    return registry().models.get(_plain(name))
+
+
+def find_saes(name: str) -> SaeChoice | None:
+    """The set that a name stands for: its own, an alias, or its repository where only one set lies.
+
+    Raises:
+      InputError: the set is known, and the choice is not one of its.
+    """
+    name, _, choice = name.partition(":")
+    known = _sae_names().get(_plain(name)) or _sae_repos().get(name.lower())
+    if known is None:
+        return None
+    entry = registry().saes[known]
+    return SaeChoice(known, entry, _chosen(known, entry, choice))
+
+
+def near(name: str, known: Iterable[str]) -> str:
+    """`did you mean a or b?`, of names that are near; else nothing."""
+    found = difflib.get_close_matches(_plain(name.partition(":")[0]), list(known), n=3)
+    return f"did you mean {' or '.join(found)}? " if found else ""
+
+
+def near_model(name: str) -> str:
+    return near(name, registry().models)
+
+
+def near_saes(name: str) -> str:
+    return near(name, _sae_names())
+
+
+def _plain(name: str) -> str:
+    """SAELens spells some names with underscores."""
+    return re.sub(r"_", "-", name.lower())
+
+
+@functools.cache
+def _sae_names() -> dict[str, str]:
+    saes = registry().saes
+    return {alias: name for name, entry in saes.items() for alias in (name, *entry.aliases)}
+
+
+@functools.cache
+def _sae_repos() -> dict[str, str]:
+    repos = [entry.repo.lower() for entry in registry().saes.values()]
+    alone = {repo for repo in repos if repos.count(repo) == 1}
+    saes = registry().saes
+    return {e.repo.lower(): name for name, e in saes.items() if e.repo.lower() in alone}
+
+
+def _chosen(name: str, entry: SaeEntry, choice: str) -> dict[str, str]:
+    chosen = {axis: values[0] for axis, values in entry.choices.items()}
+    for value in filter(None, choice.split(",")):
+        axes = [axis for axis, values in entry.choices.items() if value in values]
+        if not axes:
+            known = "; ".join(f"{a} {' or '.join(v)}" for a, v in entry.choices.items())
+            raise InputError(
+                f"{name} has no choice {quoted(value)}; "
+                + (f"give one of its own: {known}" if known else f"give {name} alone")
+            )
+        chosen[axes[0]] = value
+    return chosen

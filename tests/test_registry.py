@@ -1,0 +1,104 @@
+"""Every entry of the registry of names, and what is made of them."""
+
+import re
+import string
+
+import msgspec
+import pytest
+
+from qkattr.errors import InputError
+from qkattr.load import hub, registry
+
+REGISTRY = registry.registry()
+MODELS, SAES = REGISTRY.models, REGISTRY.saes
+
+
+def fields(pattern):
+    return {name for _, name, _, _ in string.Formatter().parse(pattern) if name}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_models(name):
+    entry = MODELS[name]
+    assert re.fullmatch(r"[a-z0-9.-]+", name)
+    assert hub.parse_repo(entry.repo) == hub.Repo(entry.repo)
+    assert 1 <= entry.blocks <= 200 and entry.license
+
+
+@pytest.mark.parametrize("name", SAES)
+def test_saes(name):
+    entry = SAES[name]
+    assert re.fullmatch(r"[a-z0-9.-]+", name) and name not in MODELS
+    assert entry.model in MODELS and 1 <= entry.layers <= MODELS[entry.model].blocks
+    assert entry.license and entry.files
+    known = {"layer", *entry.choices} | ({"l0"} if entry.l0_of_layer else set())
+    patterns = [entry.repo, entry.folder, *entry.files, *entry.optional]
+    assert set().union(*map(fields, patterns)) <= known
+    assert set(entry.choices) <= set().union(*map(fields, [*patterns, entry.source_set or ""]))
+    values = [value for choice in entry.choices.values() for value in choice]
+    assert len(values) == len(set(values))
+    for width, l0 in entry.l0_of_layer.items():
+        assert width in entry.choices["width"] and len(l0) == entry.layers
+        assert all(value > 0 for value in l0)
+    assert bool(entry.width) + ("width" in entry.choices) + ("variant" in entry.choices) == 1
+    assert entry.source_set is None or entry.scan
+
+
+@pytest.mark.parametrize("name", SAES)
+def test_files_of_every_choice(name):
+    """Every boundary once, no file twice, nothing left unfilled."""
+    entry = SAES[name]
+    last = MODELS[entry.model].blocks
+    for value in [None, *(v for choice in entry.choices.values() for v in choice)]:
+        choice = registry.find_saes(name if value is None else f"{name}:{value}")
+        assert choice is not None and choice.name == name
+        assert hub.parse_repo(choice.repo) == hub.Repo(choice.repo)
+        files = choice.files()
+        paths = [path for of_boundary in files.values() for path in of_boundary]
+        assert len(paths) == len(set(paths)) == len(files) * len(entry.files)
+        assert not any(c in path for path in paths for c in "{}*[]") and "None" not in str(paths)
+        assert set(files) <= set(range(last + 1)) and len(files) >= last - 1
+        source = choice.source()
+        if source is not None and source.source_set:
+            assert set(source.sources) <= set(files)
+            assert all(s.endswith(f"-{source.source_set}") for s in source.sources.values())
+
+
+def test_choices():
+    choice = registry.find_saes("gemma-scope-2-270m-pt-res:262k,big")
+    assert choice.files()[18] == ("resid_post_all/layer_17_width_262k_l0_big/params.safetensors",)
+    choice = registry.find_saes("gemma_scope_2b_pt_res_canonical:65k")
+    assert choice.files()[2] == ("layer_1/width_65k/average_l0_121/params.npz",)
+    assert choice.source().sources[2] == "1-gemmascope-res-65k"
+    choice = registry.find_saes("gpt2-small-res-jb")
+    assert set(choice.files()) == set(range(13))
+    assert choice.source().sources[0] == "0-res-jb" and choice.source().pre
+    assert choice.source().sources[12] == "12-res-jb"
+    with pytest.raises(InputError, match="no choice '1m'; give one of its own: width 16k or 262k"):
+        registry.find_saes("gemma-scope-2-270m-pt-res:1m")
+    with pytest.raises(InputError, match="give gpt2-small-res-jb alone"):
+        registry.find_saes("gpt2-small-res-jb:x")
+
+
+def test_repositories_stand_for_their_set():
+    assert registry.find_saes("google/gemma-scope-2-1b-it").name == "gemma-scope-2-1b-it-res"
+    assert registry.find_saes("fnlp/Llama-Scope-R1-Distill") is None  # three sets lie in it
+    assert registry.find_saes("user/repo") is None
+
+
+def test_near_names():
+    assert "gemma-3-270m" in registry.near_model("gemma-3-270")
+    assert "gpt2-small-res-jb" in registry.near_saes("gpt2_small_resjb")
+    assert registry.near_model("zzzzzz") == ""
+
+
+def test_what_is_unsure_is_said():
+    notes = registry.find_saes("llama_scope_lxr_8x").notes()
+    assert any("not verified: whether the JumpReLU threshold" in note for note in notes)
+
+
+def test_a_misspelt_field_is_refused():
+    with pytest.raises(msgspec.ValidationError, match="unknown field `licence`"):
+        msgspec.toml.decode(
+            '[models.x]\nrepo="a/b"\nblocks=1\nlicence="MIT"\n[saes]', type=registry.Registry
+        )
