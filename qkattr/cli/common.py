@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from qkattr.errors import InputError, quoted
+from qkattr.errors import InputError, printable, quoted
 
 if TYPE_CHECKING:
     from qkattr.load.bundle import Bundle, Prompt
@@ -22,7 +22,8 @@ Model = Annotated[
     typer.Option(
         "--model",
         "-m",
-        help='"smollm2", a Hugging Face folder, or a .gguf file.',
+        help='"smollm2", a Hugging Face folder, a .gguf file, user/repo of the hub, or a name that '
+        "`qkattr models` lists.",
         show_default=False,
     ),
 ]
@@ -31,7 +32,8 @@ Saes = Annotated[
     typer.Option(
         "--saes",
         "-s",
-        help='"smollm2", a folder of SAEs, one after every block, or a packed file.',
+        help='"smollm2", a folder of SAEs, one after every block, a packed file, user/repo of the '
+        "hub, or a name that `qkattr models` lists.",
         show_default=False,
     ),
 ]
@@ -89,7 +91,10 @@ def open_model(model: str | None, saes: str | None = None, dtype: str = "float32
     use_compilation_cache()
     from qkattr.load.bundle import open_bundle
 
-    return open_bundle(need_model(model), saes, dtype=dtype)
+    bundle = open_bundle(need_model(model), saes, dtype=dtype)
+    for note in bundle.notes:
+        print(printable(f"qkattr: note: {note}"), file=sys.stderr)
+    return bundle
 
 
 def need_saes(saes: str | None) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,11 +12,12 @@ import numpy as np
 
 from qkattr.config import ModelConfig
 from qkattr.errors import InputError
-from qkattr.load import hf, smollm2
+from qkattr.load import hf, named, smollm2
 from qkattr.load.fingerprint import fingerprint
 from qkattr.load.gguf import open_gguf
 from qkattr.load.gguf_tokenizer import tokenizer_from_gguf
 from qkattr.load.packed import open_packed
+from qkattr.load.registry import Source, near_model, near_saes
 from qkattr.load.saes import CONFIG, WEIGHTS, load_saes, sae_folders
 from qkattr.load.tokenizer import Message, Tokenizer
 from qkattr.load.weights import DTYPES, Checkpoint, check_tensors, read_params
@@ -37,7 +38,9 @@ class Bundle:
     a boundary, or None without SAEs. model, saes: as they were asked for. model_hash, saes_hash:
     see `fingerprint`. bos: whether text gets a BOS, as the SAEs say; None: as the tokenizer does,
     also when the SAEs disagree. read_cards: the cards of the SAEs' features, which label what is
-    traced: those that come with "smollm2", or see `qkattr.features.with_cards`.
+    traced: those that come with "smollm2", or see `qkattr.features.with_cards`. labels: of
+    features, by (boundary, index); they go before the cards'. source: where Neuronpedia has cards
+    of the SAEs. notes: what to know about the SAEs, and what of it is not verified.
     """
 
     config: ModelConfig
@@ -51,6 +54,9 @@ class Bundle:
     bos: bool | None = None
     dtype: str = "float32"
     read_cards: Callable[[], Cards] | None = dataclasses.field(default=None, repr=False)
+    labels: Mapping[tuple[int, int], str] = dataclasses.field(default_factory=dict, repr=False)
+    source: Source | None = None
+    notes: tuple[str, ...] = ()
 
     @functools.cached_property
     def params(self) -> Params:
@@ -162,24 +168,56 @@ def _open_model(model: str) -> _Model:
     if path.suffix == ".gguf" and path.is_file():
         file = open_gguf(path)
         return _Model(file.config, tokenizer_from_gguf(file.reader), file, path.parent, (path,))
-    if path.is_dir():
-        config, tokenizer = hf.read_config(path), Tokenizer.from_folder(path)
-        files = (path / "config.json", *hf.weight_files(path))
-        return _Model(config, tokenizer, hf.open_checkpoint(path), path, files)
+    folder = path if path.is_dir() else named.model_folder(model)
+    if folder is not None:
+        config, tokenizer = hf.read_config(folder), Tokenizer.from_folder(folder)
+        files = (folder / "config.json", *hf.weight_files(folder))
+        return _Model(config, tokenizer, hf.open_checkpoint(folder), folder, files)
     accepted = (
-        f"{smollm2.NAME!r}, a Hugging Face folder (config.json and safetensors) or a .gguf file"
+        f"{smollm2.NAME!r}, a Hugging Face folder (config.json and safetensors), a .gguf file, "
+        "user/repo of the hub, or a name that `qkattr models` lists"
     )
-    raise InputError(f"no such model: {model!r}; give {accepted}")
+    raise InputError(f"no such model: {model!r}; {near_model(model)}give {accepted}")
 
 
-def _read_saes(saes: str | Path, config: ModelConfig) -> tuple[tuple[Dictionary | None, ...], str]:
-    """The dictionaries and their fingerprint, from a packed file or a folder of SAELens SAEs."""
-    path = smollm2.saes_path() if str(saes) == smollm2.NAME else Path(saes)
+@dataclasses.dataclass(frozen=True)
+class _Saes:
+    """One dictionary a boundary; their fingerprint; what the registry knows of them."""
+
+    dictionaries: tuple[Dictionary | None, ...]
+    hash: str
+    source: Source | None = None
+    notes: tuple[str, ...] = ()
+
+
+def _find_saes(saes: str) -> named.SaeSource:
+    """What is here goes before what has that name elsewhere."""
+    if saes == smollm2.NAME:
+        return named.SaeSource(smollm2.saes_path())
+    path = Path(saes)
+    found = None if path.exists() else named.sae_source(saes)
+    if found is None and not path.exists() and (hint := near_saes(saes)):
+        raise InputError(f"no such SAEs: {saes!r}; {hint}`qkattr models` lists the names")
+    return found or named.SaeSource(path)
+
+
+def _read_saes(saes: str, config: ModelConfig) -> _Saes:
+    """From a packed file, or a folder of SAEs."""
+    found = _find_saes(saes)
+    path, choice = found.path, found.choice
     if path.is_file():
-        return open_packed(path, config), fingerprint(path.parent, [path])
+        return _Saes(open_packed(path, config), fingerprint(path.parent, [path]))
     dictionaries = load_saes(path, config)
     files = [folder / name for folder in sae_folders(path) for name in (CONFIG, WEIGHTS)]
-    return dictionaries, fingerprint(path, files)
+    read = _Saes(dictionaries, fingerprint(path, files))
+    if choice is None:
+        return read
+    return dataclasses.replace(
+        read,
+        dictionaries=named.informed(dictionaries, choice),
+        source=choice.source(),
+        notes=choice.notes(),
+    )
 
 
 def _prepend_bos(dictionaries: tuple[Dictionary | None, ...]) -> bool | None:
@@ -191,9 +229,11 @@ def _prepend_bos(dictionaries: tuple[Dictionary | None, ...]) -> bool | None:
 def load(model: str | Path, saes: str | Path | None = None, *, dtype: str = "float32") -> Bundle:
     """Load a model and its SAEs.
 
-    model: "smollm2", a Hugging Face folder, or a .gguf file. saes: "smollm2", a folder of SAELens
-    SAEs, one after every block, or a file that `qkattr pack` made of one. dtype: of the weight
-    matrices, "float32" or "bfloat16".
+    model: "smollm2", a Hugging Face folder, a .gguf file; or, downloaded if it is not in the hub's
+    cache, user/repo, user/repo@revision or a name of the registry. saes: "smollm2", a folder of
+    SAELens SAEs, one after every block, a file that `qkattr pack` made of one; or user/repo, a
+    folder in it, or a name of the registry, with choices, as in NAME:262k,big. dtype: of the
+    weight matrices, "float32" or "bfloat16".
 
     Raises:
       InputError: something is missing, damaged, not implemented, or does not belong together.
@@ -213,20 +253,22 @@ def open_bundle(
         raise InputError(f"dtype {dtype!r} is not known; expected {' or '.join(DTYPES)}")
     opened = _open_model(str(model))
     check_tensors(opened.checkpoint, opened.config)
-    dictionaries, saes_hash = (None, None) if saes is None else _read_saes(saes, opened.config)
-    bos = None if dictionaries is None else _prepend_bos(dictionaries)
+    read = None if saes is None else _read_saes(str(saes), opened.config)
+    bos = None if read is None else _prepend_bos(read.dictionaries)
     return Bundle(
         config=opened.config,
         read_params=functools.partial(read_params, opened.checkpoint, opened.config, dtype=dtype),
         tokenizer=opened.tokenizer,
-        dictionaries=dictionaries,
+        dictionaries=read and read.dictionaries,
         model=str(model),
         saes=None if saes is None else str(saes),
         model_hash=fingerprint(opened.root, opened.files),
-        saes_hash=saes_hash,
+        saes_hash=read and read.hash,
         bos=True if bos is None and model == smollm2.NAME else bos,
         dtype=dtype,
         read_cards=_packaged_cards if str(saes) == smollm2.NAME else None,
+        source=read and read.source,
+        notes=read.notes if read else (),
     )
 
 

@@ -1,0 +1,133 @@
+"""What is asked for by name, as local files: models and SAEs of the registry or of the hub.
+
+The SAEs that were chosen lie among others in a repository's snapshot, and a loader reads all that
+it finds in a folder. So they are linked into a folder of their own below the cache folder, under
+the paths that they have in the repository.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+from qkattr.errors import InputError
+from qkattr.load import hf, hub
+from qkattr.load.registry import SaeChoice, find_model, find_saes
+from qkattr.load.smollm2 import cache_folder
+from qkattr.sources.dictionary import Dictionary
+
+#: The files of SAEs in a repository that the registry does not know.
+_SAE_FILES = (
+    *("*cfg.json", "*config.json", "*hyperparams.json"),
+    *("*sae_weights.safetensors", "*sae.safetensors", "*params.safetensors", "*final.safetensors"),
+    *("*params.npz", "*.sae.pt", "*ae.pt"),
+)
+_WEIGHTS = tuple(pattern for pattern in _SAE_FILES if not pattern.endswith(".json"))
+
+
+@dataclasses.dataclass(frozen=True)
+class SaeSource:
+    """SAEs on disk, and the registry's entry if it has one."""
+
+    path: Path
+    choice: SaeChoice | None = None
+
+
+def model_folder(name: str) -> Path | None:
+    """The folder of a model that the registry or the hub knows; None where neither may.
+
+    Raises:
+      InputError: see `hub.fetch`.
+    """
+    short, _, revision = name.partition("@")
+    entry = find_model(short)
+    repo = hub.Repo(entry.repo, revision or None) if entry else hub.parse_repo(name)
+    if repo is None or repo.folder:
+        return None
+    return hub.fetch(repo, hub.MODEL_FILES, _is_model)
+
+
+def _is_model(folder: Path) -> bool:
+    with contextlib.suppress(InputError):
+        return (folder / "config.json").is_file() and bool(hf.weight_files(folder))
+    return False
+
+
+def sae_source(name: str) -> SaeSource | None:
+    """SAEs that the registry or the hub knows; None where neither may.
+
+    Raises:
+      InputError: the choice is not one of the set's; or see `hub.fetch`.
+    """
+    short, _, revision = name.partition("@")
+    choice = find_saes(short)
+    if choice is not None:
+        return SaeSource(_chosen(choice, revision or None), choice)
+    repo = hub.parse_repo(name)
+    if repo is None:
+        return None
+    below = f"{repo.folder}/" if repo.folder else ""
+    patterns = [below + pattern for pattern in _SAE_FILES]
+    folder = hub.fetch(repo, patterns, lambda found: _has_saes(found / repo.folder))
+    if not _has_saes(folder / repo.folder):
+        raise InputError(
+            f"{name} holds no SAEs that qkattr reads; give another repository, or user/repo/folder"
+        )
+    return SaeSource(folder / repo.folder)
+
+
+def _has_saes(folder: Path) -> bool:
+    return any(True for pattern in _WEIGHTS for _ in folder.rglob(pattern))
+
+
+def _chosen(choice: SaeChoice, revision: str | None) -> Path:
+    """The folder of links to a set's files, which are downloaded if they are not there."""
+    needed = [name for files in choice.files().values() for name in files]
+    wished = [name for files in choice.files(optional=True).values() for name in files]
+    snapshot = hub.fetch(
+        hub.Repo(choice.repo, revision),
+        [*needed, *wished],
+        lambda folder: all((folder / name).is_file() for name in needed),
+    )
+    if missing := [name for name in needed if not (snapshot / name).is_file()]:
+        raise InputError(
+            f"{choice.repo} has no {missing[0]}, which {choice.name} should have; "
+            f"give the SAEs as a local folder"
+        )
+    variant = "-".join(choice.chosen.values()) or "all"
+    folder = cache_folder() / "saes" / choice.repo.replace("/", "--") / snapshot.name / variant
+    try:
+        return _linked(snapshot, [*needed, *wished], folder / choice.name)
+    except OSError as e:
+        raise InputError(
+            f"cannot write {folder} ({e}); set QKATTR_CACHE to a folder that can be written"
+        ) from e
+
+
+def _linked(snapshot: Path, names: Iterable[str], folder: Path) -> Path:
+    for name in names:
+        target, link = snapshot / name, folder / name
+        if not target.is_file() or (link.is_symlink() and os.readlink(link) == str(target)):
+            continue
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.unlink(missing_ok=True)
+        with contextlib.suppress(FileExistsError):  # another process was first
+            link.symlink_to(target)
+    return folder
+
+
+def informed(
+    dictionaries: tuple[Dictionary | None, ...], choice: SaeChoice
+) -> tuple[Dictionary | None, ...]:
+    """The dictionaries with what the registry knows and their files do not say."""
+
+    def one(dictionary: Dictionary | None) -> Dictionary | None:
+        if dictionary is None or dictionary.config.prepend_bos is not None:
+            return dictionary
+        config = dataclasses.replace(dictionary.config, prepend_bos=choice.entry.prepend_bos)
+        return dataclasses.replace(dictionary, config=config)
+
+    return tuple(one(dictionary) for dictionary in dictionaries)

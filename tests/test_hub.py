@@ -1,0 +1,288 @@
+"""Models and SAEs by name: out of a cache that lies on disk, with every download replaced."""
+
+import errno
+import json
+from pathlib import Path
+
+import folders
+import huggingface_hub
+import pytest
+from huggingface_hub import constants, errors
+
+import qkattr
+from qkattr.errors import InputError
+from qkattr.load import hub, named, registry
+
+COMMIT = "a" * 40
+OTHER = "b" * 40
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """An empty cache, and no network."""
+    folder = tmp_path / "hub"
+    folder.mkdir()
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(folder))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setenv("QKATTR_CACHE", str(tmp_path / "qkattr"))
+    return folder
+
+
+def snapshot(cache, repo, commit=COMMIT, branch="main"):
+    """Where the files of a repository lie in the cache."""
+    folder = cache / f"models--{repo.replace('/', '--')}"
+    (folder / "refs").mkdir(parents=True, exist_ok=True)
+    (folder / "blobs").mkdir(exist_ok=True)
+    if branch:
+        (folder / "refs" / branch).write_text(commit)
+    return folder / "snapshots" / commit
+
+
+def write_set(root, choice, seed=0):
+    """The SAEs of a choice, in SAELens form, at the places that the registry has for them."""
+    made = root.parent / f"made{seed}"
+    folders.write_saes(made, boundaries=sorted(choice.files()), seed=seed)
+    for boundary, (config, weights) in choice.files().items():
+        source = made / f"blocks.{boundary - 1}.hook_resid_post"
+        (root / config).parent.mkdir(parents=True, exist_ok=True)
+        (source / "cfg.json").rename(root / config)
+        (source / "sae_weights.safetensors").rename(root / weights)
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """A registry with one small model and one set of SAEs, two variants in one repository."""
+    entry = registry.SaeEntry(
+        repo="user/saes",
+        folder="{kind}/blocks.{layer}",
+        files=["cfg.json", "sae_weights.safetensors"],
+        choices={"kind": ["plain", "snap"]},
+        model="small",
+        format="saelens",
+        hook="resid_post",
+        layers=folders.BLOCKS,
+        license="MIT",
+        scan="small-scan",
+        source_set="res-{kind}",
+        unsure="the width",
+    )
+    models = {"small": registry.ModelEntry(repo="user/small", blocks=folders.BLOCKS, license="MIT")}
+    made = registry.Registry(models, {"small-res": entry})
+    monkeypatch.setattr(registry, "registry", lambda: made)
+    registry._sae_names.cache_clear()
+    registry._sae_repos.cache_clear()
+    yield entry
+    registry._sae_names.cache_clear()
+    registry._sae_repos.cache_clear()
+
+
+def test_a_cached_model_needs_no_network(cache, small):
+    folders.write_model(snapshot(cache, "user/small"), tokenizer=True)
+    by_repo, by_name = qkattr.load("user/small"), qkattr.load("small")
+    assert by_repo.model_hash == by_name.model_hash and by_repo.tokenizer is not None
+    assert qkattr.load(f"user/small@{COMMIT}").model_hash == by_repo.model_hash
+
+
+def test_a_revision_is_pinned(cache):
+    folders.write_model(snapshot(cache, "user/small"))
+    folders.write_model(snapshot(cache, "user/small", OTHER, "v2"), seed=1)
+    hashes = {qkattr.load(f"user/small{at}").model_hash for at in ("", "@main", f"@{COMMIT}")}
+    others = {qkattr.load(f"user/small{at}").model_hash for at in ("@v2", f"@{OTHER}")}
+    assert len(hashes) == len(others) == 1 and hashes != others
+
+
+def test_local_paths_win(cache, tmp_path, monkeypatch):
+    folders.write_model(snapshot(cache, "user/small"), seed=1)
+    folders.write_model(tmp_path / "user" / "small")
+    monkeypatch.chdir(tmp_path)
+    local = qkattr.load("user/small").model_hash
+    assert local == qkattr.load(tmp_path / "user" / "small").model_hash
+    monkeypatch.chdir(cache)
+    assert qkattr.load("user/small").model_hash != local
+
+
+@pytest.fixture
+def online(monkeypatch):
+    """Replaces the download by one that does `work(folder asked for, patterns)`."""
+    asked = []
+
+    def use(work):
+        def download(repo, *, revision, allow_patterns, local_files_only):
+            asked.append((repo, revision, tuple(allow_patterns), local_files_only))
+            if local_files_only:
+                raise errors.LocalEntryNotFoundError("not here")
+            return str(work(repo))
+
+        monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+        return asked
+
+    return use
+
+
+def test_only_what_is_needed_of_a_model_is_downloaded(cache, online, tmp_path):
+    folder = folders.write_model(tmp_path / "downloaded")
+    asked = online(lambda repo: folder)
+    qkattr.load("user/small@v1")
+    assert asked == [
+        ("user/small", "v1", hub.MODEL_FILES, True),
+        ("user/small", "v1", hub.MODEL_FILES, False),
+    ]
+    assert not any(name.endswith((".bin", ".py", ".pt")) for name in hub.MODEL_FILES)
+
+
+def test_only_the_chosen_saes_are_downloaded(cache, online, tmp_path, small):
+    choice = registry.find_saes("small-res:snap")
+    root = snapshot(cache, "user/saes")
+    write_set(root, choice)
+    asked = online(lambda repo: root)
+    source = named.sae_source("small-res:snap")
+    assert set(asked[-1][2]) == {p for paths in choice.files().values() for p in paths}
+    assert all(pattern.startswith("snap/") for pattern in asked[-1][2])
+    assert source is not None and source.choice == choice
+
+
+def test_variants_lie_in_one_snapshot(cache, small, tmp_path):
+    folders.write_model(snapshot(cache, "user/small"))
+    root = snapshot(cache, "user/saes")
+    for seed, variant in enumerate(("plain", "snap")):
+        write_set(root, registry.find_saes(f"small-res:{variant}"), seed)
+    bundle = qkattr.load("small", "small-res:snap")
+    assert [d is not None for d in bundle.dictionaries] == [False, True, True]
+    assert bundle.source == registry.Source(
+        "small-scan", "res-snap", {1: "0-res-snap", 2: "1-res-snap"}, False
+    )
+    assert bundle.notes == ("small-res: not verified: the width",)
+    again = qkattr.load("small", "small-res:snap")
+    assert again.saes_hash == bundle.saes_hash != qkattr.load("small", "small-res").saes_hash
+
+
+def test_links_follow_a_cache_that_moved(cache, small, tmp_path, monkeypatch):
+    choice = registry.find_saes("small-res")
+    write_set(snapshot(cache, "user/saes"), choice)
+    first = named.sae_source("small-res").path
+    moved = tmp_path / "moved"
+    cache.rename(moved)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(moved))
+    again = named.sae_source("small-res").path
+    assert again == first and all(p.is_file() for p in first.rglob("*.safetensors"))
+
+
+def test_saes_of_a_repository_that_is_not_in_the_registry(cache):
+    folders.write_model(snapshot(cache, "user/small"))
+    folders.write_saes(snapshot(cache, "other/saes") / "set")
+    whole, part = (qkattr.load("user/small", f"other/saes{at}") for at in ("", "/set@main"))
+    assert whole.notes == () and part.source is None
+    assert part.saes_hash != ""
+
+
+def test_an_incomplete_set_is_refused(cache, online, small, tmp_path):
+    choice = registry.find_saes("small-res")
+    root = snapshot(cache, "user/saes")
+    write_set(root, choice)
+    (root / "plain/blocks.1/sae_weights.safetensors").unlink()
+    online(lambda repo: root)
+    with pytest.raises(InputError, match="has no plain/blocks.1/sae_weights.safetensors, which"):
+        named.sae_source("small-res")
+
+
+# What the hub refuses
+
+
+class Response:
+    """As much of an HTTP response as the errors of the hub look at."""
+
+    headers: dict = {}
+    request = None
+    status_code = 403
+
+
+def failure(kind, message="said the hub"):
+    try:
+        return kind(message, response=Response())
+    except TypeError:
+        return kind(message)
+
+
+FAILURES = [
+    (lambda: failure(errors.GatedRepoError), "is gated: accept its licence at https://hugg"),
+    (lambda: failure(errors.RepositoryNotFoundError), "no such repository on the hub: user/repo"),
+    (lambda: failure(errors.RevisionNotFoundError), "user/repo has no revision v9; see https://"),
+    (lambda: failure(errors.HfHubHTTPError), "the hub refused user/repo@v9 (said the hub)"),
+    (lambda: failure(errors.LocalEntryNotFoundError), "the hub cannot be reached; check the net"),
+    (lambda: ConnectionError("reset"), "the hub cannot be reached"),
+    (lambda: OSError(errno.ENOSPC, "No space left on device"), "no space left in"),
+    (lambda: PermissionError(errno.EACCES, "Permission denied"), "set HF_HOME to a folder"),
+]
+
+
+@pytest.mark.parametrize("make, message", FAILURES)
+def test_refusals(cache, online, monkeypatch, make, message):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+
+    def fail(repo):
+        raise make()
+
+    online(fail)
+    with pytest.raises(InputError) as caught:
+        named.model_folder("user/repo@v9")
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_fault_is_not_hidden(cache, online, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+
+    def fail(repo):
+        raise ZeroDivisionError
+
+    online(fail)
+    with pytest.raises(ZeroDivisionError):
+        named.model_folder("user/repo")
+
+
+def test_offline(cache):
+    for name in ("google/gemma-3-270m", "gemma-3-270m", f"user/repo@{COMMIT}"):
+        with pytest.raises(InputError, match="not in the cache .* and HF_HUB_OFFLINE is set"):
+            named.model_folder(name)
+    with pytest.raises(InputError, match="HF_HUB_OFFLINE is set"):
+        named.sae_source("gpt2-small-res-jb")
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["smollm2", "./model", "../user/repo", "/user/repo", "user/repo/..", "a b/c", "", "/", "x@y"],
+)
+def test_what_is_no_name_of_a_repository(name):
+    assert hub.parse_repo(name) is None
+
+
+def test_names_of_repositories():
+    assert hub.parse_repo("u/r@v1") == hub.Repo("u/r", "v1")
+    assert hub.parse_repo("u/r/a/b@v1") == hub.Repo("u/r", "v1", "a/b")
+    assert str(hub.parse_repo("u/r@v1")) == "u/r@v1"
+
+
+# Through the command line
+
+
+@pytest.fixture
+def root(tmp_path):
+    return Path(tmp_path)
+
+
+def test_near_names_are_suggested(refused, cache):
+    line = refused("tokens", "x", "-m", "gemma-3-270")
+    assert "no such model: 'gemma-3-270'; did you mean gemma-3-270m" in line
+    folders.write_model(snapshot(cache, "user/small"))
+    line = refused("trace", "1,2", "--ids", "-m", "user/small", "-s", "gpt2_small_res-j")
+    assert "no such SAEs: 'gpt2_small_res-j'; did you mean gpt2-small-res-jb" in line
+
+
+def test_notes_are_said_once(cache, small, capsys):
+    from qkattr.cli.main import main
+
+    folders.write_model(snapshot(cache, "user/small"))
+    write_set(snapshot(cache, "user/saes"), registry.find_saes("small-res"))
+    assert main(["trace", "1,2,3", "--ids", "-m", "small", "-s", "small-res", "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert err == "qkattr: note: small-res: not verified: the width\n"
+    json.loads(out)
