@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +127,12 @@ class Result:
             read = "key" if side else "query"
             return f"score of {block}.{head} at {query} to {key}, read on its {read} side"
         return ""
+
+    def with_labels(self, labels: Mapping[tuple[int, int], str]) -> Result:
+        """The result with these labels before its own; those of features it lacks do no harm."""
+        labels = {**self.labels, **labels}
+        qk = {place: table.with_labels(labels) for place, table in self.qk.items()}
+        return dataclasses.replace(self, labels=labels, qk=qk)
 
     def head_loadings(self, *, source: Ends, target: Ends) -> HeadLoadings:
         """Every head's loading between two ends, summed over the edges of the graph between them.

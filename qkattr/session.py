@@ -95,13 +95,15 @@ def _boundaries(params, tokens, last, *, cfg, precision):
 
 
 def prompt_labels(session: Session) -> dict[tuple[int, int], str]:
-    """What the bundle's cards call the features that are active on the prompt."""
-    cards = session.bundle.cards
-    if cards is None:
+    """What the bundle's labels, or else its cards, call the features active on the prompt."""
+    cards, labels = session.bundle.cards, session.bundle.labels
+    if cards is None and not labels:
         return {}
     boundary, position, slot = np.nonzero(np.asarray(session.components.kind) == Kind.FEATURE)
     index = np.asarray(session.components.index)[boundary, position, slot]
-    return cards.labels(sorted(set(zip(boundary.tolist(), index.tolist(), strict=True))))
+    active = sorted(set(zip(boundary.tolist(), index.tolist(), strict=True)))
+    known = {} if cards is None else cards.labels(active)
+    return known | {feature: labels[feature] for feature in active if feature in labels}
 
 
 def pad_tokens(ids: Sequence[int]) -> np.ndarray:

@@ -46,6 +46,14 @@ Bos = Annotated[
         show_default=False,
     ),
 ]
+Labels = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Names of features (repeatable): a file (Neuronpedia's .jsonl.gz, CSV, JSON, a graph "
+        'JSON), FILE:BOUNDARY, or "neuronpedia".',
+        show_default=False,
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 Dtype = Annotated[str, typer.Option("--dtype", help="Of the weights: float32 or bfloat16.")]
 Sink = Annotated[

@@ -45,7 +45,7 @@ def features(
     ] = None,
     labels: Annotated[
         Path | None,
-        Option(help="Take labels from Neuronpedia's .jsonl.gz.", show_default=False),
+        Option(help="Take labels from Neuronpedia's .jsonl.gz, CSV, JSON.", show_default=False),
     ] = None,
     resid_pre: Annotated[
         bool, Option("--resid-pre", help="The SAEs of --labels read the stream before a block.")
@@ -158,14 +158,10 @@ def _bar() -> Iterator[Callable[[str, float], None]]:
 
 
 def _import(cards: Cards, path: Path, out: Path, pre: bool, boundary: int | None) -> None:
-    from qkattr.load.explanations import read_explanations
-    from qkattr.load.groups import read_labels
+    from qkattr.load.labels import read_labels
 
-    if path.suffix == ".json":
-        found = read_labels(path)
-    else:
-        widths = {int(b): cards.width(int(b)) for b in cards.boundaries}
-        found = read_explanations(path, widths, pre=pre, boundary=boundary)
+    widths = {int(b): cards.width(int(b)) for b in cards.boundaries}
+    found = read_labels(path, widths, pre=pre, boundary=boundary)
     cards.with_labels(found).save(out)
     print(printable(f"Wrote {len(found)} labels to {out}"))
 

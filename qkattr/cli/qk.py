@@ -12,6 +12,7 @@ from qkattr.errors import quoted
 
 if TYPE_CHECKING:
     from qkattr.qk.table import QKAttribution
+    from qkattr.result import Result
 
 Option = typer.Option
 
@@ -48,6 +49,7 @@ def qk(
             show_default=False,
         ),
     ] = None,
+    labels: common.Labels = None,
     sink: common.Sink = True,
     bos: common.Bos = None,
     ids: common.Ids = False,
@@ -64,6 +66,8 @@ def qk(
             from qkattr.scores import place_in, qk_attribution, stored_in_full
 
             result = common.open_saved(prompt, context)
+            if labels:
+                result = _relabelled(result, labels)
             if stored_in_full(result, place_in(result, (layer, head, query, key))) is None:
                 progress("loading the model")
                 result = common.with_model(result, model, saes)
@@ -71,6 +75,10 @@ def qk(
         else:
             given = common.read_prompt(prompt, ids)
             bundle = common.open_model(model, saes, dtype)
+            if labels:
+                from qkattr.load.labels import labelled
+
+                bundle = labelled(bundle, labels, progress)
             from qkattr.scores import attribute_qk
 
             table = attribute_qk(
@@ -91,6 +99,16 @@ def qk(
     show(table, top or 20)
     if sums is not None:
         show_groups(sums)
+
+
+def _relabelled(result: Result, labels: list[str]) -> Result:
+    """A saved result with other labels; which features its SAEs have is not known here."""
+    from qkattr.load.labels import read_given
+    from qkattr.load.registry import Source
+
+    saved = result.settings.get("neuronpedia")
+    source = Source.from_json(saved, result.n_blocks) if saved else None
+    return result.with_labels(read_given(labels, None, source))
 
 
 def show(table: QKAttribution, top: int) -> None:

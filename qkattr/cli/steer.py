@@ -55,7 +55,7 @@ def steer(
     ] = None,
     labels: Annotated[
         Path | None,
-        Option(help='Labels instead of the cards\': JSON, {"B:F": "text"}.', show_default=False),
+        Option(help="A file of labels instead of the cards'.", show_default=False),
     ] = None,
     scales: Annotated[str, Option(help="What the features are multiplied by.")] = (
         "-1,-0.5,0,0.5,1,1.5,2"
@@ -167,7 +167,7 @@ def _numbers(text: str) -> list[float]:
 def _labels(path: Path | None) -> dict[tuple[int, int], str] | None:
     if path is None:
         return None
-    from qkattr.load.groups import read_labels
+    from qkattr.load.labels import read_labels
 
     return read_labels(path)
 

@@ -64,6 +64,7 @@ def trace(
         Path | None,
         Option(help="Cards that name the features; --saes smollm2 has some.", show_default=False),
     ] = None,
+    labels: common.Labels = None,
     sink: common.Sink = True,
     bos: common.Bos = None,
     ids: common.Ids = False,
@@ -107,6 +108,10 @@ def trace(
             from qkattr.features import with_cards
 
             bundle = with_cards(bundle, cards)
+        if labels:
+            from qkattr.load.labels import labelled
+
+            bundle = labelled(bundle, labels, progress)
         from qkattr.analysis import trace as trace_prompt
 
         result = trace_prompt(bundle, given, progress=progress, **options)

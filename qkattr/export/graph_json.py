@@ -2,7 +2,8 @@
 
 Per node `boundary`, `kind`, `index` (`ctx_idx` is its position); per link `resid`, `mlp` and
 `heads`; on top a `qkattr` object. Numbers are rounded to 6 significant digits; the columns beside
-it (`graph.npz`) hold them as computed.
+it (`graph.npz`) hold them as computed. Where Neuronpedia has the SAEs, `scan` and
+`neuronpedia_source_set` say so, and a feature's `layer` is the layer of its source.
 """
 
 from __future__ import annotations
@@ -97,9 +98,13 @@ def header(result: Result) -> dict[str, Any]:
 
 
 def _metadata(result: Result) -> dict[str, Any]:
+    source = _source(result)
+    source_set = source.get("source_set")
+    known = {"feature_details": {"neuronpedia_source_set": source_set}} if source_set else {}
     return {
         "slug": f"qkattr-{result.provenance['run']}",
-        "scan": result.settings["model"],
+        "scan": source.get("scan") or result.settings["model"],
+        **known,
         "prompt_tokens": result.tokens,
         "prompt": "".join(result.tokens),
         "schema_version": 1,
@@ -113,10 +118,19 @@ def _metadata(result: Result) -> dict[str, Any]:
     }
 
 
-def _layer(kind: Kind, boundary: int, n_blocks: int) -> str:
+def _source(result: Result) -> dict[str, Any]:
+    """Where Neuronpedia has the SAEs; empty where that is not known."""
+    return result.settings.get("neuronpedia") or {}
+
+
+def _layer(kind: Kind, boundary: int, n_blocks: int, before: int) -> str:
+    """before: how many boundaries lie before that of layer 0: the SAE of a layer reads the stream
+    after its block (1), or before it (0)."""
     if kind == Kind.LOGIT:
         return str(n_blocks + 1)
-    return "E" if boundary == 0 else str(boundary - 1)
+    if boundary < before or (boundary == 0 and kind != Kind.FEATURE):
+        return "E"
+    return str(boundary - before)
 
 
 def cantor(a: int, b: int) -> int:
@@ -125,6 +139,7 @@ def cantor(a: int, b: int) -> int:
 
 def _nodes(result: Result) -> list[dict[str, Any]]:
     graph, n_blocks = result.graph.nodes, result.n_blocks
+    before = 0 if _source(result).get("pre") else 1
     probability = {p["id"]: p["probability"] for p in result.predictions}
     nodes = []
     for i in range(len(graph)):
@@ -133,8 +148,8 @@ def _nodes(result: Result) -> list[dict[str, Any]]:
         label = result.label(i)
         node = {
             "node_id": node_id,
-            "feature": _feature(kind, boundary, index, int(graph.position[i])),
-            "layer": _layer(kind, boundary, n_blocks),
+            "feature": _feature(kind, boundary, index, int(graph.position[i]), before),
+            "layer": _layer(kind, boundary, n_blocks, before),
             "ctx_idx": int(graph.position[i]),
             "feature_type": _FEATURE_TYPES[kind],
             "jsNodeId": node_id,
@@ -159,9 +174,9 @@ def _nodes(result: Result) -> list[dict[str, Any]]:
     return nodes
 
 
-def _feature(kind: Kind, boundary: int, index: int, position: int) -> int | None:
-    if kind == Kind.FEATURE and boundary:
-        return cantor(boundary - 1, index)
+def _feature(kind: Kind, boundary: int, index: int, position: int, before: int) -> int | None:
+    if kind == Kind.FEATURE and boundary >= before:
+        return cantor(boundary - before, index)
     return position if kind == Kind.TOKEN else None
 
 

@@ -1,7 +1,6 @@
-"""What people call features: labels, and named groups of them.
+"""Features by what people call them: named groups, and a search of labels.
 
-labels   JSON, {"boundary:feature": "text", ...}
-groups   TOML, one table a group: [aunt-names]  features = ["23:1441", "24:720"]
+A group is a table of a TOML file: [aunt-names]  features = ["23:1441", "24:720"]
 """
 
 from __future__ import annotations
@@ -12,29 +11,12 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from qkattr.errors import InputError, quoted
-from qkattr.load.files import read_json, read_toml
+from qkattr.load.files import read_toml
 from qkattr.load.mapped import some
 
 Group = dict[int, list[int]]
 
 _NAME = re.compile(r"([0-9]{1,5}):([0-9]{1,9})")
-
-
-def read_labels(path: str | Path) -> dict[tuple[int, int], str]:
-    """Labels by (boundary, feature).
-
-    Raises:
-      InputError: the file cannot be read, or is not of this form.
-    """
-    raw = read_json(path)
-    if not isinstance(raw, dict):
-        raise InputError(f"{path} should hold one object; write " + '{"23:1441": "text", ...}')
-    labels = {}
-    for name, text in raw.items():
-        if not isinstance(text, str):
-            raise InputError(f"{path}: the label of {quoted(name)} is not text; give a string")
-        labels[_feature(name, path)] = text
-    return labels
 
 
 def read_group(path: str | Path, name: str | None = None) -> Group:

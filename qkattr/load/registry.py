@@ -12,7 +12,7 @@ import functools
 import re
 from collections.abc import Iterable
 from importlib import resources
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 
@@ -91,6 +91,17 @@ class Source:
     source_set: str | None
     sources: dict[int, str]
     pre: bool
+
+    def to_json(self) -> dict[str, Any]:
+        """As results keep it."""
+        return dict(scan=self.scan, source_set=self.source_set, pre=self.pre)
+
+    @classmethod
+    def from_json(cls, raw: dict[str, Any], n_blocks: int) -> Source:
+        """As results keep it: one source a boundary, whether it is there or not."""
+        name, pre = raw["source_set"], raw["pre"]
+        layers = range(n_blocks + pre) if name else ()
+        return cls(raw["scan"], name, {i + (not pre): f"{i}-{name}" for i in layers}, pre)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,7 +5,7 @@ under the names of `qkattr qk --json`.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -50,6 +50,23 @@ class QKAttribution:
         bounded = ("pairs", "query_marginals", "key_marginals")
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return {k: v[:top] if k in bounded else v for k, v in values.items()}
+
+    def with_labels(self, labels: Mapping[tuple[int, int], str]) -> QKAttribution:
+        """The same with other labels of features, by (boundary, index)."""
+
+        def named(component: dict[str, Any]) -> dict[str, Any]:
+            if component["kind"] != Kind.FEATURE.label:
+                return component
+            feature = (self.layer, component["index"])
+            return {**component, "label": labels.get(feature, component["label"])}
+
+        pairs = [{**p, "query": named(p["query"]), "key": named(p["key"])} for p in self.pairs]
+        return dataclasses.replace(
+            self,
+            pairs=pairs,
+            query_marginals=[named(m) for m in self.query_marginals],
+            key_marginals=[named(m) for m in self.key_marginals],
+        )
 
     @classmethod
     def from_json(cls, raw: dict[str, Any]) -> QKAttribution:
