@@ -11,7 +11,7 @@ from huggingface_hub import constants, errors
 
 import qkattr
 from qkattr.errors import InputError
-from qkattr.load import hub, named, registry
+from qkattr.load import cached, hub, named, registry
 
 COMMIT = "a" * 40
 OTHER = "b" * 40
@@ -69,6 +69,7 @@ def small(monkeypatch):
     models = {"small": registry.ModelEntry(repo="user/small", blocks=folders.BLOCKS, license="MIT")}
     made = registry.Registry(models, {"small-res": entry})
     monkeypatch.setattr(registry, "registry", lambda: made)
+    monkeypatch.setattr(cached, "registry", lambda: made)
     registry._sae_names.cache_clear()
     registry._sae_repos.cache_clear()
     yield entry
@@ -286,3 +287,45 @@ def test_notes_are_said_once(cache, small, capsys):
     out, err = capsys.readouterr()
     assert err == "qkattr: note: small-res: not verified: the width\n"
     json.loads(out)
+
+
+def listed(capsys, *arguments):
+    from qkattr.cli.main import main
+
+    assert main(["models", *arguments]) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    return out
+
+
+def test_models_lists_what_is_known_and_what_is_here(cache, small, capsys):
+    folders.write_model(snapshot(cache, "user/small"))
+    folders.write_model(snapshot(cache, "other/model"))
+    write_set(snapshot(cache, "user/saes"), registry.find_saes("small-res"))
+    raw = json.loads(listed(capsys, "--json"))
+    (known, other), (saes,) = raw["models"], raw["saes"]
+    assert known["name"] == "small" and known["complete"] and known["cached_bytes"] > 0
+    assert other["name"] == "other/model" and other["complete"]
+    assert saes["complete"] and saes["choices"] == "plain or snap" and saes["unsure"] == "the width"
+    assert "small-res" in listed(capsys)
+
+
+def test_models_without_a_cache(cache, capsys):
+    cache.rmdir()
+    raw = json.loads(listed(capsys, "--json"))
+    assert set(registry.registry().models) == {m["name"] for m in raw["models"]}
+    assert not any(row["complete"] or row["cached_bytes"] for row in raw["models"] + raw["saes"])
+    raw = json.loads(listed(capsys, "llama-3", "--json"))
+    assert {m["name"] for m in raw["models"]} == {"llama-3-8b", "llama-3.1-8b", "llama-3.2-1b"}
+    assert json.loads(listed(capsys, "--cached", "--json")) == {"models": [], "saes": []}
+    assert "gemma-scope-2b-pt-res" in listed(capsys)
+
+
+def test_a_set_that_is_there_in_part(cache, small, capsys):
+    choice = registry.find_saes("small-res")
+    root = snapshot(cache, "user/saes")
+    write_set(root, choice)
+    (root / "plain/blocks.1/cfg.json").unlink()
+    (row,) = json.loads(listed(capsys, "--json"))["saes"]
+    assert row["cached_bytes"] and not row["complete"]
+    assert "in part" in listed(capsys)

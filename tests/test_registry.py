@@ -93,6 +93,8 @@ def test_near_names():
 
 
 def test_what_is_unsure_is_said():
+    missing = registry.find_saes("gemma-2-9b-res-matryoshka-dc").notes()
+    assert missing == ("gemma-2-9b-res-matryoshka-dc: there is no SAE at boundary 42",)
     notes = registry.find_saes("llama_scope_lxr_8x").notes()
     assert any("not verified: whether the JumpReLU threshold" in note for note in notes)
 

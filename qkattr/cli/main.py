@@ -19,6 +19,7 @@ from qkattr.cli import (
     features,
     heads,
     mechanisms,
+    models,
     pack,
     qk,
     steer,
@@ -58,6 +59,7 @@ for command in (
     pack.pack,
     demo.demo,
     features.features,
+    models.models,
 ):
     app.command()(command)
 

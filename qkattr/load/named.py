@@ -47,10 +47,11 @@ def model_folder(name: str) -> Path | None:
     repo = hub.Repo(entry.repo, revision or None) if entry else hub.parse_repo(name)
     if repo is None or repo.folder:
         return None
-    return hub.fetch(repo, hub.MODEL_FILES, _is_model)
+    return hub.fetch(repo, hub.MODEL_FILES, is_model)
 
 
-def _is_model(folder: Path) -> bool:
+def is_model(folder: Path) -> bool:
+    """Whether a folder has a config and all weights."""
     with contextlib.suppress(InputError):
         return (folder / "config.json").is_file() and bool(hf.weight_files(folder))
     return False

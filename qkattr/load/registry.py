@@ -142,7 +142,11 @@ class SaeChoice:
         """What to know when they are used."""
         entry = self.entry
         unsure = f"not verified: {entry.unsure}" if entry.unsure else ""
-        return tuple(f"{self.name}: {text}" for text in (entry.note, unsure) if text)
+        blocks = registry().models[entry.model].blocks
+        gaps = [str(b) for b in range(1, blocks + 1) if b not in self.files()]
+        missing = f"there is no SAE at boundary {', '.join(gaps)}" if gaps else ""
+        texts = (entry.note, missing, unsure)
+        return tuple(f"{self.name}: {text}" for text in texts if text)
 
     @property
     def _layers(self) -> range:
