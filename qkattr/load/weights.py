@@ -119,6 +119,14 @@ def _nested(fields: dict[str, Array]) -> dict[str, Any]:
     return nested
 
 
+def per_block(config: ModelConfig) -> dict[str, Array]:
+    """What blocks have of the config alone, stacked on L."""
+    return dict(
+        inv_freq=jnp.asarray(config.inv_freq()),
+        window=jnp.asarray(np.array(config.windows, np.int32)),
+    )
+
+
 def read_params(checkpoint: Checkpoint, config: ModelConfig, *, dtype: str = "float32") -> Params:
     """Assemble the model: matrices in `dtype`, "float32" or "bfloat16", the rest in float32.
 
@@ -132,8 +140,7 @@ def read_params(checkpoint: Checkpoint, config: ModelConfig, *, dtype: str = "fl
     target, family, sizes = DTYPES[dtype], FAMILIES[config.family], sizes_of(config)
     inside, outside = family.rows(config, checkpoint.shapes())
     blocks = BlockWeights(
-        inv_freq=jnp.asarray(config.inv_freq()),
-        window=jnp.asarray(np.array(config.windows, np.int32)),
+        **per_block(config),
         **_nested(_read_blocks(checkpoint, inside, config, target)),
     )
     rest: dict[str, Any] = {}
