@@ -6,6 +6,7 @@ from pathlib import Path
 
 import folders
 import huggingface_hub
+import msgspec
 import pytest
 from huggingface_hub import constants, errors
 
@@ -166,6 +167,23 @@ def test_links_follow_a_cache_that_moved(cache, small, tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(moved))
     again = named.sae_source("small-res").path
     assert again == first and all(p.is_file() for p in first.rglob("*.safetensors"))
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        (dict(centred=True), "centre = true\n"),
+        (dict(format="qwen-scope", repo="user/saes-L0_50"), "k = 50\n"),
+        ({}, None),
+    ],
+)
+def test_what_files_do_not_say_lies_beside_them(cache, small, monkeypatch, change, said):
+    entry = msgspec.structs.replace(small, **change)
+    made = registry.Registry(registry.registry().models, {"small-res": entry})
+    monkeypatch.setattr(registry, "registry", lambda: made)
+    write_set(snapshot(cache, entry.repo), registry.find_saes("small-res"))
+    path = named.sae_source("small-res").path / "qkattr.toml"
+    assert (path.read_text() if path.exists() else None) == said
 
 
 def test_saes_of_a_repository_that_is_not_in_the_registry(cache):

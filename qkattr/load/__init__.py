@@ -6,7 +6,12 @@
     mapped      safetensors files as memory-mapped arrays
     saes        SAELens folders -> one `Dictionary` a boundary
     tokenizer   text and chat messages -> ids; gguf_tokenizer builds one from a GGUF file's metadata
-    smollm2     the model that is fetched by name
+    smollm2     the model whose SAEs and cards are in the package
+    registry    the models and SAEs known by name; named, hub: what a name stands for, as files
+    cached      which of them are in the hub's cache
+    labels      what people call features, from any file; explanations, neuronpedia: of Neuronpedia
+    groups      named groups of features
+    tree        parameter trees of Flax and orbax checkpoints, by a table
     fingerprint what identifies weights in results
 
 Nothing is unpickled, and no code of a checkpoint is run; chat templates are rendered in jinja2's

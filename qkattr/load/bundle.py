@@ -196,7 +196,8 @@ def _find_saes(saes: str) -> named.SaeSource:
         return named.SaeSource(smollm2.saes_path())
     path = Path(saes)
     found = None if path.exists() else named.sae_source(saes)
-    if found is None and not path.exists() and (hint := near_saes(saes)):
+    here = Path(saes.partition(":")[0]).exists()
+    if found is None and not here and (hint := near_saes(saes)):
         raise InputError(f"no such SAEs: {saes!r}; {hint}`qkattr models` lists the names")
     return found or named.SaeSource(path)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from qkattr.errors import InputError
 from qkattr.load import hf, hub
 from qkattr.load.registry import SaeChoice, find_model, find_saes
 from qkattr.load.smollm2 import cache_folder
+from qkattr.load.writing import replacing
 from qkattr.sources.dictionary import Dictionary
 
 #: The files of SAEs in a repository that the registry does not know.
@@ -101,7 +103,9 @@ def _chosen(choice: SaeChoice, revision: str | None) -> Path:
     variant = "-".join(choice.chosen.values()) or "all"
     folder = cache_folder() / "saes" / choice.repo.replace("/", "--") / snapshot.name / variant
     try:
-        return _linked(snapshot, [*needed, *wished], folder / choice.name)
+        linked = _linked(snapshot, [*needed, *wished], folder / choice.name)
+        _say_settings(linked, choice)
+        return linked
     except OSError as e:
         raise InputError(
             f"cannot write {folder} ({e}); set QKATTR_CACHE to a folder that can be written"
@@ -118,6 +122,17 @@ def _linked(snapshot: Path, names: Iterable[str], folder: Path) -> Path:
         with contextlib.suppress(FileExistsError):  # another process was first
             link.symlink_to(target)
     return folder
+
+
+def _say_settings(folder: Path, choice: SaeChoice) -> None:
+    """What the files do not say, in a `qkattr.toml` beside them."""
+    lines = ["centre = true"] if choice.entry.centred else []
+    if choice.entry.format == "qwen-scope" and (k := re.search(r"-L0_(\d+)$", choice.repo)):
+        lines.append(f"k = {k[1]}")
+    path, text = folder / "qkattr.toml", "".join(f"{line}\n" for line in lines)
+    if lines and (not path.is_file() or path.read_text(encoding="utf-8") != text):
+        with replacing(path) as temporary:
+            temporary.write_text(text, encoding="utf-8")
 
 
 def informed(
