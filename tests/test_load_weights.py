@@ -377,7 +377,7 @@ def test_half_split_undoes_the_interleaving():
 def test_load_by_an_unknown_name(tmp_path):
     with pytest.raises(
         InputError,
-        match="no such model: 'gpt9'; give 'smollm2', a Hugging Face folder .* or a .gguf",
+        match="no such model: 'gpt9'; give 'smollm2', a Hugging Face folder .*, a .gguf",
     ):
         load("gpt9")
 
