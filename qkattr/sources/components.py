@@ -27,7 +27,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from qkattr.model.layers import f32
 from qkattr.sharding import bucket, on_any_mesh
-from qkattr.sources.dictionary import Dictionary, Encoding, count_active, encode
+from qkattr.sources.dictionary import Dictionary, Encoding, count_active, encode, encoder_rows
 from qkattr.types import Kind, Params
 
 #: A position whose norm exceeds this many times the median over real positions >= 1 is a sink.
@@ -324,11 +324,7 @@ def _from_dictionary(
 
     def directions(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         decoder = np.asarray(dictionary.w_dec_MD[features], np.float32)
-        encoder = (
-            decoder
-            if read == "decoder"
-            else np.asarray(dictionary.w_enc_DM[:, features].T, np.float32)
-        )
+        encoder = decoder if read == "decoder" else encoder_rows(dictionary, features)
         return decoder, encoder
 
     return _Source(

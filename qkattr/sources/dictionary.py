@@ -1,12 +1,15 @@
 """A sparse dictionary (SAE) over one boundary: activations of features,
 and the directions they write.
 
-    y = (x - mean) * gain                          per-token input normalisation, if the SAE has one
-    a = act((y - b_dec) @ W_enc + b_enc)           relu, jumprelu or topk
-    x^ = sum_f (a_f / gain) * W_dec[f]  +  (b_dec / gain + mean)
+    y = (x - mean) * gain                          input normalisation, if the SAE has one
+    p = (y - b_dec) @ W_enc + b_enc
+    a = act(p)                                     relu, jumprelu, topk or gated
+    x^ = sum_f (a_f * scale) * W_dec[f]  +  (b_dec * scale + mean)
 
 so that a feature's component in residual units is `coefficient * W_dec[f]` with
-`coefficient = a_f / gain`, and the reconstruction's constant part is `bias`.
+`coefficient = a_f * scale`, and the reconstruction's constant part is `bias`. `scale` is 1 / gain,
+but for layer_norm, whose epsilon is in the gain alone. A gated SAE has
+a = relu((y - b_dec) @ W_enc * exp(r_mag) + b_enc) where (y - b_dec) @ W_enc + b_gate > 0.
 Axes: T position, D d_model, M dictionary width, A slots.
 Exact: every line above. A feature beyond the A largest of its position is left to the caller's
 error slot.
@@ -19,6 +22,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 from jaxtyping import Array, Float, Int
 
@@ -30,17 +34,20 @@ from qkattr.sharding import on_any_mesh
 class DictionaryConfig:
     """How a dictionary encodes.
 
-    activation: "relu", "jumprelu" or "topk" (the k largest, then relu). subtract_b_dec: encode
-    x - b_dec.
-    normalize: "none", "constant_norm_rescale" or "layer_norm", per token. rescale_by_decoder_norm:
-    features compete by activation times decoder norm. prepend_bos: whether it was trained on text
-    with a BOS (None: not said).
+    activation: "relu", "jumprelu", "topk" (the k largest, then relu) or "gated". subtract_b_dec:
+    encode x - b_dec.
+    normalize: "none", "constant_norm_rescale" or "layer_norm", per token. centre: the input's mean
+    over D is removed first and put back at the end, for SAEs of a model whose writing weights were
+    centred. rescale_by_decoder_norm: topk features compete by, and jumprelu thresholds apply to,
+    pre-activation times decoder norm; activations stay what multiplies the decoder row.
+    prepend_bos: whether it was trained on text with a BOS (None: not said).
     """
 
     activation: str
     k: int | None = None
     subtract_b_dec: bool = True
     normalize: str = "none"
+    centre: bool = False
     rescale_by_decoder_norm: bool = False
     prepend_bos: bool | None = None
 
@@ -49,6 +56,11 @@ class DictionaryConfig:
 class Dictionary:
     """One SAE. Arrays may be memory-mapped NumPy arrays of any float type;
     they are read as float32.
+
+    threshold_M: of jumprelu. b_gate_M, r_mag_M: of gated, whose b_enc_M is the magnitudes' bias.
+    factor: what the input is multiplied by, the same for all tokens (None: 1). l0: features active
+    at a position as its makers say (None: not said). Both are arrays, not settings, so that
+    boundaries that differ in them share compiled code.
     """
 
     w_enc_DM: Float[Array, "D M"]
@@ -56,6 +68,10 @@ class Dictionary:
     b_enc_M: Float[Array, "M"]
     b_dec_D: Float[Array, "D"]
     threshold_M: Float[Array, "M"] | None = None
+    b_gate_M: Float[Array, "M"] | None = None
+    r_mag_M: Float[Array, "M"] | None = None
+    factor: Float[Array, ""] | None = None
+    l0: Float[Array, ""] | None = None
     config: DictionaryConfig = struct.field(pytree_node=False, kw_only=True)
 
     @property
@@ -80,49 +96,73 @@ class Encoding:
     left_out: Float[Array, "T"]
 
 
-def _normalisation(dictionary: Dictionary, x: Float[Array, "T D"]) -> tuple[Array, Array]:
-    """`(gain [T], mean [T])` of the per-token input normalisation (1 and 0 without one)."""
-    kind, d = dictionary.config.normalize, x.shape[-1]
+def _normalise(dictionary: Dictionary, x: Float[Array, "T D"]) -> tuple[Array, Array, Array]:
+    """`(y [T, D], scale [T], mean [T])`: the input as it is encoded; x^ = y^ * scale + mean."""
+    kind, ones = dictionary.config.normalize, jnp.ones(x.shape[:-1])
+    centred = dictionary.config.centre or kind == "layer_norm"
+    mean = x.mean(-1) if centred else 0 * ones
+    x = x - mean[:, None]
+    gain = ones if dictionary.factor is None else f32(dictionary.factor) * ones
+    scale = 1 / gain
     if kind == "constant_norm_rescale":
-        return jnp.sqrt(d) / jnp.linalg.norm(x, axis=-1), jnp.zeros(x.shape[:-1])
-    if kind == "layer_norm":
-        mean = x.mean(-1)
-        return 1 / (x.std(-1, ddof=1) + 1e-5), mean  # SAELens uses torch.std: Bessel's correction
-    return jnp.ones(x.shape[:-1]), jnp.zeros(x.shape[:-1])
+        scale = jnp.linalg.norm(x, axis=-1) / jnp.sqrt(x.shape[-1])
+        gain = 1 / scale
+    elif kind == "layer_norm":
+        scale = x.std(-1, ddof=1)  # SAELens uses torch.std: Bessel's correction
+        gain = 1 / (scale + 1e-5)
+    return x * gain[:, None], scale, mean
 
 
 def activations(
     dictionary: Dictionary, x: Float[Array, "T D"], *, precision: str = "highest"
 ) -> Float[Array, "T M"]:
     """Every feature's activation at every position, in the SAE's own units; 0 where inactive."""
+    y, _, _ = _normalise(dictionary, x)
     if dictionary.config.activation == "topk":
-        value, index = _k_largest(dictionary, x, precision)
+        value, index = _k_largest(dictionary, y, precision)
         rows = jnp.arange(x.shape[0])[:, None]
         return jnp.zeros((x.shape[0], dictionary.width)).at[rows, index].set(value)
-    pre = _pre_activations(dictionary, x, precision)
+    read = _read(dictionary, y, precision)
+    if dictionary.config.activation == "gated":
+        size = jax.nn.relu(read * jnp.exp(f32(dictionary.r_mag_M)) + f32(dictionary.b_enc_M))
+        return jnp.where(read + f32(dictionary.b_gate_M) > 0, size, 0.0)
+    pre = read + f32(dictionary.b_enc_M)
     if dictionary.config.activation == "jumprelu":
-        return jnp.where(pre > f32(dictionary.threshold_M), jax.nn.relu(pre), 0.0)
+        jumps = _competing(dictionary, pre) > f32(dictionary.threshold_M)
+        return jnp.where(jumps, jax.nn.relu(pre), 0.0)
     return jax.nn.relu(pre)
 
 
-def _pre_activations(dictionary: Dictionary, x: Array, precision: str) -> Float[Array, "T M"]:
-    gain, mean = _normalisation(dictionary, x)
-    y = (x - mean[:, None]) * gain[:, None]
+def _read(dictionary: Dictionary, y: Array, precision: str) -> Float[Array, "T M"]:
+    """What the encoder's directions read of the normalised input, without their biases."""
     if dictionary.config.subtract_b_dec:
         y = y - f32(dictionary.b_dec_D)
-    pre = jnp.einsum("TD,DM->TM", y, f32(dictionary.w_enc_DM), precision=precision)
-    return pre + f32(dictionary.b_enc_M)
+    return jnp.einsum("TD,DM->TM", y, f32(dictionary.w_enc_DM), precision=precision)
 
 
-def _k_largest(dictionary: Dictionary, x: Array, precision: str) -> tuple[Array, Array]:
-    """The k activations of a topk dictionary at every position, and their features."""
-    pre = _pre_activations(dictionary, x, precision)
+def _competing(dictionary: Dictionary, pre: Array) -> Float[Array, "T M"]:
+    """What thresholds and the choice of the k largest look at."""
     if not dictionary.config.rescale_by_decoder_norm:
-        value, index = jax.lax.top_k(pre, dictionary.config.k)
-        return jax.nn.relu(value), index
-    norm = jnp.linalg.norm(f32(dictionary.w_dec_MD), axis=-1)
-    value, index = jax.lax.top_k(pre * norm, dictionary.config.k)
-    return jax.nn.relu(value) / norm[index], index
+        return pre
+    return pre * jnp.linalg.norm(f32(dictionary.w_dec_MD), axis=-1)
+
+
+def _k_largest(dictionary: Dictionary, y: Array, precision: str) -> tuple[Array, Array]:
+    """The k activations of a topk dictionary at every position, and their features."""
+    pre = _read(dictionary, y, precision) + f32(dictionary.b_enc_M)
+    _, index = jax.lax.top_k(_competing(dictionary, pre), dictionary.config.k)
+    return jax.nn.relu(jnp.take_along_axis(pre, index, axis=1)), index
+
+
+def encoder_rows(dictionary: Dictionary, features: np.ndarray) -> np.ndarray:
+    """`[R, D]`, on the host: the directions that R features read of the input, which is normalised
+    but for its mean."""
+    rows = np.asarray(dictionary.w_enc_DM[:, features].T, np.float32)
+    if dictionary.config.activation == "gated":
+        rows = rows * np.exp(np.asarray(dictionary.r_mag_M, np.float32)[features])[:, None]
+    if dictionary.config.centre or dictionary.config.normalize == "layer_norm":
+        rows = rows - rows.mean(-1, keepdims=True)  # the mean is removed before: not read at all
+    return rows
 
 
 @partial(jax.jit, static_argnames=("slots", "precision"))
@@ -131,19 +171,19 @@ def encode(
     dictionary: Dictionary, x: Float[Array, "T D"], *, slots: int, precision: str = "highest"
 ) -> Encoding:
     """The `slots` largest activations of each position (all of them if `slots` is at least L0)."""
-    gain, mean = _normalisation(dictionary, x)
+    y, scale, mean = _normalise(dictionary, x)
     if dictionary.config.activation == "topk":
-        every, features = _k_largest(dictionary, x, precision)
+        every, features = _k_largest(dictionary, y, precision)
     else:
         every, features = activations(dictionary, x, precision=precision), None
     activation, at = jax.lax.top_k(every, min(slots, every.shape[1]))
     index = at if features is None else jnp.take_along_axis(features, at, axis=1)
     left_out = 1 - activation.sum(-1) / jnp.maximum(every.sum(-1), 1e-30)
-    bias = f32(dictionary.b_dec_D) / gain[:, None] + mean[:, None]
+    bias = f32(dictionary.b_dec_D) * scale[:, None] + mean[:, None]
     return Encoding(
         index=index,
         activation=activation,
-        coefficient=activation / gain[:, None],
+        coefficient=activation * scale[:, None],
         bias=bias,
         left_out=jnp.where(left_out > 1e-6, left_out, 0.0),  # below it is rounding
     )
@@ -162,7 +202,7 @@ def reconstruct(
     dictionary: Dictionary, x: Float[Array, "T D"], *, precision: str = "highest"
 ) -> tuple[Float[Array, "T M"], Float[Array, "T D"]]:
     """Every activation, and the reconstruction of x in residual units."""
-    gain, mean = _normalisation(dictionary, x)
+    _, scale, mean = _normalise(dictionary, x)
     a = activations(dictionary, x, precision=precision)
     y = jnp.einsum("TM,MD->TD", a, f32(dictionary.w_dec_MD), precision=precision)
-    return a, (y + f32(dictionary.b_dec_D)) / gain[:, None] + mean[:, None]
+    return a, (y + f32(dictionary.b_dec_D)) * scale[:, None] + mean[:, None]
