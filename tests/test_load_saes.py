@@ -163,8 +163,8 @@ def test_prepend_bos_is_read(tmp_path):
     "config, message",
     [
         (
-            v6(architecture="gated"),
-            "architecture 'gated' is not implemented; known are standard, topk, jumprelu",
+            v6(architecture="temporal"),
+            "architecture 'temporal' is not implemented; known are standard, topk, jumprelu, gated",
         ),
         (v6(activation_fn="tanh-relu"), "activation function 'tanh-relu' is not implemented"),
         (v6(normalize_activations="expected_average_only_in"), "whose factor is not in the file"),

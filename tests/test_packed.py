@@ -382,7 +382,7 @@ def spoil(name, value):
         (say(bits=8), "its config calls for U8 [32, 32]"),
         (say(block=7), "its metadata does not describe packed SAEs"),
         (say(block=2**40), "its metadata does not describe packed SAEs"),
-        (say(activation="gated"), "its metadata does not describe packed SAEs"),
+        (say(activation="tanh"), "its metadata does not describe packed SAEs"),
         (say(activation="relu"), "a relu SAE of d_sae=32 cannot have k=5"),
         (say(activation="jumprelu", k=None), "lacks blocks.0.hook_resid_post.threshold"),
         (say(k=None), "a topk SAE of d_sae=32 cannot have k=None"),

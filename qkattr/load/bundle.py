@@ -18,7 +18,7 @@ from qkattr.load.gguf import open_gguf
 from qkattr.load.gguf_tokenizer import tokenizer_from_gguf
 from qkattr.load.packed import open_packed
 from qkattr.load.registry import Source, near_model, near_saes
-from qkattr.load.saes import CONFIG, WEIGHTS, load_saes, sae_folders
+from qkattr.load.saes import check_set, find_saes
 from qkattr.load.tokenizer import Message, Tokenizer
 from qkattr.load.weights import DTYPES, Checkpoint, check_tensors, read_params
 from qkattr.sources.dictionary import Dictionary
@@ -208,9 +208,10 @@ def _read_saes(saes: str, config: ModelConfig) -> _Saes:
     path, choice = found.path, found.choice
     if path.is_file():
         return _Saes(open_packed(path, config), fingerprint(path.parent, [path]))
-    dictionaries = load_saes(path, config)
-    files = [folder / name for folder in sae_folders(path) for name in (CONFIG, WEIGHTS)]
-    read = _Saes(dictionaries, fingerprint(path, files))
+    on_disk = find_saes(path)
+    check_set(on_disk.headers, path, config)
+    dictionaries = on_disk.read(config.n_blocks)
+    read = _Saes(dictionaries, fingerprint(on_disk.root, on_disk.files))
     if choice is None:
         return read
     return dataclasses.replace(

@@ -31,7 +31,7 @@ from qkattr.load.blockwise import (
     shapes,
 )
 from qkattr.load.mapped import MappedTensors, check_finite, open_mapped, some
-from qkattr.load.saes import by_boundary, check_set, map_sae, read_headers
+from qkattr.load.saes import by_boundary, check_set, find_saes, map_sae
 from qkattr.load.writing import replacing
 from qkattr.sources.dictionary import Dictionary, DictionaryConfig
 
@@ -39,14 +39,24 @@ METADATA, VERSION = "qkattr.packed_saes", 1
 Bits = Literal[4, 8]
 Grid = tuple[np.ndarray, np.ndarray]  # scales `[M, G]` and gain `[D]` of a matrix
 _MATRICES = ("W_enc", "W_dec")
+_VECTORS = {
+    "b_enc": "b_enc_M",
+    "b_dec": "b_dec_D",
+    "threshold": "threshold_M",
+    "b_gate": "b_gate_M",
+    "r_mag": "r_mag_M",
+    "factor": "factor",
+}
+_OF_KIND = {"jumprelu": ("threshold",), "gated": ("b_gate", "r_mag")}
 _TYPES = {"codes": "U8", "scales": "F16", "gain": "F32"}
 
 #: A matrix that comes back with a larger relative error than this is not worth writing.
 _USELESS = 0.5
 
 
-class _Config(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
-    """An SAE in the metadata. The fields after `block` are those of `DictionaryConfig`."""
+class _Config(msgspec.Struct, forbid_unknown_fields=True, kw_only=True, omit_defaults=True):
+    """An SAE in the metadata. The fields from `activation` to `centre` are those of
+    `DictionaryConfig`. The last three are written only where they are not the default."""
 
     hook_name: str
     model_name: str | None
@@ -54,12 +64,15 @@ class _Config(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     d_sae: Annotated[int, msgspec.Meta(ge=1)]
     bits: Bits
     block: Annotated[int, msgspec.Meta(ge=2, le=1024, multiple_of=2)]
-    activation: Literal["relu", "topk", "jumprelu"]
+    activation: Literal["relu", "topk", "jumprelu", "gated"]
     k: Annotated[int, msgspec.Meta(ge=1)] | None
     subtract_b_dec: bool
     normalize: Literal["none", "constant_norm_rescale", "layer_norm"]
     rescale_by_decoder_norm: bool
     prepend_bos: bool | None
+    centre: bool = False
+    scaled: bool = False
+    l0: Annotated[float, msgspec.Meta(gt=0)] | None = None
 
     def dictionary(self) -> DictionaryConfig:
         names = (field.name for field in dataclasses.fields(DictionaryConfig))
@@ -72,8 +85,8 @@ class _Config(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
             f"{w}.{part}": (_TYPES[part], shape) for w in _MATRICES for part, shape in parts.items()
         }
         of |= {"b_enc": ("F32", (self.d_sae,)), "b_dec": ("F32", (self.d_in,))}
-        if self.activation == "jumprelu":
-            of["threshold"] = ("F32", (self.d_sae,))
+        of |= {name: ("F32", (self.d_sae,)) for name in _OF_KIND.get(self.activation, ())}
+        of |= {"factor": ("F32", (1,))} if self.scaled else {}
         return {f"{self.hook_name}.{name}": what for name, what in of.items()}
 
 
@@ -122,7 +135,7 @@ def pack_saes(
     grids: Mapping[int, Mapping[str, Grid]] | None = None,
     progress: Callable[[str], None] = lambda stage: None,
 ) -> tuple[PackedError, ...]:
-    """Pack a folder of SAELens SAEs into one file, whole or not at all.
+    """Pack a folder of SAEs into one file, whole or not at all.
 
     bits: 4 or 8 a weight. block: weights that share a scale, an even number up to 1024. wide:
     boundaries that get 8 bits in any case. grids: scales and gains to round to, by boundary and
@@ -137,7 +150,7 @@ def pack_saes(
             f"bits={bits}, block={block} is not a format; expected 4 or 8 bits, and an even block "
             "of 2 to 1024 weights"
         )
-    headers = read_headers(folder)
+    headers = find_saes(folder).headers
     if absent := [str(b) for b in wide if b not in headers]:
         raise InputError(f"{folder} has no SAE for boundary {some(absent)}, which is to be wide")
     configs, tensors, errors = [], {}, []
@@ -145,7 +158,8 @@ def pack_saes(
         progress(f"packing boundary {boundary}")
         width = 8 if boundary in wide else bits
         how = dict(bits=width, block=block, grids=grids and grids[boundary])
-        packed, error = _pack(map_sae(header), boundary, **how, name=header.name)
+        dictionary = map_sae(header)
+        packed, error = _pack(dictionary, boundary, **how, name=header.name)
         tensors |= {f"{header.hook}.{name}": tensor for name, tensor in packed.items()}
         errors.append(error)
         configs.append(
@@ -156,6 +170,8 @@ def pack_saes(
                 d_sae=header.d_sae,
                 bits=width,
                 block=block,
+                scaled=dictionary.factor is not None,
+                l0=None if dictionary.l0 is None else float(dictionary.l0),
                 **dataclasses.asdict(header.config),
             )
         )
@@ -174,11 +190,7 @@ def _pack(
     name: str,
 ) -> tuple[dict[str, np.ndarray], PackedError]:
     """The SAE's tensors as they are stored, and what became of its weights."""
-    vectors = {
-        "b_enc": dictionary.b_enc_M,
-        "b_dec": dictionary.b_dec_D,
-        "threshold": dictionary.threshold_M,
-    }
+    vectors = {name: getattr(dictionary, field) for name, field in _VECTORS.items()}
     tensors = {n: np.ascontiguousarray(v, np.float32) for n, v in vectors.items() if v is not None}
     errors = {}
     matrices = np.asarray(dictionary.w_enc_DM).T, np.asarray(dictionary.w_dec_MD)
@@ -218,7 +230,7 @@ def _read_metadata(file: MappedTensors) -> list[_Config]:
     if METADATA not in file.metadata:
         raise InputError(
             f"{file.where} is not a packed set of SAEs (no {METADATA} in its metadata); give a "
-            "file that `qkattr pack` wrote, or the folder of a SAELens SAE"
+            "file that `qkattr pack` wrote, or the folder of an SAE"
         )
     try:
         version = msgspec.json.decode(file.metadata[METADATA], type=dict)["version"]
@@ -262,14 +274,14 @@ def _check_config(sae: _Config, name: str) -> None:
         )
 
 
-def _open(path: Path, config: ModelConfig) -> dict[int, _Packed]:
+def _open(path: Path, config: ModelConfig, missing: str = "error") -> dict[int, _Packed]:
     """Every SAE by its boundary, all but the values checked."""
     file = open_mapped(path, where=str(path), codes=True)
     saes = _read_metadata(file)
     for sae in saes:
         _check_config(sae, f"{path}: {clipped(sae.hook_name, 60)}")
     headers = by_boundary(_Packed(f"SAE {clipped(sae.hook_name, 60)}", sae, file) for sae in saes)
-    check_set(headers, path, config)
+    check_set(headers, path, config, missing)
     _check_tensors(file, saes)
     return headers
 
@@ -279,26 +291,30 @@ def check_packed(path: str | Path, config: ModelConfig) -> None:
     _open(Path(path), config)
 
 
-def open_packed(path: str | Path, config: ModelConfig) -> tuple[Dictionary | None, ...]:
+def open_packed(
+    path: str | Path, config: ModelConfig, *, missing: str = "error"
+) -> tuple[Dictionary | None, ...]:
     """One dictionary a boundary, `n_blocks + 1` of them; boundary 0 may have None.
+
+    missing: "error", or "raw": a boundary may have no SAE.
 
     Raises:
       InputError: the file is no packed set, is damaged, or does not belong to the model.
     """
-    headers = _open(Path(path), config)
+    headers = _open(Path(path), config, missing)
     return tuple(_read(headers[b]) if b in headers else None for b in range(config.n_blocks + 1))
 
 
 def _read(sae: _Packed) -> Dictionary:
     """The SAE with its weights as float16."""
-    vectors = {name: _read_vector(sae, name) for name in ("b_enc", "b_dec")}
-    jumps = sae.config.activation == "jumprelu"
+    names = ("b_enc", "b_dec", *_OF_KIND.get(sae.config.activation, ()))
+    factor = _read_vector(sae, "factor").reshape(()) if sae.config.scaled else None
     return Dictionary(
         w_enc_DM=_read_matrix(sae, "W_enc").T,
         w_dec_MD=_read_matrix(sae, "W_dec"),
-        b_enc_M=vectors["b_enc"],
-        b_dec_D=vectors["b_dec"],
-        threshold_M=_read_vector(sae, "threshold") if jumps else None,
+        **{_VECTORS[name]: _read_vector(sae, name) for name in names},
+        factor=factor,
+        l0=None if sae.config.l0 is None else np.float32(sae.config.l0),
         config=sae.config.dictionary(),
     )
 

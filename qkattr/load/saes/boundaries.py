@@ -1,0 +1,91 @@
+"""Which boundary an SAE belongs to, and whether a set of them fits a model.
+
+`blocks.{i}.hook_resid_post` is boundary i + 1, `blocks.{i}.hook_resid_pre` boundary i, `hook_embed`
+boundary 0.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Protocol, TypeVar
+
+from qkattr.config import ModelConfig
+from qkattr.errors import InputError, clipped
+from qkattr.load.mapped import some
+
+_RESIDUAL_HOOK = re.compile(r"blocks\.(\d{1,4})\.hook_resid_(pre|post)|hook_embed")
+
+
+class SaeHeader(Protocol):
+    """What an SAE is checked by before its weights are read. `name` is how errors call it."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def hook(self) -> str: ...
+    @property
+    def d_in(self) -> int: ...
+
+
+Checked = TypeVar("Checked", bound=SaeHeader)
+
+
+def boundary_of(header: SaeHeader) -> int:
+    match = _RESIDUAL_HOOK.fullmatch(header.hook)
+    if not match:
+        at = clipped(header.hook, 80) or "a hook that it does not name"
+        raise InputError(
+            f"{header.name} was trained at {at}; expected blocks.N.hook_resid_pre, "
+            "blocks.N.hook_resid_post or hook_embed; load residual-stream SAEs"
+        )
+    return 0 if match[1] is None else int(match[1]) + (match[2] == "post")
+
+
+def by_boundary(headers: Iterable[Checked], choice: str = "move one away") -> dict[int, Checked]:
+    """The SAEs by boundary, the first boundary first; one a boundary.
+
+    choice: what errors advise where there are several.
+    """
+    found: dict[int, list[Checked]] = {}
+    for header in headers:
+        found.setdefault(boundary_of(header), []).append(header)
+    for boundary, several in sorted(found.items()):
+        if len(several) > 1:
+            names = " and ".join(h.name for h in several) if len(several) == 2 else None
+            names = names or some([h.name for h in several])
+            raise InputError(
+                f"{names} are {'both' if len(several) == 2 else 'all'} for boundary {boundary}, "
+                f"expected one; {choice}"
+            )
+    return {boundary: found[boundary][0] for boundary in sorted(found)}
+
+
+def check_set(
+    headers: dict[int, Checked], path: str | Path, config: ModelConfig, missing: str = "error"
+) -> None:
+    """Raise `InputError` unless the SAEs are as wide as the model, one after every block.
+
+    missing: "raw" lets boundaries have none.
+    """
+    if missing not in ("error", "raw"):
+        raise InputError(f"missing is {missing!r:.40}, expected error or raw")
+    for boundary, header in headers.items():
+        if boundary > config.n_blocks:
+            raise InputError(
+                f"{header.name} is for boundary {boundary}, the model has "
+                f"{config.n_blocks} blocks; load the SAEs trained on this model"
+            )
+        if header.d_in != config.d_model:
+            raise InputError(
+                f"SAE at boundary {boundary} has d_in={header.d_in}, the model has "
+                f"d_model={config.d_model}; load the SAEs trained on this model"
+            )
+    absent = [str(b) for b in range(1, config.n_blocks + 1) if b not in headers]
+    if absent and missing == "error":
+        raise InputError(
+            f"{path} has no SAE for boundary {some(absent, 12)}; expected one after every "
+            f"block, 1..{config.n_blocks}; --missing raw (missing='raw') makes such a boundary one "
+            "error component"
+        )

@@ -1,0 +1,163 @@
+"""A tree of SAEs, in any of the formats, to one `Dictionary` a boundary.
+
+`recognise` says what a folder holds by the files in it, `choose` takes one where a tree has several
+SAEs of a boundary, `check_set` compares the set with the model.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from qkattr.config import ModelConfig
+from qkattr.errors import InputError, clipped
+from qkattr.load.saes import gemma_scope, llama_scope, saelens, sparsify, torch_saes
+from qkattr.load.saes.boundaries import by_boundary, check_set
+from qkattr.load.saes.choose import choose, path_below, read_options, split_pattern
+from qkattr.load.saes.header import Header, Options, map_sae
+from qkattr.sources.dictionary import Dictionary
+
+
+@dataclasses.dataclass(frozen=True)
+class Reader:
+    """One format: the files that a folder of it has, and what reads it."""
+
+    name: str
+    files: tuple[str, ...]
+    read: Callable[[Path, Options], list[Header]]
+
+
+#: The first whose files are all there reads a folder.
+READERS = (
+    Reader("sparsify", (sparsify.CONFIG, sparsify.WEIGHTS), sparsify.read),
+    Reader("SAELens", (saelens.CONFIG,), saelens.read),
+    Reader("Llama Scope", (llama_scope.HYPERPARAMS,), llama_scope.read_1),
+    Reader("llamascopium", (llama_scope.CONFIG, llama_scope.WEIGHTS), llama_scope.read_2),
+    Reader("dictionary_learning", (torch_saes.CONFIG, torch_saes.WEIGHTS), torch_saes.read),
+    Reader("Gemma Scope", (gemma_scope.NPZ,), gemma_scope.read_1),
+    Reader("Gemma Scope 2", (gemma_scope.SAFETENSORS,), gemma_scope.read_2),
+)
+_QWEN = Reader("Qwen Scope", (), torch_saes.read_qwen)
+
+
+def recognise(folder: Path) -> Reader | None:
+    """What reads the SAEs that lie in a folder itself; None where there are none."""
+    for reader in READERS:
+        if all((folder / name).is_file() for name in reader.files):
+            return reader
+    return _QWEN if torch_saes.qwen_layers(folder) else None
+
+
+def load_sae(folder: str | Path, options: Options | None = None) -> Dictionary:
+    """Read the SAE of one folder, whatever hook it was trained on.
+
+    options: None: none.
+
+    Raises:
+      InputError: files are missing or damaged, the tensors do not fit the config or are not finite,
+        or the SAE computes something that qkattr does not implement.
+    """
+    folder = Path(folder)
+    reader = recognise(folder) if folder.is_dir() else None
+    if reader is None:
+        raise InputError(
+            f"{folder} has no {saelens.CONFIG} and is of no other known format; give "
+            "the folder of an SAE"
+        )
+    headers = reader.read(folder, options or Options())
+    if len(headers) != 1:
+        raise InputError(f"{folder} holds {len(headers)} SAEs, expected one; see load_saes")
+    return map_sae(headers[0])
+
+
+@dataclasses.dataclass(frozen=True)
+class SaeSet:
+    """The SAEs of a tree that were chosen, by boundary, their weights not yet read."""
+
+    root: Path
+    headers: dict[int, Header]
+    settings: tuple[Path, ...]
+
+    @property
+    def files(self) -> list[Path]:
+        """All files that the set is made of, for its fingerprint."""
+        return [*self.settings, *(file for h in self.headers.values() for file in h.files)]
+
+    def read(self, n_blocks: int) -> tuple[Dictionary | None, ...]:
+        """One dictionary a boundary, None where there is none."""
+        headers = self.headers
+        return tuple(map_sae(headers[b]) if b in headers else None for b in range(n_blocks + 1))
+
+
+def sae_folders(path: str | Path) -> tuple[Path, ...]:
+    """The folders at or below `path` that hold SAEs."""
+    path = Path(path)
+    if not path.is_dir():
+        raise InputError(
+            f"no such folder: {path}; give a folder of SAEs, one after every block, or a packed "
+            "file"
+        )
+    below = sorted(Path(folder) for folder, _, _ in os.walk(path))
+    folders = tuple(folder for folder in below if recognise(folder) is not None)
+    if not folders:
+        raise InputError(
+            f"{path} holds no SAE (no {saelens.CONFIG} in it or below it, nor any other format's "
+            "files); give a folder of SAEs, see docs/saes.md"
+        )
+    return folders
+
+
+def find_saes(path: str | Path, options: Options | None = None) -> SaeSet:
+    """The SAEs at or below `path`, one a boundary, their weights not yet read.
+
+    path: a folder, or `FOLDER:PATTERN`, see `choose`. options: None: those of the folder's
+    qkattr.toml, if it has one.
+    """
+    root, pattern = split_pattern(path)
+    folders = sae_folders(root)
+    options, settings = read_options(root) if options is None else (options, ())
+    headers = [h for folder in folders for h in _recognised(folder).read(folder, options)]
+    chosen = choose(headers, root, pattern or options.pattern)
+    example = path_below(root, chosen[-1])
+    choice = f"choose with FOLDER:PATTERN, as in '{clipped(str(root), 60)}:{clipped(example, 80)}'"
+    return SaeSet(root, by_boundary(chosen, choice), settings)
+
+
+def _recognised(folder: Path) -> Reader:
+    reader = recognise(folder)
+    if reader is None:
+        raise InputError(f"{folder} has changed while it was read; try again")
+    return reader
+
+
+def sae_model_names(path: str | Path) -> set[str]:
+    """The models that the SAEs at `path` say they were trained on; empty when they do not say."""
+    return {h.model_name for h in find_saes(path).headers.values() if h.model_name}
+
+
+def check_saes(path: str | Path, config: ModelConfig, *, missing: str = "error") -> None:
+    """Everything that `load_saes` checks, but for the values of the weights; reads only headers."""
+    check_set(find_saes(path).headers, path, config, missing)
+
+
+def load_saes(
+    path: str | Path,
+    config: ModelConfig,
+    *,
+    missing: str = "error",
+    options: Options | None = None,
+) -> tuple[Dictionary | None, ...]:
+    """One dictionary a boundary, `n_blocks + 1` of them; boundary 0 may have None.
+
+    path: a folder with SAEs in or below it in any known format, or `FOLDER:PATTERN`. missing:
+    "error", or "raw": a boundary may have no SAE. options: see `find_saes`.
+
+    Raises:
+      InputError: as `load_sae`; or an SAE is not on the residual stream, is not as wide as the
+        model, shares its boundary with another; or a boundary after a block has none.
+    """
+    found = find_saes(path, options)
+    check_set(found.headers, path, config, missing)
+    return found.read(config.n_blocks)

@@ -1,0 +1,236 @@
+"""What every format comes down to: a `Header`, and from it the `Dictionary`.
+
+A reader says under which names and in which orientation its file has the tensors (`Part`), and what
+its config means for `DictionaryConfig`. Checking and mapping are the same for all.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from qkattr.errors import InputError, clipped
+from qkattr.load.hf import read_json_object
+from qkattr.load.mapped import check_finite, some
+from qkattr.sources.dictionary import Dictionary, DictionaryConfig
+
+#: Bytes of an SAE file up to which every weight is checked at loading; beyond it, the vectors.
+_CHECKED_WHOLE = 2**28
+
+_FIELDS = {
+    "W_enc": "w_enc_DM",
+    "W_dec": "w_dec_MD",
+    "b_enc": "b_enc_M",
+    "b_dec": "b_dec_D",
+    "threshold": "threshold_M",
+    "b_gate": "b_gate_M",
+    "r_mag": "r_mag_M",
+}
+
+
+class Tensors(Protocol):
+    """An open file of tensors: safetensors, npz or PyTorch."""
+
+    @property
+    def where(self) -> str: ...
+    def shapes(self) -> dict[str, tuple[int, ...]]: ...
+    def type(self, name: str) -> str: ...
+    def read(self, name: str) -> np.ndarray: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """A tensor in the file. transposed: it lies the other way round. scalar: one number for all.
+    apply: what makes the tensor that is meant of it."""
+
+    name: str
+    transposed: bool = False
+    scalar: bool = False
+    apply: Callable[[np.ndarray], np.ndarray] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What the files of a set do not say, or say in too many ways.
+
+    pattern: which of several SAEs of a boundary, see `choose`. centre: see `DictionaryConfig`;
+    None: as the configs say. norm_factors: of SAEs whose input was scaled to an average norm, by
+    hook. k: of topk SAEs, where neither a config nor the folder's name says it.
+    llama_scope_threshold: "openmoss" or "saelens", see `llama_scope`.
+    """
+
+    pattern: str | None = None
+    centre: bool | None = None
+    norm_factors: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    k: int | None = None
+    llama_scope_threshold: str = "openmoss"
+
+
+@dataclasses.dataclass(frozen=True)
+class Header:
+    """What is known of an SAE before its weights are read. `name` is how errors call it.
+
+    parts: where its tensors are, by their names in SAELens; those that are left out are zeros or
+    none. spare: tensors of the file that have no use here. constants: fields of `Dictionary` that
+    come from the config. source: the config, as errors call it.
+    """
+
+    folder: Path
+    name: str
+    hook: str
+    model_name: str | None
+    d_in: int
+    d_sae: int
+    config: DictionaryConfig
+    file: Tensors
+    files: tuple[Path, ...]
+    parts: dict[str, Part]
+    spare: frozenset[str] = frozenset()
+    constants: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    source: str = "its config"
+
+    @property
+    def l0(self) -> float | None:
+        """Features active at a position, as its makers say."""
+        said = self.constants.get("l0", self.config.k)
+        return None if said is None else float(said)
+
+
+def shapes(header: Header) -> dict[str, tuple[int, ...]]:
+    """The shapes that the parts should have in the file, by the file's names."""
+    d, m = header.d_in, header.d_sae
+    whole = {"W_enc": (d, m), "W_dec": (m, d), "b_dec": (d,)}
+    expected = {}
+    for name, part in header.parts.items():
+        shape = whole.get(name, (m,))
+        expected[part.name] = () if part.scalar else shape[::-1] if part.transposed else shape
+    return expected
+
+
+def check_tensors(header: Header) -> Header:
+    """The header, its tensors' names, types and shapes checked against the config."""
+    expected, found = shapes(header), header.file.shapes()
+    file, kind = Path(header.files[-1]).name, f"a {header.config.activation} SAE"
+    if missing := [name for name in expected if name not in found]:
+        raise InputError(
+            f"{header.name}: {file} lacks {some(missing)}, which {kind} needs; copy it again"
+        )
+    if extra := [name for name in found if name not in expected and name not in header.spare]:
+        raise InputError(
+            f"{header.name}: {file} holds {some(extra)}, for which {kind} has no use; see "
+            f"{header.source}"
+        )
+    for name, shape in expected.items():
+        if header.file.type(name) not in ("F32", "F16", "BF16", "F64"):
+            raise InputError(
+                f"{header.name}: {name} is {header.file.type(name)}, expected floats; convert it"
+            )
+        if found[name] != shape:
+            got, want = list(found[name]), list(shape)
+            raise InputError(
+                f"{header.name}: {name} has shape {got}, {header.source} (d_in={header.d_in}, "
+                f"d_sae={header.d_sae}) calls for {want}"
+            )
+    return header
+
+
+def map_sae(header: Header) -> Dictionary:
+    """The SAE as memory-mapped arrays, its values checked."""
+    file = header.file
+    raw = {part.name: file.read(part.name) for part in header.parts.values()}
+    whole = sum(tensor.nbytes for tensor in raw.values()) <= _CHECKED_WHOLE
+    for name, tensor in raw.items():
+        if whole or tensor.ndim < 2:
+            check_finite(tensor, name, file.where)
+    _check_scaling(header)
+    fields: dict[str, Any] = {"b_enc_M": np.zeros(header.d_sae, np.float32)}
+    fields["b_dec_D"] = np.zeros(header.d_in, np.float32)
+    for name, part in header.parts.items():
+        fields[_FIELDS[name]] = _oriented(raw[part.name], part, header)
+    return Dictionary(**fields | header.constants, config=header.config)
+
+
+def _check_scaling(header: Header) -> None:
+    """SAELens once wrote a factor for each feature; all ones, where it was not used."""
+    name = "scaling_factor"
+    if name in header.spare and name in header.file.shapes():
+        if not np.all(header.file.read(name) == 1):
+            raise InputError(
+                f"{header.name} has a scaling_factor other than one, which is not implemented; "
+                "fold it into W_dec"
+            )
+
+
+def _oriented(tensor: np.ndarray, part: Part, header: Header) -> np.ndarray:
+    tensor = tensor.T if part.transposed else tensor
+    tensor = tensor if part.apply is None else part.apply(tensor)
+    return np.broadcast_to(tensor, (header.d_sae,)) if part.scalar else tensor
+
+
+class Fields:
+    """A config in JSON, looked up flat, then in its nested part, under every name of a field."""
+
+    def __init__(self, folder: Path, config: str, nested: str | None = None):
+        self.folder, self.config = folder, config
+        self.flat = read_json_object(folder / config)
+        inner = self.flat.get(nested) if nested else None
+        self.nested = inner if isinstance(inner, dict) else {}
+
+    def get(self, *names: str, default: Any = None) -> Any:
+        for source in (self.flat, self.nested):
+            for name in names:
+                if source.get(name) is not None:
+                    return source[name]
+        return default
+
+    def refuse(self, message: str) -> InputError:
+        return InputError(f"SAE {self.folder.name}: {message}")
+
+    def typed(self, kind: type, *names: str, default: Any = ...) -> Any:
+        value = self.get(*names, default=default)
+        if value is ...:
+            raise self.refuse(f"{self.config} has no {names[0]}; it is not a whole SAE config")
+        if kind is float and type(value) is int:
+            return float(value)
+        if value is not default and type(value) is not kind:
+            raise self.refuse(
+                f"{names[0]} should be {kind.__name__}, got {clipped(repr(value), 40)}; restore "
+                f"its own {self.config}"
+            )
+        return value
+
+    def size(self, *names: str) -> int:
+        value = self.typed(int, *names)
+        if value < 1:
+            raise self.refuse(
+                f"{names[0]} should be at least 1, got {value}; restore its own {self.config}"
+            )
+        return value
+
+    def positive(self, *names: str) -> float:
+        """A number above 0."""
+        value = self.typed(float, *names)
+        if not 0 < value < float("inf"):
+            raise self.refuse(
+                f"{names[0]} should be above 0, got {value}; restore its own {self.config}"
+            )
+        return value
+
+    def k(self, k: Any, d_sae: int) -> int:
+        """The k of a topk SAE, checked."""
+        if type(k) is not int or not 1 <= k <= d_sae:
+            raise self.refuse(
+                f"a topk SAE needs k in 1..d_sae={d_sae}, got {clipped(repr(k), 40)}; restore its "
+                f"own {self.config}"
+            )
+        return k
+
+
+def release_l0(value: Any) -> dict[str, Any]:
+    """The L0 that the makers name, as a constant of a header; nothing where it is no number."""
+    known = isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < 1e9
+    return {"l0": np.float32(value)} if known else {}
