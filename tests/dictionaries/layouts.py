@@ -1,0 +1,291 @@
+"""SAEs written as each publisher lays them out, and what that publisher's own code computes.
+
+`CASES[name](folder, rng)` writes one SAE below a folder and returns `(pipeline, options)`:
+`pipeline(x)` gives activations and reconstruction in float64, a line for each of the publisher's.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+
+import ml_dtypes
+import numpy as np
+import torch
+from safetensors.numpy import save_file
+
+D, M, K = 8, 24, 5
+
+
+def weights(rng, threshold=0.3):
+    """W_enc `[D, M]`, W_dec `[M, D]` of uneven norms, biases, thresholds."""
+    return dict(
+        W_enc=rng.normal(size=(D, M)).astype(np.float32),
+        W_dec=(rng.normal(size=(M, D)) * rng.uniform(0.5, 2, (M, 1))).astype(np.float32),
+        b_enc=(0.3 * rng.normal(size=M)).astype(np.float32),
+        b_dec=(0.3 * rng.normal(size=D)).astype(np.float32),
+        threshold=(threshold + rng.uniform(size=M)).astype(np.float32),
+    )
+
+
+def wide(w):
+    return {name: np.float64(value) for name, value in w.items()}
+
+
+def relu(x):
+    return np.maximum(x, 0)
+
+
+def top(pre, k, by=None):
+    """The k largest of each row, then relu."""
+    by = pre if by is None else by
+    keep = np.argsort(-by, axis=1)[:, :k]
+    out = np.zeros_like(pre)
+    np.put_along_axis(out, keep, relu(np.take_along_axis(pre, keep, 1)), 1)
+    return out
+
+
+def put(folder, name, tensors):
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / name).parent.mkdir(exist_ok=True)
+    save_file({n: np.ascontiguousarray(t) for n, t in tensors.items()}, folder / name)
+
+
+def put_json(folder, name, value):
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_text(json.dumps(value))
+
+
+def put_torch(folder, name, tensors):
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.save({n: as_torch(t) for n, t in tensors.items()}, folder / name)
+
+
+def as_torch(t):
+    if getattr(t, "dtype", None) == ml_dtypes.bfloat16:
+        return torch.tensor(t.astype(np.float32)).to(torch.bfloat16)
+    return torch.tensor(np.ascontiguousarray(t) if np.ndim(t) else t)
+
+
+# Gemma Scope
+
+
+def jumprelu(w, factor=1.0, out=1.0):
+    w = wide(w)
+
+    def pipeline(x):
+        pre = (x * factor) @ w["W_enc"] + w["b_enc"]
+        a = relu(pre) * (pre > w["threshold"])
+        return a, a @ w["W_dec"] * out + w["b_dec"]
+
+    return pipeline
+
+
+def gemma_scope(folder, rng, lower=False, save=np.savez, at="layer_1/width_16k/average_l0_105"):
+    w = weights(rng)
+    (folder / at).mkdir(parents=True)
+    stored = {(n.lower() if lower else n): t for n, t in w.items()}
+    save(folder / at / "params.npz", **stored)
+    root = math.sqrt(D)
+    return jumprelu(w, 1 / root, root) if at.startswith("embedding") else jumprelu(w)
+
+
+def gemma_scope_2(folder, rng, config=True):
+    w, at = weights(rng), folder / "resid_post_all" / "layer_1_width_16k_l0_small"
+    put(at, "params.safetensors", {n.lower(): t for n, t in w.items()})
+    if config:
+        point = "model.layers.1.output"
+        put_json(at, "config.json", dict(architecture="jump_relu", model_name="google/gemma-3-1b",
+                                         hf_hook_point_in=point, l0=20))  # fmt: skip
+    return jumprelu(w)
+
+
+# Llama Scope
+
+
+def open_moss(w, *, norm=None, token_wise=False, by_norm=True, act="jumprelu", bias=True, scale=1):
+    """`normalize_activations`, `encode`, `decode`, `denormalize_activations` of llamascopium."""
+    w = wide(w)
+    sizes = np.linalg.norm(w["W_dec"], axis=1) if by_norm else np.ones(M)
+
+    def pipeline(x):
+        c = 1.0 if norm is None else math.sqrt(D) / norm
+        if token_wise:
+            c = math.sqrt(D) / np.linalg.norm(x, axis=1, keepdims=True)
+        hidden = ((x * c) @ w["W_enc"] + w["b_enc"]) * sizes
+        if act == "jumprelu":
+            a = hidden * (hidden > w["threshold"] * scale)
+        else:
+            a = top(hidden, K) if act == "topk" else relu(hidden)
+        a = a / sizes
+        return a, (a @ w["W_dec"] + (w["b_dec"] if bias else 0)) / c
+
+    return pipeline
+
+
+HOOK = "blocks.1.hook_resid_post"
+
+
+def linear(w):
+    return {"encoder.weight": w["W_enc"].T, "encoder.bias": w["b_enc"],
+            "decoder.weight": w["W_dec"].T, "decoder.bias": w["b_dec"]}  # fmt: skip
+
+
+def llama_scope(folder, rng, saelens=False):
+    w, norm = weights(rng), 5.0
+    w["threshold"] = np.full(M, 0.7)
+    at = folder / "Llama3_1-8B-Base-L1R-8x"
+    put(at, "checkpoints/final.safetensors", linear(w))
+    put_json(at, "hyperparams.json", dict(
+        d_model=D, d_sae=M, hook_point_in=HOOK, hook_point_out=HOOK, act_fn="jumprelu",
+        jump_relu_threshold=0.7, norm_activation="dataset-wise", top_k=50,
+        dataset_average_activation_norm={"in": norm, "out": norm}, use_decoder_bias=True,
+        apply_decoder_bias_to_pre_encoder=False, sparsity_include_decoder_norm=True,
+    ))  # fmt: skip
+    if not saelens:
+        return open_moss(w, norm=norm)
+    (folder / "qkattr.toml").write_text('llama_scope_threshold = "saelens"\n')
+    return open_moss(w, norm=norm, by_norm=False, scale=math.sqrt(D) / norm)
+
+
+def r1_distill(folder, rng):
+    w, norm, at = weights(rng), 4.0, folder / "L1R"
+    stored = linear(w) | {"log_jumprelu_threshold": np.log(w["threshold"])}
+    for side in ("in", "out"):
+        stored[f"dataset_average_activation_norm.{side}"] = np.float32(norm)
+    put(at, "sae_weights.safetensors", stored)
+    put_json(at, "config.json", dict(d_model=D, expansion_factor=M // D, hook_point_in=HOOK,
+                                     act_fn="jumprelu", norm_activation="dataset-wise",
+                                     sparsity_include_decoder_norm=False))  # fmt: skip
+    return open_moss(w, norm=norm, by_norm=False)
+
+
+def llamascopium(folder, rng, act="jumprelu", norm="dataset-wise", by_norm=True, bias=True):
+    w, average, at = weights(rng), 6.0, folder / "L1"
+    names = {"W_E": "W_enc", "W_D": "W_dec", "b_E": "b_enc", "b_D": "b_dec"}
+    stored = {n: w[s] for n, s in names.items() if bias or n != "b_D"}
+    if act == "jumprelu":
+        stored["activation_function.log_jumprelu_threshold"] = np.log(w["threshold"])
+    stored[f"dataset_average_activation_norm.{HOOK}"] = np.float32(average)
+    put(at, "sae_weights.safetensors", stored)
+    put_json(at, "config.json", dict(
+        sae_type="sae", d_model=D, expansion_factor=float(M // D), hook_point_in=HOOK,
+        hook_point_out=HOOK, act_fn=act, top_k=K, norm_activation=norm, use_decoder_bias=bias,
+        sparsity_include_decoder_norm=by_norm,
+    ))  # fmt: skip
+    norms = dict(norm=average if norm == "dataset-wise" else None, token_wise=norm == "token-wise")
+    return open_moss(w, act=act, by_norm=by_norm, bias=bias, **norms)
+
+
+# sparsify
+
+
+def sparsify(folder, rng, hookpoint="layers.1", latents=M):
+    w = weights(rng)
+    stored = {"encoder.weight": w["W_enc"].T, "encoder.bias": w["b_enc"],
+              "W_dec": w["W_dec"], "b_dec": w["b_dec"]}  # fmt: skip
+    put(folder / hookpoint, "sae.safetensors", stored)
+    put_json(folder / hookpoint, "cfg.json", dict(
+        activation="topk", expansion_factor=M // D, normalize_decoder=True, num_latents=latents,
+        k=K, multi_topk=False, skip_connection=False, transcode=False, d_in=D,
+    ))  # fmt: skip
+    w = wide(w)
+
+    def pipeline(x):
+        pre = relu((x - w["b_dec"]) @ w["W_enc"] + w["b_enc"])
+        a = top(pre, K)
+        return a, a @ w["W_dec"] + w["b_dec"]
+
+    return pipeline
+
+
+# dictionary_learning
+
+
+def dictionary_learning(folder, rng, kind, dtype=np.float32):
+    w = {n: t.astype(dtype) for n, t in weights(rng).items()}
+    rest = {n: rng.normal(size=M).astype(dtype) for n in ("gate_bias", "mag_bias", "r_mag")}
+    linear = {"encoder.weight": w["W_enc"].T, "decoder.weight": w["W_dec"].T}
+    plain = {n: w[n] for n in ("W_enc", "W_dec", "b_enc", "b_dec")}
+    one = dict(k=K, threshold=np.float32(0.4))
+    stored = {
+        "AutoEncoder": linear | {"encoder.bias": w["b_enc"], "bias": w["b_dec"]},
+        "AutoEncoderNew": linear | {"encoder.bias": w["b_enc"], "decoder.bias": w["b_dec"]},
+        "GatedAutoEncoder": linear | rest | {"decoder_bias": w["b_dec"]},
+        "JumpReluAutoEncoder": plain | {"threshold": w["threshold"]},
+        "AutoEncoderTopK": linear | {"encoder.bias": w["b_enc"], "b_dec": w["b_dec"]} | one,
+        "BatchTopKSAE": linear | {"encoder.bias": w["b_enc"], "b_dec": w["b_dec"]} | one,
+        "MatryoshkaBatchTopKSAE": plain | one | {"group_sizes": np.array([M // 2, M // 2])},
+    }[kind]
+    at = folder / "resid_post_layer_1" / "trainer_0"
+    put_torch(at, "ae.pt", stored)
+    put_json(at, "config.json", dict(
+        trainer=dict(dict_class=kind, activation_dim=D, dict_size=M, k=K, layer=1, lm_name="tiny",
+                     submodule_name="resid_post_layer_1"),
+        buffer=dict(ctx_len=128),
+    ))  # fmt: skip
+    w, rest = wide(w), wide(rest)
+
+    def pipeline(x):
+        y = x if kind in ("AutoEncoderNew", "JumpReluAutoEncoder") else x - w["b_dec"]
+        read = y @ w["W_enc"]
+        pre = read + w["b_enc"]
+        if kind == "GatedAutoEncoder":
+            gate = read + rest["gate_bias"] > 0
+            a = gate * relu(np.exp(rest["r_mag"]) * read + rest["mag_bias"])
+        elif kind == "JumpReluAutoEncoder":
+            a = relu(pre * (pre > w["threshold"]))
+        elif kind == "AutoEncoderTopK":
+            a = top(relu(pre), K)
+        elif kind.endswith("SAE"):
+            a = relu(pre) * (relu(pre) > 0.4)
+        else:
+            a = relu(pre)
+        return a, a @ w["W_dec"] + w["b_dec"]
+
+    return pipeline
+
+
+def qwen_scope(folder, rng, dtype=np.float32):
+    w = {n: t.astype(dtype) for n, t in weights(rng).items()}
+    at = folder / f"SAE-Res-Qwen3-1.7B-Base-W32K-L0_{K}"
+    stored = dict(W_enc=w["W_enc"].T, W_dec=w["W_dec"].T, b_enc=w["b_enc"], b_dec=w["b_dec"])
+    put_torch(at, "layer1.sae.pt", stored)
+    w = wide(w)
+
+    def pipeline(x):
+        a = top(x @ w["W_enc"] + w["b_enc"], K)
+        return a, a @ w["W_dec"] + w["b_dec"]
+
+    return pipeline
+
+
+def case(write, **how):
+    return lambda folder, rng: write(folder, rng, **how)
+
+
+CLASSES = ("AutoEncoder", "AutoEncoderNew", "GatedAutoEncoder", "JumpReluAutoEncoder",
+           "AutoEncoderTopK", "BatchTopKSAE", "MatryoshkaBatchTopKSAE")  # fmt: skip
+CASES = {
+    "gemma scope": gemma_scope,
+    "gemma scope, lowercase": case(gemma_scope, lower=True),
+    "gemma scope, compressed": case(gemma_scope, save=np.savez_compressed),
+    "gemma scope, embedding": case(gemma_scope, at="embedding/width_4k/average_l0_6"),
+    "gemma scope 2": gemma_scope_2,
+    "gemma scope 2, no config": case(gemma_scope_2, config=False),
+    "llama scope": llama_scope,
+    "llama scope, as saelens": case(llama_scope, saelens=True),
+    "r1 distill": r1_distill,
+    "llamascopium": llamascopium,
+    "llamascopium, plain gate": case(llamascopium, by_norm=False),
+    "llamascopium, topk": case(llamascopium, act="topk", norm="token-wise"),
+    "llamascopium, relu": case(llamascopium, act="relu", norm="inference", bias=False),
+    "sparsify": sparsify,
+    "sparsify, expansion": case(sparsify, hookpoint="transformer.h.1", latents=0),
+    **{f"dictionary_learning, {c}": case(dictionary_learning, kind=c) for c in CLASSES},
+    "dictionary_learning, half": case(
+        dictionary_learning, kind="BatchTopKSAE", dtype=ml_dtypes.bfloat16
+    ),
+    "qwen scope": qwen_scope,
+    "qwen scope, float16": case(qwen_scope, dtype=np.float16),
+}
