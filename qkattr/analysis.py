@@ -316,6 +316,7 @@ def _settings(bundle: Bundle, opts: TraceOptions) -> dict[str, Any]:
         saes=bundle.saes,
         dtype=bundle.dtype,
         neuronpedia=bundle.source and bundle.source.to_json(),
+        missing=bundle.missing,
         n_blocks=config.n_blocks,
         n_heads=config.n_heads,
         windows=[None if w == NO_WINDOW else w for w in config.windows],

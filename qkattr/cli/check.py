@@ -24,12 +24,13 @@ def check(
     rows: Annotated[int, typer.Option(min=1, help="Rows of 128 tokens to read, at most.")] = 4,
     bos: common.Bos = None,
     dtype: common.Dtype = "float32",
+    missing: common.Missing = "error",
     json: common.Json = False,
 ) -> None:
     """L0, unexplained variance, dead features and loss recovered, boundary by boundary."""
     with common.progress() as progress:
         passage = read_text(text)
-        bundle = common.open_model(common.need_model(model), common.need_saes(saes), dtype)
+        bundle = common.open_model(common.need_model(model), common.need_saes(saes), dtype, missing)
         from qkattr.check import check_saes
 
         report = check_saes(bundle, cut_rows(bundle, passage, bos, rows), progress=progress)

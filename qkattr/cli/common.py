@@ -32,10 +32,13 @@ Saes = Annotated[
     typer.Option(
         "--saes",
         "-s",
-        help='"smollm2", a folder of SAEs, one after every block, a packed file, user/repo of the '
-        "hub, or a name that `qkattr models` lists.",
+        help='"smollm2", a folder of SAEs (or FOLDER:PATTERN), a packed file, user/repo of the hub, or '
+        "a name that `qkattr models` lists.",
         show_default=False,
     ),
+]
+Missing = Annotated[
+    str, typer.Option("--missing", help="A boundary without an SAE: error, or raw, one error node.")
 ]
 Ids = Annotated[bool, typer.Option("--ids", help="PROMPT is token ids, separated by commas.")]
 Bos = Annotated[
@@ -94,12 +97,14 @@ def need_model(model: str | None) -> str:
     return model
 
 
-def open_model(model: str | None, saes: str | None = None, dtype: str = "float32") -> Bundle:
+def open_model(
+    model: str | None, saes: str | None = None, dtype: str = "float32", missing: str = "error"
+) -> Bundle:
     """The bundle with its weights still on disk, and JAX's compilation cache switched on."""
     use_compilation_cache()
     from qkattr.load.bundle import open_bundle
 
-    bundle = open_bundle(need_model(model), saes, dtype=dtype)
+    bundle = open_bundle(need_model(model), saes, dtype=dtype, missing=missing)
     for note in bundle.notes:
         print(printable(f"qkattr: note: {note}"), file=sys.stderr)
     return bundle
@@ -127,7 +132,7 @@ def open_saved(folder: str, context: typer.Context) -> Result:
     """A saved result, without its model. Options of a prompt do not go with one."""
     from qkattr.export.folder import open_result
 
-    for name in given(context, "ids", "bos", "sink", "dtype"):
+    for name in given(context, "ids", "bos", "sink", "dtype", "missing"):
         raise InputError(
             f"{name} goes with a prompt, and {quoted(folder)} is a folder, whose result keeps the "
             f"settings it was traced with; leave {name} out, or give the prompt"
@@ -140,7 +145,10 @@ def with_model(result: Result, model: str | None, saes: str | None) -> Result:
     from qkattr.analysis import attach
 
     settings = result.settings
-    bundle = open_model(model or settings["model"], saes or settings["saes"], settings["dtype"])
+    missing = settings.get("missing", "error")  # results of before it was a setting have none
+    bundle = open_model(
+        model or settings["model"], saes or settings["saes"], settings["dtype"], missing
+    )
     return attach(result, bundle)
 
 

@@ -36,6 +36,7 @@ def faithfulness(
     draws: Annotated[int, Option(help="Random heads that are tried.")] = 20,
     seed: Annotated[int, Option(min=0, help="Of all draws.")] = 0,
     dtype: common.Dtype = "float32",
+    missing: common.Missing = "error",
     ids: common.Ids = False,
     json: common.Json = False,
 ) -> None:
@@ -52,7 +53,7 @@ def faithfulness(
 
         check_writable(out)
     with common.progress() as progress:
-        bundle = common.open_model(model, saes, dtype)
+        bundle = common.open_model(model, saes, dtype, missing)
         from qkattr.experiments.faithfulness import faithfulness as test_prompts
 
         report = test_prompts(

@@ -55,6 +55,7 @@ def features(
     ] = None,
     bos: common.Bos = None,
     dtype: common.Dtype = "float32",
+    missing: common.Missing = "error",
     json: common.Json = False,
 ) -> None:
     """What features do on a text: contexts, density, logits, and labels with their quality."""
@@ -67,7 +68,18 @@ def features(
     _check(text, cards, boundary, index, resid_pre and labels is None, asked)
     if text is not None:
         into = _need_out(out, model, saes)
-        _make(model, saes, text, into, rows=rows, length=length, batch=batch, bos=bos, dtype=dtype)
+        _make(
+            model,
+            saes,
+            text,
+            into,
+            rows=rows,
+            length=length,
+            batch=batch,
+            bos=bos,
+            dtype=dtype,
+            missing=missing,
+        )
         return
     from qkattr.features.cards import Cards
     from qkattr.load import smollm2
@@ -117,10 +129,10 @@ def _need_out(out: Path | None, model: str | None, saes: str | None) -> Path:
     return out
 
 
-def _make(model, saes, text: Path, out: Path, *, rows, length, batch, bos, dtype) -> None:
+def _make(model, saes, text: Path, out: Path, *, rows, length, batch, bos, dtype, missing) -> None:
     with _bar() as progress:
         progress("loading", 0.0)
-        bundle = common.open_model(model, saes, dtype)
+        bundle = common.open_model(model, saes, dtype, missing)
         from qkattr.features import ScanConfig, make_cards
         from qkattr.load.corpus import read_rows
 

@@ -30,6 +30,7 @@ def heads(
     bos: common.Bos = None,
     ids: common.Ids = False,
     dtype: common.Dtype = "float32",
+    missing: common.Missing = "error",
     json: common.Json = False,
 ) -> None:
     """Which heads carried information between two positions, and how strongly they looked."""
@@ -44,7 +45,7 @@ def heads(
             from qkattr.session import token_texts
 
             given = common.read_prompt(prompt, ids)
-            bundle = common.open_model(model, saes, dtype)
+            bundle = common.open_model(model, saes, dtype, missing)
             tokens = token_texts(bundle, bundle.tokenize(given, bos)[0])
             _ends(tokens, source, target)
             result = trace(bundle, given, progress=progress, qk=0, sinks=sink, bos=bos)

@@ -35,6 +35,7 @@ def pack(
     ] = None,
     rows: Annotated[int, Option(min=1, help="Rows of the text to read, at most.")] = 4,
     bos: common.Bos = None,
+    missing: common.Missing = "error",
     json: common.Json = False,
 ) -> None:
     """Pack a folder of SAEs into one file of blockwise integers, for --saes."""
@@ -42,7 +43,7 @@ def pack(
         passage = None if text is None else read_text(text)
         common.need_model(model)
         _check_out(out)
-        bundle = common.open_model(model, str(saes))
+        bundle = common.open_model(model, str(saes), missing=missing)
         wanted = None if passage is None else cut_rows(bundle, passage, bos, rows)
         from qkattr.load.packed import pack_saes
 
@@ -74,7 +75,7 @@ def _measure(bundle, packed: Path, rows: list, boundaries: dict[int, dict], prog
     from qkattr.load.packed import open_packed
 
     before = check_saes(bundle, rows, progress=progress)
-    dictionaries = open_packed(packed, bundle.config)
+    dictionaries = open_packed(packed, bundle.config, missing=bundle.missing)
     changed = dataclasses.replace(
         bundle, dictionaries=dictionaries, read_params=lambda: bundle.params
     )

@@ -54,6 +54,7 @@ def qk(
     bos: common.Bos = None,
     ids: common.Ids = False,
     dtype: common.Dtype = "float32",
+    missing: common.Missing = "error",
     json: common.Json = False,
 ) -> None:
     """A head's attention score as a sum over pairs of query-side and key-side components."""
@@ -74,7 +75,7 @@ def qk(
             table = qk_attribution(result, layer=layer, head=head, query=query, key=key)
         else:
             given = common.read_prompt(prompt, ids)
-            bundle = common.open_model(model, saes, dtype)
+            bundle = common.open_model(model, saes, dtype, missing)
             if labels:
                 from qkattr.load.labels import labelled
 

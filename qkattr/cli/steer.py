@@ -85,6 +85,7 @@ def steer(
     bos: common.Bos = None,
     ids: common.Ids = False,
     dtype: common.Dtype = "float32",
+    missing: common.Missing = "error",
     json: common.Json = False,
 ) -> None:
     """Scale features inside the QK circuit of chosen heads only, and see what the model says."""
@@ -115,7 +116,7 @@ def steer(
     with common.progress() as progress:
         subject, given, options = _open(
             prompt, model, saes, context=context, check=check, trace=source is not None, ids=ids,
-            dtype=dtype, sink=sink, bos=bos, progress=progress,
+            dtype=dtype, missing=missing, sink=sink, bos=bos, progress=progress,
         )  # fmt: skip
         if source is not None:
             progress("choosing heads and features")
@@ -211,7 +212,8 @@ def _check_figure(figure: Path | None) -> None:
         check_writable(figure.parent)
 
 
-def _open(prompt, model, saes, *, context, check, trace: bool, ids, dtype, sink, bos, progress):
+def _open(prompt, model, saes, *, context, check, trace: bool, ids, dtype, missing, sink, bos,
+          progress):  # fmt: skip
     """What `qkattr.steer` takes: a result, or a bundle with a prompt and its options."""
     if common.is_result(prompt):
         result = common.open_saved(prompt, context)
@@ -222,7 +224,7 @@ def _open(prompt, model, saes, *, context, check, trace: bool, ids, dtype, sink,
     if trace:
         common.need_model(model)
         common.need_saes(saes)
-    bundle = common.open_model(model, saes, dtype)
+    bundle = common.open_model(model, saes, dtype, missing)
     if not trace:
         return bundle, given, dict(sinks=sink, bos=bos)
     from qkattr.analysis import trace as trace_prompt

@@ -20,11 +20,12 @@ def tokens(
     bos: common.Bos = None,
     ids: common.Ids = False,
     json: common.Json = False,
+    missing: common.Missing = "error",
 ) -> None:
     """Positions and tokens of PROMPT as the model sees it."""
     from qkattr.session import token_texts
 
-    bundle = common.open_model(model, saes)
+    bundle = common.open_model(model, saes, missing=missing)
     token_ids, done = bundle.tokenize(common.read_prompt(prompt, ids), bos)
     texts = token_texts(bundle, token_ids)
     if json:

@@ -70,6 +70,7 @@ def trace(
     ids: common.Ids = False,
     precision: Annotated[str, Option(help="Of matmuls: default, high or highest.")] = "highest",
     dtype: common.Dtype = "float32",
+    missing: common.Missing = "error",
     json: common.Json = False,
 ) -> None:
     """Trace the next token of PROMPT back to its tokens, with head loadings and QK attributions."""
@@ -103,7 +104,7 @@ def trace(
             from qkattr.export.folder import check_writable
 
             check_writable(out)
-        bundle = common.open_model(model, saes, dtype)
+        bundle = common.open_model(model, saes, dtype, missing)
         if cards is not None:
             from qkattr.features import with_cards
 

@@ -35,12 +35,12 @@ class Bundle:
     """A model with what belongs to it. Its weights are read when `params` is first used.
 
     tokenizer: None when the model's files hold none; prompts are token ids then. dictionaries: one
-    a boundary, or None without SAEs. model, saes: as they were asked for. model_hash, saes_hash:
-    see `fingerprint`. bos: whether text gets a BOS, as the SAEs say; None: as the tokenizer does,
-    also when the SAEs disagree. read_cards: the cards of the SAEs' features, which label what is
-    traced: those that come with "smollm2", or see `qkattr.features.with_cards`. labels: of
-    features, by (boundary, index); they go before the cards'. source: where Neuronpedia has cards
-    of the SAEs. notes: what to know about the SAEs, and what of it is not verified.
+    a boundary, or None without SAEs. model, saes, missing: as they were asked for. model_hash,
+    saes_hash: see `fingerprint`. bos: whether text gets a BOS, as the SAEs say; None: as the
+    tokenizer does, also when the SAEs disagree. read_cards: the cards of the SAEs' features, which
+    label what is traced: those that come with "smollm2", or see `qkattr.features.with_cards`.
+    labels: of features, by (boundary, index); they go before the cards'. source: where Neuronpedia
+    has cards of the SAEs. notes: what to know about the SAEs, and what of it is not verified.
     """
 
     config: ModelConfig
@@ -53,6 +53,7 @@ class Bundle:
     saes_hash: str | None
     bos: bool | None = None
     dtype: str = "float32"
+    missing: str = "error"
     read_cards: Callable[[], Cards] | None = dataclasses.field(default=None, repr=False)
     labels: Mapping[tuple[int, int], str] = dataclasses.field(default_factory=dict, repr=False)
     source: Source | None = None
@@ -202,14 +203,14 @@ def _find_saes(saes: str) -> named.SaeSource:
     return found or named.SaeSource(path)
 
 
-def _read_saes(saes: str, config: ModelConfig) -> _Saes:
+def _read_saes(saes: str, config: ModelConfig, missing: str) -> _Saes:
     """From a packed file, or a folder of SAEs."""
     found = _find_saes(saes)
     path, choice = found.path, found.choice
     if path.is_file():
-        return _Saes(open_packed(path, config), fingerprint(path.parent, [path]))
+        return _Saes(open_packed(path, config, missing=missing), fingerprint(path.parent, [path]))
     on_disk = find_saes(path)
-    check_set(on_disk.headers, path, config)
+    check_set(on_disk.headers, path, config, missing)
     dictionaries = on_disk.read(config.n_blocks)
     read = _Saes(dictionaries, fingerprint(on_disk.root, on_disk.files))
     if choice is None:
@@ -228,25 +229,36 @@ def _prepend_bos(dictionaries: tuple[Dictionary | None, ...]) -> bool | None:
     return said.pop() if len(said) == 1 else None
 
 
-def load(model: str | Path, saes: str | Path | None = None, *, dtype: str = "float32") -> Bundle:
+def load(
+    model: str | Path,
+    saes: str | Path | None = None,
+    *,
+    dtype: str = "float32",
+    missing: str = "error",
+) -> Bundle:
     """Load a model and its SAEs.
 
     model: "smollm2", a Hugging Face folder, a .gguf file; or, downloaded if it is not in the hub's
     cache, user/repo, user/repo@revision or a name of the registry. saes: "smollm2", a folder of
-    SAELens SAEs, one after every block, a file that `qkattr pack` made of one; or user/repo, a
-    folder in it, or a name of the registry, with choices, as in NAME:262k,big. dtype: of the
-    weight matrices, "float32" or "bfloat16".
+    SAEs in any known format, one after every block, `FOLDER:PATTERN` where it has several of a
+    block, a file that `qkattr pack` made of one; or user/repo, a folder in it, or a name of the
+    registry, with choices, as in NAME:262k,big. dtype: of the weight matrices, "float32" or
+    "bfloat16". missing: "error", or "raw": a boundary without an SAE is one error component.
 
     Raises:
       InputError: something is missing, damaged, not implemented, or does not belong together.
     """
-    bundle = open_bundle(model, saes, dtype=dtype)
+    bundle = open_bundle(model, saes, dtype=dtype, missing=missing)
     _ = bundle.params
     return bundle
 
 
 def open_bundle(
-    model: str | Path, saes: str | Path | None = None, *, dtype: str = "float32"
+    model: str | Path,
+    saes: str | Path | None = None,
+    *,
+    dtype: str = "float32",
+    missing: str = "error",
 ) -> Bundle:
     """`load`, but with the model's weights still on disk: the config, the tokenizer, the names and
     shapes of all tensors and the SAEs are read and checked, so that a wrong pairing or prompt fails
@@ -255,7 +267,7 @@ def open_bundle(
         raise InputError(f"dtype {dtype!r} is not known; expected {' or '.join(DTYPES)}")
     opened = _open_model(str(model))
     check_tensors(opened.checkpoint, opened.config)
-    read = None if saes is None else _read_saes(str(saes), opened.config)
+    read = None if saes is None else _read_saes(str(saes), opened.config, missing)
     bos = None if read is None else _prepend_bos(read.dictionaries)
     return Bundle(
         config=opened.config,
@@ -268,6 +280,7 @@ def open_bundle(
         saes_hash=read and read.hash,
         bos=True if bos is None and model == smollm2.NAME else bos,
         dtype=dtype,
+        missing=missing,
         read_cards=_packaged_cards if str(saes) == smollm2.NAME else None,
         source=read and read.source,
         notes=read.notes if read else (),
