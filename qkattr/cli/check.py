@@ -47,7 +47,7 @@ def show(report: dict) -> None:
     rows = [
         (
             c["boundary"],
-            f"{c['l0']:.1f}",
+            f"{c['l0']:.1f}" + (f" of {c['l0_release']:.0f}" if c["l0_release"] else ""),
             f"{c['unexplained_variance']:.4f}",
             f"{c['median_relative_error']:.3f}",
             f"{c['dead']}/{c['width']}",
