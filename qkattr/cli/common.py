@@ -32,8 +32,8 @@ Saes = Annotated[
     typer.Option(
         "--saes",
         "-s",
-        help='"smollm2", a folder of SAEs (or FOLDER:PATTERN), a packed file, user/repo of the hub, or '
-        "a name that `qkattr models` lists.",
+        help='"smollm2", a folder of SAEs (or FOLDER:PATTERN), a packed file, user/repo of the '
+        "hub, or a name that `qkattr models` lists.",
         show_default=False,
     ),
 ]

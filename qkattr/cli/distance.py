@@ -34,6 +34,7 @@ def distance(
     bos: common.Bos = None,
     ids: common.Ids = False,
     dtype: common.Dtype = "float32",
+    missing: common.Missing = "error",
     json: common.Json = False,
 ) -> None:
     """A score and its strongest pairs as functions of distance, all else held."""
@@ -45,7 +46,7 @@ def distance(
     with common.progress() as progress:
         subject, given, options = place.open_subject(
             context, prompt, (layer, head, query, key), model=model, saes=saes, dtype=dtype,
-            ids=ids, sink=sink, bos=bos, progress=progress,
+            missing=missing, ids=ids, sink=sink, bos=bos, progress=progress,
         )  # fmt: skip
         found = profile(
             subject, given, layer=layer, head=head, query=query, key=key, distances=distances,

@@ -36,6 +36,7 @@ def mechanisms(
     bos: common.Bos = None,
     ids: common.Ids = False,
     dtype: common.Dtype = "float32",
+    missing: common.Missing = "error",
     json: common.Json = False,
 ) -> None:
     """The singular value decomposition of a head's terms: its parallel reasons to look there."""
@@ -46,8 +47,8 @@ def mechanisms(
     where = dict(layer=layer, head=head, query=query, key=key)
     with common.progress() as progress:
         subject, given, options = place.open_subject(
-            context, prompt, tuple(where.values()), model=model, saes=saes, dtype=dtype, ids=ids,
-            sink=sink, bos=bos, progress=progress,
+            context, prompt, tuple(where.values()), model=model, saes=saes, dtype=dtype,
+            missing=missing, ids=ids, sink=sink, bos=bos, progress=progress,
         )  # fmt: skip
         how = dict(top=top, progress=progress) | where | options
         if others:

@@ -45,6 +45,7 @@ def open_subject(
     model,
     saes,
     dtype,
+    missing,
     ids,
     sink,
     bos,
@@ -63,6 +64,6 @@ def open_subject(
     from qkattr.session import token_texts
 
     given = common.read_prompt(prompt, ids)
-    bundle = common.open_model(model, saes, dtype)
+    bundle = common.open_model(model, saes, dtype, missing)
     find_place_in(bundle.config, token_texts(bundle, bundle.tokenize(given, bos)[0]), place)
     return bundle, given, dict(sinks=sink, bos=bos)

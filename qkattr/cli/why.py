@@ -31,6 +31,7 @@ def why(
     bos: common.Bos = None,
     ids: common.Ids = False,
     dtype: common.Dtype = "float32",
+    missing: common.Missing = "error",
     json: common.Json = False,
 ) -> None:
     """Why a head looked at one key and not at the others, term by term."""
@@ -42,7 +43,7 @@ def why(
     with common.progress() as progress:
         subject, given, options = place.open_subject(
             context, prompt, (layer, head, query, key), model=model, saes=saes, dtype=dtype,
-            ids=ids, sink=sink, bos=bos, progress=progress,
+            missing=missing, ids=ids, sink=sink, bos=bos, progress=progress,
         )  # fmt: skip
         found = decompose(
             subject, given, layer=layer, head=head, query=query, key=key, form=form, top=top,
