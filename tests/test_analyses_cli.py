@@ -70,6 +70,12 @@ def test_mechanisms_of_one_and_of_several_prompts(run):
     within("score", one["score"], qk["score"], SUM, sum(abs(p["value"]) for p in qk["pairs"]))
     carried = sum(m["carried"] for m in one["mechanisms"])
     within("carried", carried, one["score"], 1e-6, sum(abs(p["value"]) for p in qk["pairs"]))
+    both = run("mechanisms", *PROMPT, *PLACE, "--top", 400, "--features")
+    among = [p["value"] for p in qk["pairs"] if p["query"]["kind"] == p["key"]["kind"] == "feature"]
+    assert one["rest"] == 0 and both["score"] == one["score"] and among
+    within("features", both["score"] - both["rest"], sum(among), SUM, sum(map(abs, among)))
+    named = [c["kind"] for m in both["mechanisms"] for c in m["query"] if c["weight"]]
+    assert set(named) == {"feature"}
     place = (*PLACE[:4], "--query", "-1", "--key", "0")
     text = ("hi hi 12", "-m", "model", "-s", "saes", *place)
     alone = run("mechanisms", *text)

@@ -30,11 +30,13 @@ from qkattr.types import Kind
 class MechanismTable:
     """Attributes are the keys of the JSON.
 
-    score: the sum of the terms (over all prompts). rank: effective rank of their matrix. cross: the
-    share of sum |terms| between components of different mechanisms. mechanisms: by falling sigma,
-    each with what it `carried` of the score, its `share` of sum sigma^2, and its largest `query`
-    and `key` components with their `weight`, the entry of the singular vector. n_prompts: how many
-    were summed. error_share: of sum |terms|, with an error slot on either side.
+    score: the sum of the terms (over all prompts). features: whether only pairs of two features
+    were decomposed; rest: what the other terms add to the score. rank: effective rank of the matrix
+    decomposed. cross: the share of its sum |terms| between components of different mechanisms.
+    mechanisms: by falling sigma, each with what it `carried` of the score, its `share` of
+    sum sigma^2, and its largest `query` and `key` components with their `weight`, the entry of the
+    singular vector. n_prompts: how many were summed. error_share: of sum |all terms|, with an error
+    slot on either side.
     """
 
     tokens: list[str]
@@ -43,6 +45,8 @@ class MechanismTable:
     query: int
     key: int
     score: float
+    features: bool
+    rest: float
     rank: float
     cross: float
     mechanisms: list[dict[str, Any]]
@@ -71,11 +75,13 @@ def mechanisms(
     query: int | str,
     key: int | str,
     top: int = 8,
+    features: bool = False,
     labels: Labels | None = None,
     progress: Progress = lambda stage: None,
     **options: Any,
 ) -> MechanismTable:
-    """The mechanisms of one score. subject, query, key: as `why` takes them.
+    """The mechanisms of one score. subject, query, key: as `why` takes them. features: decompose
+    only the pairs of two features; the bias, which meets everything, often hides them.
 
     Raises:
       InputError: the place, the prompt or an option cannot be used.
@@ -85,7 +91,7 @@ def mechanisms(
     )
     progress("mechanisms")
     place, tokens = opened[1], opened[0].tokens
-    return _table([_terms(*opened)], place=place, tokens=tokens, top=top)
+    return _table([_terms(*opened)], place=place, tokens=tokens, top=top, features=features)
 
 
 def mechanisms_over(
@@ -97,6 +103,7 @@ def mechanisms_over(
     query: int | str,
     key: int | str,
     top: int = 8,
+    features: bool = False,
     labels: Labels | None = None,
     progress: Progress = lambda stage: None,
     **options: Any,
@@ -116,7 +123,7 @@ def mechanisms_over(
         first = first or (opened[1], opened[0].tokens)
         parts.append(_terms(*opened))
     place, tokens = first or ((0, 0, 0, 0), [])
-    return _table(parts, place=place, tokens=tokens, top=top)
+    return _table(parts, place=place, tokens=tokens, top=top, features=features)
 
 
 def _terms(session, place, labels) -> tuple[np.ndarray, _Side, _Side]:
@@ -148,15 +155,20 @@ def _united(sides: list[_Side]) -> tuple[_Side, list[list[int]]]:
     return _Side(list(at), described), where
 
 
-def _table(parts, *, place, tokens, top: int) -> MechanismTable:
+def _table(parts, *, place, tokens, top: int, features: bool) -> MechanismTable:
     queries, query_at = _united([query for _, query, _ in parts])
     keys, key_at = _united([key for _, _, key in parts])
     terms = np.zeros((len(queries.names), len(keys.names)))
     for (of_prompt, _, _), rows, columns in zip(parts, query_at, key_at, strict=True):
         np.add.at(terms, np.ix_(rows, columns), of_prompt)
-    found = decompose(terms)
-    size = np.abs(terms)
-    sound = np.ix_(*([kind != Kind.ERROR for kind, _ in side.names] for side in (queries, keys)))
+    sides, size = (queries, keys), np.abs(terms)
+    sound = np.ix_(*([kind != Kind.ERROR for kind, _ in side.names] for side in sides))
+    asked = terms
+    if features:
+        both = np.ix_(*([kind == Kind.FEATURE for kind, _ in side.names] for side in sides))
+        asked = np.zeros_like(terms)
+        asked[both] = terms[both]
+    found = decompose(asked)
     layer, head, query, key = place
     return MechanismTable(
         tokens=tokens,
@@ -165,6 +177,8 @@ def _table(parts, *, place, tokens, top: int) -> MechanismTable:
         query=query,
         key=key,
         score=float(terms.sum()),
+        features=features,
+        rest=float(terms.sum() - asked.sum()),
         rank=found.rank,
         cross=found.cross,
         mechanisms=[_mechanism(found, i, queries, keys, top) for i in range(_listed(found, top))],

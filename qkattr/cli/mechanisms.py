@@ -28,6 +28,9 @@ def mechanisms(
             show_default=False,
         ),
     ] = None,
+    features: Annotated[
+        bool, typer.Option("--features", help="Only pairs of two features.")
+    ] = False,
     model: common.Model = None,
     saes: common.Saes = None,
     top: Annotated[int, typer.Option(min=1, max=4096, help="Mechanisms, and components.")] = 6,
@@ -50,7 +53,7 @@ def mechanisms(
             context, prompt, tuple(where.values()), model=model, saes=saes, dtype=dtype,
             missing=missing, ids=ids, sink=sink, bos=bos, progress=progress,
         )  # fmt: skip
-        how = dict(top=top, progress=progress) | where | options
+        how = dict(top=top, features=features, progress=progress) | where | options
         if others:
             found = analyses.mechanisms_over(subject, [given, *others], **how)
         else:
@@ -92,11 +95,17 @@ def show(found: MechanismTable, top: int) -> None:
         f"Head {found.layer}.{found.head} at {at(found.query)} looks at {at(found.key)}: "
         f"score {found.score:.4f}{over}",
     )
+    if found.features:
+        say(
+            out,
+            f"pairs of two features {found.score - found.rest:+.4f}, which are decomposed; all "
+            f"others {found.rest:+.4f}",
+        )
     say(
         out,
         f"effective rank {found.rank:.2f}; terms between different mechanisms "
-        f"{percent(found.cross)}, with an error slot {percent(found.error_share)} of the absolute "
-        "sum",
+        f"{percent(found.cross)} of the absolute sum; with an error slot "
+        f"{percent(found.error_share)} of all terms'",
     )
     rows = [
         (

@@ -75,6 +75,8 @@ def mechanisms_figure(found: MechanismTable, path: Path) -> Path:
     shown = found.mechanisms[:BARS]
     named = [f"{i}: sigma {m['sigma']:.2f}" for i, m in enumerate(shown)]
     title = f"Parts of the score ({found.score:+.2f})"
+    if found.features:
+        title = f"Parts of {found.score - found.rest:+.2f} (score {found.score:+.2f})"
     signed_bars(axes[0], named, [m["carried"] for m in shown], title, "carried")
     for i, panel in enumerate(axes[1:]):
         sides = [("q", c) for c in found.mechanisms[i]["query"][:5]]
