@@ -224,17 +224,41 @@ def open_place(
       InputError: the place, the prompt or an option cannot be used, or the result has no model.
     """
     if isinstance(subject, Result):
+        found = place_in(subject, place)
+    else:
+        ids, _ = subject.tokenize(_need(prompt), make_options(options).bos)
+        found = find_place_in(subject.config, token_texts(subject, ids), place)
+    session, labels = open_session(subject, prompt, labels=labels, progress=progress, **options)
+    return session, found, labels
+
+
+def open_session(
+    subject: Result | Bundle,
+    prompt: Prompt | None,
+    *,
+    labels: Labels | None = None,
+    progress: Progress = lambda stage: None,
+    **options: Any,
+) -> tuple[Session, Labels]:
+    """The session and the labels of an analysis of a whole prompt; see `open_place`.
+
+    Raises:
+      InputError: the prompt or an option cannot be used, or the result has no model.
+    """
+    if isinstance(subject, Result):
         if prompt is not None or options:
             raise InputError("a result has its prompt and options; give them with a bundle only")
-        found = place_in(subject, place)
-        return need_session(subject), found, subject.labels if labels is None else labels
+        return need_session(subject), subject.labels if labels is None else labels
+    opts = make_options(options)
+    ids, _ = subject.tokenize(_need(prompt), opts.bos)
+    session = start_session(subject, ids, opts, progress)
+    return session, prompt_labels(session) if labels is None else labels
+
+
+def _need(prompt: Prompt | None) -> Prompt:
     if prompt is None:
         raise InputError("a bundle needs a prompt; give text, token ids or messages")
-    opts = make_options(options)
-    ids, _ = subject.tokenize(prompt, opts.bos)
-    found = find_place_in(subject.config, token_texts(subject, ids), place)
-    session = start_session(subject, ids, opts, progress)
-    return session, found, prompt_labels(session) if labels is None else labels
+    return prompt
 
 
 def _label(labels: Labels, boundary: int, token: str, kind: Kind, index: int) -> str:

@@ -76,7 +76,7 @@ def on_any_mesh(function: Callable[..., T]) -> Callable[..., T]:
 
     @functools.wraps(function)
     def run(*args, **kwargs):
-        leaves = [leaf for leaf in jax.tree.leaves((args, kwargs)) if hasattr(leaf, "shape")]
+        leaves = [leaf for leaf in jax.tree.leaves((args, kwargs)) if hasattr(leaf, "dtype")]
         meshes = [jax.typeof(leaf).sharding.mesh for leaf in leaves]
         explicit = next((mesh for mesh in meshes if mesh.explicit_axes), None)
         if explicit is None:
@@ -85,7 +85,7 @@ def on_any_mesh(function: Callable[..., T]) -> Callable[..., T]:
         arrays = {
             name: value
             for name, value in kwargs.items()
-            if all(hasattr(leaf, "shape") for leaf in jax.tree.leaves(value))
+            if all(hasattr(leaf, "dtype") for leaf in jax.tree.leaves(value))
         }
         static = {name: value for name, value in kwargs.items() if name not in arrays}
 

@@ -207,18 +207,30 @@ def key_components(
     at=None,
 ) -> Float[Array, "S C H"]:
     """The keys that a head reads, component by component; turned as at positions `at`, `[S]`."""
-    n_positions, n_slots = components.kind.shape
     kv = head // (weights.wq_DNH.shape[1] // weights.wk_DKH.shape[1])
     bias = None if weights.bk_KH is None else weights.bk_KH[kv]
-    to_head, constant = _project(weights.norm_attn, weights.wk_DKH[:, kv], bias, cfg, precision)
+    side = (weights.wk_DKH[:, kv], bias, gain_of(weights.norm_k, kv), seen.scale_k_SK[:, kv])
+    return _at_every_position(weights, components, seen, side, at, cfg=cfg, precision=precision)
+
+
+def every_query_component(
+    weights: BlockWeights, components: Components, seen: Activations, head, *, cfg, precision
+) -> Float[Array, "T A H"]:
+    """A head's queries at all positions, component by component."""
+    bias = None if weights.bq_NH is None else weights.bq_NH[head]
+    side = (weights.wq_DNH[:, head], bias, gain_of(weights.norm_q, head), seen.scale_q_TN[:, head])
+    return _at_every_position(weights, components, seen, side, None, cfg=cfg, precision=precision)
+
+
+def _at_every_position(weights, components, seen, side, at, *, cfg, precision):
+    """side: weights, bias, QK-norm gain and its scale `[T]` of one head."""
+    w_DH, bias_H, gain, scale_T = side
+    to_head, constant = _project(weights.norm_attn, w_DH, bias_H, cfg, precision)
     raw = components.map(to_head) * seen.scale_attn_T[:, None, None]
-    raw = raw.at[:, n_slots - 2].add(constant)
+    raw = raw.at[:, components.n_slots - 2].add(constant)
+    positions = jnp.arange(raw.shape[0]) if at is None else at
     return finish_head(
-        raw,
-        seen.scale_k_SK[:, kv, None],
-        gain=gain_of(weights.norm_k, kv),
-        inv_freq=weights.inv_freq,
-        positions=jnp.arange(n_positions) if at is None else at,
+        raw, scale_T[:, None], gain=gain, inv_freq=weights.inv_freq, positions=positions
     )
 
 
