@@ -18,7 +18,9 @@ from test_competition import identities
 from qkattr.config import BlockConfig, ModelConfig, Rotary
 from qkattr.qk.competition import competition
 from qkattr.qk.mechanisms import mechanisms
+from qkattr.qk.search import search_slots, top_pairs
 from qkattr.qk.terms import qk_terms
+from qkattr.qk.weights import HeadScales, weight_pairs
 from qkattr.sources.dictionary import Dictionary, DictionaryConfig
 from qkattr.types import NO_WINDOW, BlockWeights, Kind, Params
 
@@ -98,3 +100,38 @@ def test_competition_finds_the_pairs_and_the_inhibitor_first(circuit):
     assert pairs(found.pulls) == [(*INHIBITOR, KEY)]
     np.testing.assert_allclose(found.pushes.value[:2], [4.0, 3.8], rtol=1e-6)
     np.testing.assert_allclose(found.pulls.value[0], -1.2, rtol=1e-6)
+
+
+def test_pairs_over_everything_are_the_three_pairs(circuit):
+    """At every place where they meet, which is one."""
+    weights, x, parts = circuit.block(1)
+    slots = search_slots(circuit.params.blocks, circuit.components)[1]
+    found = jax.device_get(top_pairs(weights, x, parts, slots, top=4, cfg=circuit.cfg.block))
+    kind, index = np.asarray(parts.kind), np.asarray(parts.index)
+    listed = [
+        (named(kind[t], index[t], a), named(kind[s], index[s], c), int(t), int(s))
+        for sign in (0, 1)
+        for t, a, s, c, v in zip(
+            *(getattr(found, name)[0, sign] for name in ("query", "query_slot", "key", "key_slot")),
+            found.value[0, sign],
+            strict=True,
+        )
+        if v != 0
+    ]
+    assert listed == [(*pair, QUERY, KEY) for pair in (*DRIVERS, INHIBITOR)]
+
+
+def test_pairs_of_the_weights_alone_are_the_three_pairs(circuit):
+    weights, _, _ = circuit.block(1)
+    eye = np.eye(D, dtype=np.float32)
+    how = dict(head=0, distance=3, scales=HeadScales(), top=4, cfg=circuit.cfg.block)
+    found = jax.device_get(weight_pairs(weights, eye, **how))
+    named_ = [
+        (int(r), int(c))
+        for sign in (0, 1)
+        for r, c, v in zip(found.row[sign], found.column[sign], found.value[sign], strict=True)
+        if v != 0
+    ]
+    assert named_ == [*DRIVERS, INHIBITOR]
+    np.testing.assert_allclose(found.value[0, :2], [4.0, 3.8], rtol=1e-6)
+    np.testing.assert_allclose(found.value[1, 0], -1.2, rtol=1e-6)

@@ -15,6 +15,8 @@ from tiny import within
 from qkattr.graph.sweep import DirectTargets, SweepConfig, sweep
 from qkattr.graph.targets import logit_covectors, score_covectors
 from qkattr.model.forward import forward
+from qkattr.qk.marginals import marginals
+from qkattr.qk.search import search_slots, top_pairs
 from qkattr.qk.terms import qk_terms, qk_terms_many
 from qkattr.sharding import bucket, make_mesh, shard, spec_of
 from qkattr.sources.components import decompose
@@ -50,6 +52,7 @@ def calls(case, dictionary):
     places = jnp.array([[1, 0, 5, 3], [2, 1, 7, 7]])
     blocks = lambda p, b: jax.tree.map(lambda a: a[b], p.blocks)
     config = SweepConfig(max_rows=12, max_edges=8)
+    slots = search_slots(case.params.blocks, parts)
     return {
         "forward": lambda p, d: forward(p, jnp.asarray(case.tokens), cfg=cfg)[0],
         "encode": lambda p, d: encode(d, x[1], slots=5).activation,
@@ -60,6 +63,10 @@ def calls(case, dictionary):
         "qk_terms_many": lambda p, d: (
             qk_terms_many(p.blocks, x, parts, places, cfg=cfg.block).terms
         ),
+        "top_pairs": lambda p, d: (
+            top_pairs(blocks(p, 1), x[1], one, slots[1], top=6, cfg=cfg.block).value
+        ),
+        "marginals": lambda p, d: marginals(blocks(p, 1), x[1], one, cfg=cfg.block).key_value,
         "logit_covectors": lambda p, d: logit_covectors(
             p, x[-1, 3], jnp.array([1]), jnp.array([-1]), cfg=cfg
         )[0],

@@ -1,0 +1,222 @@
+"""Times the QK analyses that look at everything, as rates beside plain matmuls of the same shapes.
+
+    python benchmarks/qk.py [--tokens 64 256] [--widths 2304 16384] [--repeat 5] [--json FILE]
+
+All marginals and the top pairs of all heads of SmolLM2 over a prompt, and the strongest pairs of a
+head over a whole dictionary, without a prompt (random directions; head sizes 64 and 256). A rate is
+the products that are needed (of pairs that a head sees, of slots that hold a component, projections
+not counted) by the median time of the whole call. The reference is a jitted float32 matmul whose
+tiles have the same inner dimension, run in turn with what it is compared with. The loop is what one
+would write without these: one jitted einsum for each (t, s) of a head, with its top-k. Peak memory
+is that of the process, over what it was when the model and the prompt were there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import statistics
+import time
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import qkattr
+from qkattr.cli.common import use_compilation_cache
+from qkattr.config import BlockConfig
+from qkattr.model.forward import block
+from qkattr.options import TraceOptions
+from qkattr.qk.marginals import TILE as MARGINAL_TILE
+from qkattr.qk.marginals import marginals
+from qkattr.qk.search import TILE, search_slots, top_pairs
+from qkattr.qk.terms import every_query_component, key_components
+from qkattr.qk.weights import HeadScales, weight_pairs
+from qkattr.session import start_session
+from qkattr.types import NO_WINDOW, BlockWeights
+
+AUNT_SALLY = "I always loved visiting Aunt Sally. Whenever I was feeling sad, Aunt"
+TOP = 64
+
+
+def seconds(call) -> float:
+    start = time.perf_counter()
+    jax.block_until_ready(call())
+    return time.perf_counter() - start
+
+
+def in_turn(calls: list, repeat: int) -> list[float]:
+    """Median seconds of each call, after a first one that compiles."""
+    for call in calls:
+        seconds(call)
+    rounds = [[seconds(call) for call in calls] for _ in range(repeat)]
+    return [statistics.median(column) for column in zip(*rounds, strict=True)]
+
+
+def reference(rows: int, inner: int, columns: int, times: int = 1):
+    """`times` jitted matmuls of one shape, and their operations."""
+    a, b = jnp.ones((rows, inner)), jnp.ones((columns, inner))
+    product = jax.jit(lambda a, b: jnp.einsum("RH,CH->RC", a, b, precision="highest"))
+    return lambda: [product(a, b) for _ in range(times)][-1], 2 * rows * inner * columns * times
+
+
+def peak_gib() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def compared(name: str, call, operations: float, plain, repeat: int, **more) -> dict:
+    """A row: the call's seconds and rate beside the plain matmul's."""
+    run, plain_operations = plain
+    took, plain_took = in_turn([call, run], repeat)
+    rate, plain_rate = operations / took / 1e9, plain_operations / plain_took / 1e9
+    row = dict(name=name, seconds=took, gflops=rate, plain_gflops=plain_rate,
+               share=rate / plain_rate, **more)  # fmt: skip
+    said = " ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items())
+    print(said, flush=True)
+    return row
+
+
+def of_prompt(bundle, n_tokens: int, repeat: int) -> list[dict]:
+    """All marginals, and top pairs over everything."""
+    text = bundle.tokenize(AUNT_SALLY * (1 + n_tokens // 14))[0][:n_tokens]
+    session = start_session(bundle, text, TraceOptions())
+    config, blocks = bundle.config, bundle.params.blocks
+    slots = search_slots(blocks, session.components)
+    how = dict(cfg=config.block, precision="highest")
+    layers = range(config.n_blocks)
+    inputs = [
+        jax.tree.map(lambda a, b=b: a[b], (blocks, session.boundaries, session.components))
+        for b in layers
+    ]
+    n_heads, h = config.n_blocks * config.n_heads, config.head_dim
+    per_pair, places = slot_pairs(session, slots)
+
+    def all_marginals():
+        return [jax.device_get(marginals(*inputs[b], **how)) and None for b in layers]
+
+    def everything():
+        return [jax.device_get(top_pairs(*inputs[b], slots[b], top=TOP, **how)) for b in layers]
+
+    before = peak_gib()
+    a = session.components.n_slots
+    tile = min(MARGINAL_TILE, n_tokens)
+    rows = [
+        compared(
+            f"all marginals, {n_tokens} tokens", all_marginals, n_heads * places * 2 * 2 * a * h,
+            reference(a * n_tokens, h, tile, 64), repeat,
+        ),
+        compared(
+            f"top pairs over everything, {n_tokens} tokens", everything,
+            config.n_heads * per_pair * 2 * h, reference(TILE, h, TILE, 64), repeat,
+        ),
+    ]  # fmt: skip
+    for row in rows:
+        row["memory_gib"] = peak_gib() - before
+    return rows
+
+
+def slot_pairs(session, slots: np.ndarray) -> tuple[int, int]:
+    """`(pairs of slots that a head sees, over all blocks; places (t, s))`."""
+    n_slots, n = session.components.n_slots, len(session.ids)
+    pairs = 0
+    for of_block in slots:
+        counts = np.bincount(of_block[of_block >= 0] // n_slots, minlength=n)
+        pairs += int((counts * np.cumsum(counts)).sum())
+    return pairs, n * (n + 1) // 2
+
+
+def against_a_loop(bundle, n_tokens: int) -> list[dict]:
+    """One block's heads by a jitted einsum per (t, s), beside the two functions."""
+    text = bundle.tokenize(AUNT_SALLY * (1 + n_tokens // 14))[0][:n_tokens]
+    session = start_session(bundle, text, TraceOptions())
+    config = bundle.config
+    weights, x, parts = jax.tree.map(
+        lambda a: a[12], (bundle.params.blocks, session.boundaries, session.components)
+    )
+    how = dict(cfg=config.block, precision="highest")
+    slots = search_slots(bundle.params.blocks, session.components)[12]
+    _, seen = jax.jit(partial(block, **how))(weights, x)
+
+    @jax.jit
+    def parts_of(head):
+        q = every_query_component(weights, parts, seen, head, **how)
+        return q * config.block.scale, key_components(weights, parts, seen, head, **how)
+
+    @jax.jit
+    def one(q, k, t, s):
+        terms = jnp.einsum("AH,CH->AC", q[t], k[s], precision="highest")
+        best = [jax.lax.top_k(sign * terms.ravel(), TOP) for sign in (1, -1)]
+        sums = [jax.lax.top_k(jnp.abs(terms.sum(axis)), 5) for axis in (0, 1)]
+        return best, sums
+
+    def loop():
+        found = []
+        for head in range(config.n_heads):
+            q, k = parts_of(head)
+            found += [one(q, k, t, s) for t in range(n_tokens) for s in range(t + 1)]
+        return jax.device_get(found)
+
+    def ours():
+        pairs = top_pairs(weights, x, parts, slots, top=TOP, **how)
+        return jax.device_get((pairs, marginals(weights, x, parts, **how)))
+
+    took, loop_took = in_turn([ours, loop], 3)
+    row = dict(name=f"one block, {n_tokens} tokens, against a loop over (t, s)", seconds=took,
+               loop_seconds=loop_took, times=loop_took / took)  # fmt: skip
+    print(row, flush=True)
+    return [row]
+
+
+def of_weights(width: int, head_dim: int, repeat: int) -> dict:
+    """The strongest pairs of a random head over random directions."""
+    d = 512
+    keys = jax.random.split(jax.random.key(0), 3)
+    empty = jnp.zeros((d, 1))
+    weights = BlockWeights(
+        wq_DNH=jax.random.normal(keys[0], (d, 1, head_dim)) / d**0.5,
+        wk_DKH=jax.random.normal(keys[1], (d, 1, head_dim)) / d**0.5,
+        wv_DKH=jnp.zeros((d, 1, head_dim)), wo_NHD=jnp.zeros((1, head_dim, d)),
+        w_up_DF=empty, w_down_FD=empty.T, inv_freq=0.5 ** jnp.arange(head_dim // 2, dtype=float),
+        window=jnp.int32(NO_WINDOW),
+    )  # fmt: skip
+    features = jax.random.normal(keys[2], (width, d))
+    features = features / jnp.linalg.norm(features, axis=1, keepdims=True)
+    config = BlockConfig(scale=head_dim**-0.5)
+    before = peak_gib()
+    row = compared(
+        f"weights only, {width} x {width}, head size {head_dim}",
+        lambda: weight_pairs(
+            weights, features, head=0, distance=1, scales=HeadScales(), top=TOP, cfg=config
+        ),
+        2 * width * width * head_dim,
+        reference(TILE, head_dim, TILE, 64),
+        repeat,
+    )
+    return row | dict(memory_gib=peak_gib() - before)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--tokens", type=int, nargs="*", default=[64, 256])
+    parser.add_argument("--widths", type=int, nargs="*", default=[2304, 16384])
+    parser.add_argument("--loop-tokens", type=int, default=24)
+    parser.add_argument("--repeat", type=int, default=5)
+    parser.add_argument("--json")
+    asked = parser.parse_args()
+    use_compilation_cache()
+    rows = [of_weights(w, h, asked.repeat) for w in asked.widths for h in (64, 256)]
+    bundle = qkattr.load("smollm2", "smollm2")
+    for n in asked.tokens:
+        rows += of_prompt(bundle, n, asked.repeat)
+    rows += against_a_loop(bundle, asked.loop_tokens)
+    if asked.json:
+        with open(asked.json, "w") as f:
+            json.dump(
+                dict(device=str(jax.devices()[0]), jax=jax.__version__, rows=rows), f, indent=1
+            )
+
+
+if __name__ == "__main__":
+    main()

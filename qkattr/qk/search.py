@@ -1,0 +1,254 @@
+"""The strongest pairs among all: the largest and the most negative products of two sets of vectors.
+
+    value[r, c] = rows[r] . columns[c]          seen where 0 <= position[r] - position[c] < window
+
+The R x C values are never held. Tiles of one matmul each are reduced to the best value of every
+*unit* (one row, `unit` neighbouring columns). A pair outside the `top` best units has `top` better
+ones, so only those units are computed again and sorted. A unit is a run of the values in row-major
+order, and at both stages the lower index wins a tie: the result is that of `top_k` over all values,
+ties included. A zero is no pair, so rows and columns may be padded with zero vectors.
+
+`top_pairs` searches all heads of a block over all positions of a prompt: rows and columns are the
+slots that hold a component, and tiles whose keys all come after their queries are skipped.
+Axes: N heads, R query-side components of all positions, C key-side ones, P pairs kept, H head_dim.
+Exact given the frozen scales; a value may differ in its last bit from that of a single place.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jaxtyping import Array, Bool, Float, Int
+
+from qkattr.config import BlockConfig
+from qkattr.model.forward import block
+from qkattr.qk.terms import every_query_component, key_components, used_slots
+from qkattr.sharding import on_any_mesh
+from qkattr.sources.components import Components
+from qkattr.types import NO_WINDOW, BlockWeights, Kind
+
+#: Rows and columns of a tile, about: its products stay in a core's cache.
+TILE = 1024
+#: Columns of a unit; more where there would be more than UNITS of them.
+UNIT, UNITS = 128, 2**23
+
+
+@struct.dataclass
+class Strongest:
+    """The P largest values by falling value and the P most negative ones by rising value (first
+    axis: 0 positive, 1 negative), and where they are. Where there are fewer pairs, value is 0."""
+
+    value: Float[Array, "2 P"]
+    row: Int[Array, "2 P"]
+    column: Int[Array, "2 P"]
+
+
+@struct.dataclass
+class TopPairs:
+    """The strongest terms of each head of a block, as `Strongest` orders them.
+
+    value: `[N, 2, P]`. query, key: positions. query_slot, key_slot: slots of `Components`.
+    probability, score: the head's attention and score at (query, key).
+    """
+
+    value: Float[Array, "N 2 P"]
+    query: Int[Array, "N 2 P"]
+    query_slot: Int[Array, "N 2 P"]
+    key: Int[Array, "N 2 P"]
+    key_slot: Int[Array, "N 2 P"]
+    probability: Float[Array, "N 2 P"]
+    score: Float[Array, "N 2 P"]
+
+
+def strongest(
+    rows: Float[Array, "R H"],
+    columns: Float[Array, "C H"],
+    *,
+    row_position: Int[Array, "R"] | None = None,
+    column_position: Int[Array, "C"] | None = None,
+    window: Int[Array, ""] | int = NO_WINDOW,
+    top: int,
+    tile: int | None = None,
+    unit: int = UNIT,
+    precision: str = "highest",
+) -> Strongest:
+    """The strongest products; for use inside jitted functions.
+
+    row_position, column_position: rising; None: every row sees every column. tile, unit: see the
+    module; tile a multiple of unit, None: by size.
+    """
+    (R, _), (C, _) = rows.shape, columns.shape
+    unit = _unit(R, C, unit) if tile is None else unit
+    height, width = (_tile(n, unit) if tile is None else tile for n in (R, C))
+    at_R = jnp.zeros(R, jnp.int32) if row_position is None else row_position
+    at_C = jnp.zeros(C, jnp.int32) if column_position is None else column_position
+    rows, at_R = _padded(rows, at_R, height)
+    columns, at_C = _padded(columns, at_C, width)
+    n_units = columns.shape[0] // unit
+
+    def seen(r: Array, c: Array) -> Array:
+        return (r >= c) & (r - c < window)
+
+    def tile_units(i: Array, j: Array) -> tuple[Array, Array]:
+        """The best of every unit of a tile, `[units, rows]`: positive ones, and negated ones."""
+        (rows_, r), (columns_, c) = _cut((rows, at_R), i, height), _cut((columns, at_C), j, width)
+
+        def products():
+            return jnp.einsum("CH,RH->CR", columns_, rows_, precision=precision)
+
+        def best(values):
+            values = values.reshape(-1, unit, height)
+            return values.max(1), (-values).max(1)
+
+        none = jnp.zeros((width // unit, height))
+        some = (r[-1] >= c[0]) & (r[0] - c[-1] < window)
+        every = seen(r[0], c[-1]) & seen(r[-1], c[0])
+        ways = (
+            lambda: (none, none),
+            lambda: best(jnp.where(seen(r[None], c[:, None]), products(), 0.0)),
+            lambda: best(products()),
+        )
+        return jax.lax.switch(some.astype(jnp.int32) + every, ways)
+
+    with jax.named_scope("units"):
+        each = partial(jax.lax.map, xs=jnp.arange(columns.shape[0] // width))
+        over_rows = jnp.arange(rows.shape[0] // height)
+        units = jax.lax.map(lambda i: each(lambda j: tile_units(i, j)), over_rows)
+
+    def refine(best: Float[Array, "I J U R"], sign: float) -> tuple[Array, Array, Array]:
+        flat = best.transpose(0, 3, 1, 2).ravel()
+        _, at = jax.lax.top_k(flat, min(top, flat.size))
+        r, u = at // n_units, at % n_units
+        group, c = columns.reshape(n_units, unit, -1)[u], at_C.reshape(n_units, unit)[u]
+        values = jnp.einsum("UH,UCH->UC", rows[r], group, precision=precision) * sign
+        values = jnp.where(seen(at_R[r][:, None], c), values, 0.0)
+        # By units in row-major order, so that ties go to the lower pair.
+        order = jnp.argsort(at)
+        value, flat = jax.lax.top_k(values[order].ravel(), min(top, values.size))
+        unit_at, column = order[flat // unit], flat % unit
+        value = sign * jnp.maximum(value, 0.0)
+        return value, r[unit_at], u[unit_at] * unit + column
+
+    with jax.named_scope("refine"):
+        both = [refine(best, sign) for best, sign in zip(units, (1.0, -1.0), strict=True)]
+    value, row, column = (jnp.stack(parts) for parts in zip(*both, strict=True))
+    return Strongest(value, jnp.minimum(row, R - 1), jnp.minimum(column, C - 1))
+
+
+def _unit(n_rows: int, n_columns: int, unit: int) -> int:
+    while n_rows * n_columns > UNITS * unit and unit < TILE:
+        unit *= 2
+    return unit
+
+
+def _tile(n: int, unit: int) -> int:
+    """Tiles of equal size, in units: smaller ones where there are few, as many of a prompt's are
+    seen in part only."""
+    most = TILE if n >= 4 * TILE else TILE // 2
+    tiles = -(-n // max(most, unit))
+    return -(-n // (tiles * unit)) * unit
+
+
+def _padded(vectors: Array, position: Array, tile: int) -> tuple[Array, Array]:
+    more = -len(vectors) % tile
+    return jnp.pad(vectors, ((0, more), (0, 0))), jnp.pad(position, (0, more), mode="edge")
+
+
+def _cut(arrays: tuple[Array, ...], i: Array, size: int) -> tuple[Array, ...]:
+    return tuple(jax.lax.dynamic_slice_in_dim(a, i * size, size) for a in arrays)
+
+
+@partial(jax.jit, static_argnames=("top", "cfg", "precision"))
+@on_any_mesh
+def top_pairs(
+    weights: BlockWeights,
+    x: Float[Array, "T D"],
+    components: Components,
+    slots: Int[Array, "R"],
+    *,
+    top: int,
+    cfg: BlockConfig,
+    precision: str = "highest",
+) -> TopPairs:
+    """The strongest terms of all heads of a block over all (t, s) of a prompt.
+
+    Args:
+      weights: the block's. x: the residual stream it reads. components: of it.
+      slots: which of the T x C slots to search, rising, padded by -1 (see `search_slots`).
+      top: pairs of either sign of each head (static).
+    """
+    _, seen = block(weights, x, cfg=cfg, precision=precision)
+    n_slots, n_heads, n_kv = components.n_slots, weights.wq_DNH.shape[1], weights.wk_DKH.shape[1]
+    group, how = n_heads // n_kv, dict(cfg=cfg, precision=precision)
+    at = jnp.where(slots < 0, slots.max(), slots)
+    position = at // n_slots
+
+    def chosen(parts: Float[Array, "T C H"]) -> Float[Array, "R H"]:
+        return jnp.where((slots < 0)[:, None], 0.0, parts.reshape(-1, parts.shape[-1])[at])
+
+    def of_kv_head(kv: Array) -> Strongest:
+        keys = chosen(key_components(weights, components, seen, kv * group, **how)) * cfg.scale
+
+        def of_head(head: Array) -> Strongest:
+            queries = chosen(every_query_component(weights, components, seen, head, **how))
+            return strongest(
+                queries,
+                keys,
+                row_position=position,
+                column_position=position,
+                window=weights.window,
+                top=top,
+                precision=precision,
+            )
+
+        return jax.lax.map(of_head, kv * group + jnp.arange(group))
+
+    found = jax.lax.map(of_kv_head, jnp.arange(n_kv))
+    found = jax.tree.map(lambda a: a.reshape(n_heads, *a.shape[2:]), found)
+    query, key = position[found.row], position[found.column]
+    head = jnp.arange(n_heads)[:, None, None]
+    return TopPairs(
+        value=found.value,
+        query=query,
+        query_slot=at[found.row] % n_slots,
+        key=key,
+        key_slot=at[found.column] % n_slots,
+        probability=seen.pattern_NTS[head, query, key],
+        score=seen.scores_NTS[head, query, key],
+    )
+
+
+@jax.jit
+@on_any_mesh
+def _used(blocks: BlockWeights, components: Components) -> Bool[Array, "L T C"]:
+    def one(inputs):
+        weights, parts = inputs
+        each = jnp.arange(parts.kind.shape[0])
+        sides = [
+            jax.vmap(lambda t, bias=bias: used_slots(parts, t, bias, weights.norm_attn))(each)
+            for bias in (weights.bq_NH, weights.bk_KH)
+        ]
+        return sides[0] | sides[1]
+
+    read = jax.tree.map(lambda a: a[:-1], components)
+    return jax.lax.map(one, (blocks, read))
+
+
+def search_slots(
+    blocks: BlockWeights, components: Components, kinds: tuple[Kind, ...] = ()
+) -> Int[np.ndarray, "L R"]:
+    """The slots that hold a component on either side, of every block, as `top_pairs` takes them; on
+    the host. R is rounded up, so that other prompts meet compiled code. kinds: only these; (): all.
+    """
+    used, kind = jax.device_get((_used(blocks, components), components.kind[:-1]))
+    if kinds:
+        used = used & np.isin(kind, [int(k) for k in kinds])
+    found = [np.flatnonzero(of_block) for of_block in used.reshape(len(used), -1)]
+    most = max(1, *(len(f) for f in found))
+    step = max(UNIT, 2 ** (most.bit_length() - 4))
+    size = -(-most // step) * step
+    return np.stack([np.pad(f, (0, size - len(f)), constant_values=-1) for f in found])
