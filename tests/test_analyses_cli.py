@@ -1,10 +1,12 @@
-"""`qkattr why`, `mechanisms`, `distance` and `qk --groups` through the command line."""
+"""The commands of the QK analyses: `why`, `mechanisms`, `distance`, `pairs`, `marginals`, `qk
+--groups`."""
 
 from __future__ import annotations
 
 import json
 
 import folders
+import numpy as np
 import pytest
 from tiny import within
 
@@ -45,6 +47,7 @@ def run(root, monkeypatch, capsys):
 
 
 PROMPT = (IDS, "--ids", "-m", "model", "-s", "saes")
+WEIGHTS = ("pairs", "-m", "model", "-s", "saes", "--layer", "1")
 
 
 @pytest.mark.parametrize("form", ["odds", "log"])
@@ -110,6 +113,74 @@ def test_groups(run):
     within("mine", sum(row), sum(p["value"] for p in own), 1e-9, size)
 
 
+def test_pairs_of_a_prompt(run):
+    found = run("pairs", *PROMPT, "--layer", 1, "--top", 6)
+    assert found["layers"] == [1] and set(found["heads"]) == {f"1.{n}" for n in range(4)}
+    for name, sign in (("positive", 1), ("negative", -1)):
+        values = [sign * p["value"] for p in found[name]]
+        assert values == sorted(values, reverse=True) and min(values) > 0
+        best = found[name][0]
+        where = ("--query", best["query"]["position"], "--key", best["key"]["position"])
+        qk = run("qk", *PROMPT, "--layer", 1, "--head", best["head"], *where)
+        pair = max(qk["pairs"], key=lambda p: sign * p["value"])
+        within("value", best["value"], pair["value"], 1e-5, abs(pair["value"]))
+        assert [best[s]["index"] for s in ("query", "key")] == [
+            pair[s]["index"] for s in ("query", "key")
+        ]
+        assert best["probability"] == pytest.approx(qk["probability"], rel=1e-5)
+    alone = run("pairs", "./result", "--layer", 1, "--head", 2, "--features")
+    assert list(alone["heads"]) == ["1.2"] and alone["error_share"] == 0
+    kinds = {p[s]["kind"] for p in alone["positive"] for s in ("query", "key")}
+    assert kinds == {"feature"}
+
+
+def test_pairs_of_weights(run, root):
+    weights = ("pairs", "-m", "model", "-s", "saes", "--layer", 1, "--head", 2)
+    found = run(*weights, "--distance", 3, "--top", 5)
+    assert found["scales"]["source"] is None and found["distance"] == 3
+    assert [len(found[k]) for k in ("positive", "negative")] == [5, 5]
+    ids = np.random.default_rng(0).integers(0, 40, (3, 20)).astype(np.uint16)
+    np.save(root / "rows.npy", ids)
+    scaled = run(*weights, "--distance", 3, "--top", 5, "--text", "rows.npy")
+    by = scaled["scales"]["attn"] ** 2
+    for one, other in zip(found["positive"], scaled["positive"], strict=True):
+        assert one["query"] == other["query"] and one["key"] == other["key"]
+        within("scaled", other["value"], one["value"] * by, 1e-5, abs(other["value"]))
+
+
+def test_marginals(run):
+    found = run("marginals", *PROMPT, "--attention", 0.2, "--sinks-too", "--limit", 3, "--layer", 1)
+    assert len(found["places"]) == 3 <= found["n_places"]
+    for place in found["places"]:
+        assert place["probability"] >= 0.2
+        where = [str(place[k]) for k in ("head", "query", "key")]
+        flags = zip(("--head", "--query", "--key"), where, strict=True)
+        qk = run("qk", *PROMPT, "--layer", 1, *(x for pair in flags for x in pair))
+        for side in ("query_marginals", "key_marginals"):
+            size = sum(abs(m["value"]) for m in qk[side])
+            for mine, theirs in zip(place[side], qk[side], strict=False):
+                within("marginal", mine["value"], theirs["value"], 1e-5, size)
+                assert (mine["kind"], mine["index"]) == (theirs["kind"], theirs["index"])
+    only = run("marginals", "./result", "--attention", 0, "--query", "-1", "--key", 1, "--layer", 1,
+               "--head", 2)  # fmt: skip
+    assert [(p["head"], p["query"], p["key"]) for p in only["places"]] == [(2, 5, 1)]
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (("pairs", *PROMPT), "terms searched"),
+        (("pairs", "-m", "model", "-s", "saes", "--layer", "1", "--head", "0"), "Norm scales"),
+        (("marginals", *PROMPT), "Where heads look"),
+    ],
+)
+def test_tables_and_figures_of_everything(run, tmp_path, arguments, said):
+    pytest.importorskip("matplotlib", reason="figures are an extra")
+    figure = tmp_path / "f.svg"
+    assert said in run(*arguments, "--figure", figure, json_=False)
+    assert "<svg" in figure.read_text()
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_tables_folders_and_figures(run, root, tmp_path, command):
     pytest.importorskip("matplotlib", reason="figures are an extra")
@@ -148,6 +219,19 @@ def test_bad_places(refused, command, more, said):
         (("qk", *PROMPT, *PLACE, "--groups", "twice.toml"), "in the groups 'a' and 'b'"),
         (("qk", *PROMPT, *PLACE, "--groups", "absent.toml"), "cannot read absent.toml"),
         (("qk", *PROMPT, *PLACE, "--label", "zebra"), "no feature has a label"),
+        (("pairs", *PROMPT, "--layer", "9"), "layer 9 is out of range"),
+        (("pairs", *PROMPT, "--layer", "1", "--head", "99"), "head 99 is out of range"),
+        (("pairs", *PROMPT, "--head", "1"), "--head is a head of one block; give --layer too"),
+        (("pairs", *PROMPT, "--distance", "1"), "--distance goes without a prompt"),
+        (("pairs", *PROMPT, "--top", "0"), "top should lie in 1..4096, got 0"),
+        ((*WEIGHTS[:-2],), "give --layer and --head, or a prompt"),
+        ((*WEIGHTS, "--head", "0", "--features"), "--features goes with a prompt"),
+        ((*WEIGHTS, "--head", "0", "--distance", "9999"), "distance 9999 should lie in 0.."),
+        ((*WEIGHTS, "--head", "0", "--typical"), "there are no cards for boundary 1"),
+        ((*WEIGHTS[:-2], "--layer", "0", "--head", "0"), "boundary 0, which has no SAE"),
+        (("marginals", *PROMPT, "--attention", "2"), "attention should lie in 0..1, got 2"),
+        (("marginals", *PROMPT, "--top", "9999"), "top should lie in 1.."),
+        (("marginals", *PROMPT, "--query", "zebra"), "no token 'zebra' in the prompt"),
     ],
 )
 def test_bad_input(refused, arguments, said):

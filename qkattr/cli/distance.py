@@ -30,6 +30,7 @@ def distance(
     saes: common.Saes = None,
     top: Annotated[int, typer.Option(min=1, max=4096, help="Pairs to list.")] = 12,
     figure: place.Figure = None,
+    labels: common.Labels = None,
     sink: common.Sink = True,
     bos: common.Bos = None,
     ids: common.Ids = False,
@@ -46,7 +47,7 @@ def distance(
     with common.progress() as progress:
         subject, given, options = place.open_subject(
             context, prompt, (layer, head, query, key), model=model, saes=saes, dtype=dtype,
-            missing=missing, ids=ids, sink=sink, bos=bos, progress=progress,
+            missing=missing, ids=ids, sink=sink, bos=bos, labels=labels, progress=progress,
         )  # fmt: skip
         found = profile(
             subject, given, layer=layer, head=head, query=query, key=key, distances=distances,

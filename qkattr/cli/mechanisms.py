@@ -35,6 +35,7 @@ def mechanisms(
     saes: common.Saes = None,
     top: Annotated[int, typer.Option(min=1, max=4096, help="Mechanisms, and components.")] = 6,
     figure: place.Figure = None,
+    labels: common.Labels = None,
     sink: common.Sink = True,
     bos: common.Bos = None,
     ids: common.Ids = False,
@@ -51,7 +52,7 @@ def mechanisms(
     with common.progress() as progress:
         subject, given, options = place.open_subject(
             context, prompt, tuple(where.values()), model=model, saes=saes, dtype=dtype,
-            missing=missing, ids=ids, sink=sink, bos=bos, progress=progress,
+            missing=missing, ids=ids, sink=sink, bos=bos, labels=labels, progress=progress,
         )  # fmt: skip
         how = dict(top=top, features=features, progress=progress) | where | options
         if others:

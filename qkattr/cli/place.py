@@ -40,7 +40,7 @@ def check_figure(path: Path | None) -> None:
 def open_subject(
     context: typer.Context,
     prompt: str,
-    place: tuple,
+    place: tuple | None,
     *,
     model,
     saes,
@@ -50,14 +50,18 @@ def open_subject(
     sink,
     bos,
     progress,
+    labels: list[str] | None = None,
 ) -> tuple[Result | Bundle, Prompt | None, dict[str, Any]]:
-    """A result joined with its model, or a bundle with a prompt and its options; the place is
-    checked before weights are read."""
+    """A result joined with its model, or a bundle with a prompt and its options; the place, where
+    one is asked about, is checked before weights are read."""
     if common.is_result(prompt):
         from qkattr.scores import place_in
 
         result = common.open_saved(prompt, context)
-        place_in(result, place)
+        if place is not None:
+            place_in(result, place)
+        if labels:
+            result = relabelled(result, labels)
         progress("loading the model")
         return common.with_model(result, model, saes), None, {}
     from qkattr.scores import find_place_in
@@ -65,5 +69,21 @@ def open_subject(
 
     given = common.read_prompt(prompt, ids)
     bundle = common.open_model(model, saes, dtype, missing)
-    find_place_in(bundle.config, token_texts(bundle, bundle.tokenize(given, bos)[0]), place)
+    ids_ = bundle.tokenize(given, bos)[0]
+    if place is not None:
+        find_place_in(bundle.config, token_texts(bundle, ids_), place)
+    if labels:
+        from qkattr.load.labels import labelled
+
+        bundle = labelled(bundle, labels, progress)
     return bundle, given, dict(sinks=sink, bos=bos)
+
+
+def relabelled(result: Result, labels: list[str]) -> Result:
+    """A saved result with other labels; which features its SAEs have is not known here."""
+    from qkattr.load.labels import read_given
+    from qkattr.load.registry import Source
+
+    saved = result.settings.get("neuronpedia")
+    source = Source.from_json(saved, result.n_blocks) if saved else None
+    return result.with_labels(read_given(labels, None, source))

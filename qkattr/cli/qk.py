@@ -7,12 +7,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from qkattr.cli import common
+from qkattr.cli import common, place
 from qkattr.errors import quoted
 
 if TYPE_CHECKING:
     from qkattr.qk.table import QKAttribution
-    from qkattr.result import Result
 
 Option = typer.Option
 
@@ -68,7 +67,7 @@ def qk(
 
             result = common.open_saved(prompt, context)
             if labels:
-                result = _relabelled(result, labels)
+                result = place.relabelled(result, labels)
             if stored_in_full(result, place_in(result, (layer, head, query, key))) is None:
                 progress("loading the model")
                 result = common.with_model(result, model, saes)
@@ -100,16 +99,6 @@ def qk(
     show(table, top or 20)
     if sums is not None:
         show_groups(sums)
-
-
-def _relabelled(result: Result, labels: list[str]) -> Result:
-    """A saved result with other labels; which features its SAEs have is not known here."""
-    from qkattr.load.labels import read_given
-    from qkattr.load.registry import Source
-
-    saved = result.settings.get("neuronpedia")
-    source = Source.from_json(saved, result.n_blocks) if saved else None
-    return result.with_labels(read_given(labels, None, source))
 
 
 def show(table: QKAttribution, top: int) -> None:

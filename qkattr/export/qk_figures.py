@@ -19,7 +19,9 @@ from qkattr.export.summary import component
 
 if TYPE_CHECKING:
     from qkattr.analyses.distance import Distance
+    from qkattr.analyses.marginals import Looks
     from qkattr.analyses.mechanisms import MechanismTable
+    from qkattr.analyses.pairs import TopPairs, WeightPairs
     from qkattr.analyses.why import Why
 
 #: Bars of a panel.
@@ -104,4 +106,66 @@ def distance_figure(found: Distance, path: Path) -> Path:
     right.legend(fontsize=7, frameon=False)
     tidy(right, "Strongest pairs", "distance", "value")
     figure.suptitle(place_title(found), fontsize=11, x=0.01, ha="left")
+    return save_figure(figure, path)
+
+
+def pairs_figure(found: TopPairs, path: Path) -> Path:
+    """The strongest pairs of a prompt, of either sign."""
+    error = f"error slots {100 * found.error_share:.0f} % of the sum of |value|"
+    title = f"{safe(''.join(found.tokens), 70)}: {found.searched:,} terms, {error}"
+    return _two_signs(found.positive, found.negative, title, path)
+
+
+def weights_figure(found: WeightPairs, path: Path) -> Path:
+    """The strongest pairs of a head's weights, of either sign."""
+    at = "mean activations" if found.typical else "one unit"
+    title = (
+        f"Head {found.layer}.{found.head}, key {found.distance} before the query: "
+        f"{found.width} x {found.width} features at {at}"
+    )
+    return _two_signs(found.positive, found.negative, title, path)
+
+
+def _two_signs(positive: list[dict], negative: list[dict], title: str, path: Path) -> Path:
+    figure, axes = need_pyplot().subplots(1, 2, figsize=(14, 4.8), layout="constrained")
+
+    def side(c: dict[str, Any]) -> str:
+        where = f' at "{safe(c["token"].strip(), 12)}" {c["position"]}' if "token" in c else ""
+        return safe(component(c), 34) + where
+
+    def name(row: dict[str, Any]) -> str:
+        head = f"{row['layer']}.{row['head']}: " if "head" in row else ""
+        return f"{head}{side(row['query'])} x {side(row['key'])}"
+
+    for panel, sign, rows in zip(
+        axes, ("Strongest", "Most negative"), (positive, negative), strict=True
+    ):
+        rows = rows[:BARS]
+        signed_bars(panel, [name(r) for r in rows], [r["value"] for r in rows], sign, "value")
+        panel.tick_params(axis="y", labelsize=7)
+    figure.suptitle(title, fontsize=11, x=0.01, ha="left")
+    return save_figure(figure, path)
+
+
+def looks_figure(found: Looks, path: Path) -> Path:
+    """The places with the most attention, beside the largest marginal of either side."""
+    figure, axes = need_pyplot().subplots(
+        1, 3, figsize=(15, 4.8), layout="constrained", width_ratios=(1, 1, 1)
+    )
+    places = found.places[:BARS]
+    named = [
+        f'{p["layer"]}.{p["head"]} "{safe(found.tokens[p["query"]].strip(), 12)}" {p["query"]} to '
+        f'"{safe(found.tokens[p["key"]].strip(), 12)}" {p["key"]}'
+        for p in places
+    ]
+    values = [p["probability"] for p in places]
+    signed_bars(axes[0], named, values, "Where heads look", "attention")
+    for panel, side in zip(axes[1:], ("query", "key"), strict=True):
+        best = [p[f"{side}_marginals"][:1] or [dict(kind="none", index=None, value=0.0)]
+                for p in places]  # fmt: skip
+        named = [safe(component(m[0]), 40) for m in best]
+        values = [m[0]["value"] for m in best]
+        signed_bars(panel, named, values, f"Largest marginal, {side} side", "value")
+    title = f"{found.n_places} places with attention of {found.attention:g} or more"
+    figure.suptitle(title, fontsize=11, x=0.01, ha="left")
     return save_figure(figure, path)

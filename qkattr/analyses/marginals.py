@@ -1,0 +1,173 @@
+"""All marginals of a prompt, block by block, and where its heads look with what makes them.
+
+for layer, found in all_marginals(subject, prompt): ...       arrays, see `qk.marginals`
+looks(subject, prompt, attention=)                            a table of the places that matter
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+
+from qkattr.analyses.pairs import check_head
+from qkattr.errors import InputError
+from qkattr.load.bundle import Bundle, Prompt
+from qkattr.qk.marginals import Marginals, marginals
+from qkattr.qk.table import describe
+from qkattr.result import Result
+from qkattr.scores import Labels, labeller, open_session
+from qkattr.session import Progress, Session
+from qkattr.types import Kind
+
+
+@dataclasses.dataclass(frozen=True)
+class Looks:
+    """Where heads look, and the largest marginals there. Attributes are the keys of the JSON.
+
+    attention: the least attention that is listed. places: by falling attention, each with `layer`,
+    `head`, `query`, `key`, `probability`, `score`, and `query_marginals` and `key_marginals`:
+    components with `value`, by falling |value|. n_places: how many there are, listed or not.
+    sinks_left_out: whether keys that are sinks are left out, since one component explains nothing.
+    """
+
+    tokens: list[str]
+    attention: float
+    places: list[dict[str, Any]]
+    n_places: int
+    sinks_left_out: bool
+
+    def to_json(self) -> dict[str, Any]:
+        """A plain object."""
+        return dataclasses.asdict(self)
+
+
+def all_marginals(
+    subject: Result | Bundle,
+    prompt: Prompt | None = None,
+    *,
+    layer: int | None = None,
+    top: int = 5,
+    progress: Progress = lambda stage: None,
+    **options: Any,
+) -> Iterator[tuple[int, Marginals]]:
+    """The largest marginals of all heads at all (query, key) of a prompt: one block at a time, on
+    the host, without the padding of the prompt.
+
+    subject: a result, or a bundle with a prompt and options (see `TraceOptions`). layer: this block
+    only. top: marginals a side at each place.
+
+    Raises:
+      InputError: the layer, `top`, the prompt or an option cannot be used.
+    """
+    session, _ = open_session(subject, prompt, progress=progress, **options)
+    yield from _of_session(session, layer, top, progress)
+
+
+def _of_session(session: Session, layer: int | None, top: int, progress: Progress):
+    config, n = session.bundle.config, len(session.ids)
+    check_head(config, layer, None)
+    if not 1 <= top <= session.components.n_slots:
+        raise InputError(
+            f"top should lie in 1..{session.components.n_slots}, the components of a position, "
+            f"got {top}; give another number"
+        )
+    everything = session.bundle.params.blocks, session.boundaries, session.components
+    for b in range(config.n_blocks) if layer is None else [layer]:
+        progress(f"block {b} of {config.n_blocks}")
+        found = marginals(
+            *jax.tree.map(lambda a, b=b: a[b], everything),
+            top=top,
+            cfg=config.block,
+            precision=session.precision,
+        )
+        yield b, jax.tree.map(lambda a: a[..., :n, :n], jax.device_get(found))
+
+
+def looks(
+    subject: Result | Bundle,
+    prompt: Prompt | None = None,
+    *,
+    attention: float = 0.3,
+    layer: int | None = None,
+    head: int | None = None,
+    query: int | str | None = None,
+    key: int | str | None = None,
+    limit: int = 200,
+    top: int = 5,
+    sinks_too: bool = False,
+    labels: Labels | None = None,
+    progress: Progress = lambda stage: None,
+    **options: Any,
+) -> Looks:
+    """Every place at which a head gives a key at least so much attention, with its largest
+    marginals.
+
+    attention: the least attention, 0 to 1. layer, head, query, key: only these. limit: places
+    listed, at most. top: marginals a side. sinks_too: list keys that are sinks as well.
+
+    Raises:
+      InputError: one of these, the prompt or an option cannot be used.
+    """
+    from qkattr.session import find_position
+
+    if not 0 <= attention <= 1:
+        raise InputError(f"attention should lie in 0..1, got {attention:g}; give a share")
+    session, labels = open_session(subject, prompt, labels=labels, progress=progress, **options)
+    check_head(session.bundle.config, layer, head)
+    only = [None if p is None else find_position(session.tokens, p) for p in (query, key)]
+    sink = np.asarray((session.components.kind == Kind.SINK).any(-1))
+    places = []
+    for b, found in _of_session(session, layer, top, progress):
+        n = len(session.ids)
+        chosen = (found.pattern >= attention) & np.tril(np.ones((n, n), bool))
+        chosen &= found.pattern > 0
+        if not sinks_too:
+            chosen &= ~sink[b, None, None, :n]
+        asked = [np.arange(n) == p if p is not None else np.ones(n, bool) for p in only]
+        chosen &= asked[0][None, :, None] & asked[1][None, None, :]
+        if head is not None:
+            chosen &= (np.arange(len(chosen)) == head)[:, None, None]
+        of_block = [(float(found.pattern[at]), at) for at in zip(*np.nonzero(chosen), strict=True)]
+        places += [(p, b, at, _at(found, at)) for p, at in of_block]
+    places.sort(key=lambda place: -place[0])
+    listed = [_described(session, labels, *place) for place in places[:limit]]
+    return Looks(
+        tokens=session.tokens,
+        attention=attention,
+        places=listed,
+        n_places=len(places),
+        sinks_left_out=not sinks_too,
+    )
+
+
+def _at(found: Marginals, at: tuple) -> tuple:
+    head, t, s = at
+    sides = [
+        (np.array(value[head, :, t, s]), np.array(slot[head, :, t, s]))
+        for value, slot in (
+            (found.query_value, found.query_slot),
+            (found.key_value, found.key_slot),
+        )
+    ]
+    return float(found.score[at]), sides
+
+
+def _described(session: Session, labels: Labels, probability, layer, at, found) -> dict[str, Any]:
+    head, query, key = (int(i) for i in at)
+    score, sides = found
+    parts, listed = session.components, []
+    for position, (values, slots) in zip((query, key), sides, strict=True):
+        kind, index = (np.asarray(a[layer, position]) for a in (parts.kind, parts.index))
+        activation = np.pad(np.asarray(parts.activation[layer, position]), (0, 2))
+        label = labeller(session, labels, layer, position)
+        kept = slots >= 0
+        described = describe(kind, index, activation, slots[kept], label)
+        listed.append(
+            [d | dict(value=float(v)) for d, v in zip(described, values[kept], strict=True)]
+        )
+    return dict(layer=layer, head=head, query=query, key=key, probability=probability, score=score,
+                query_marginals=listed[0], key_marginals=listed[1])  # fmt: skip

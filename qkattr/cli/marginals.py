@@ -1,0 +1,102 @@
+"""`qkattr marginals`: where all heads look on a prompt, and which components make them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from qkattr.cli import common, place
+from qkattr.errors import InputError, printable, quoted
+
+if TYPE_CHECKING:
+    from qkattr.analyses.marginals import Looks
+
+
+def marginals(
+    context: typer.Context,
+    prompt: place.PromptOrFolder,
+    attention: Annotated[float, typer.Option(help="Least attention that is listed, 0 to 1.")] = 0.3,
+    layer: Annotated[int | None, typer.Option(help="Only this block.", show_default=False)] = None,
+    head: Annotated[
+        int | None, typer.Option(help="Only this head, of --layer.", show_default=False)
+    ] = None,
+    query: Annotated[
+        str | None, typer.Option(help="Only this query position.", show_default=False)
+    ] = None,
+    key: Annotated[
+        str | None, typer.Option(help="Only this key position.", show_default=False)
+    ] = None,
+    model: common.Model = None,
+    saes: common.Saes = None,
+    limit: Annotated[int, typer.Option(min=1, help="Places to list, at most.")] = 30,
+    top: Annotated[int, typer.Option(min=1, help="Marginals a side of each place.")] = 5,
+    sinks_too: Annotated[
+        bool, typer.Option("--sinks-too", help="List keys that are sinks as well.")
+    ] = False,
+    figure: place.Figure = None,
+    labels: common.Labels = None,
+    sink: common.Sink = True,
+    bos: common.Bos = None,
+    ids: common.Ids = False,
+    dtype: common.Dtype = "float32",
+    missing: common.Missing = "error",
+    json: common.Json = False,
+) -> None:
+    """Every place of a prompt at which a head looks, with the components that make it look."""
+    from qkattr.analyses.marginals import looks
+
+    place.check_figure(figure)
+    if not 0 <= attention <= 1:
+        raise InputError(f"attention should lie in 0..1, got {attention:g}; give a share")
+    if head is not None and layer is None:
+        raise InputError("--head is a head of one block; give --layer too")
+    with common.progress() as progress:
+        subject, given, options = place.open_subject(
+            context, prompt, None, model=model, saes=saes, dtype=dtype, missing=missing, ids=ids,
+            sink=sink, bos=bos, labels=labels, progress=progress,
+        )  # fmt: skip
+        found = looks(
+            subject, given, attention=attention, layer=layer, head=head, query=query, key=key,
+            limit=limit, top=top, sinks_too=sinks_too, progress=progress, **options,
+        )  # fmt: skip
+        if figure is not None:
+            from qkattr.export.qk_figures import looks_figure
+
+            progress("drawing")
+            looks_figure(found, figure)
+    if json:
+        common.print_json(found.to_json())
+        return
+    show(found)
+    if figure is not None:
+        print(printable(f"Drawn: {figure}"))
+
+
+def show(found: Looks) -> None:
+    """A row a place, with the two largest marginals of either side."""
+    from qkattr.cli.show import console, say, show_table
+    from qkattr.export.summary import component
+
+    out = console()
+    keys = "keys that are sinks left out" if found.sinks_left_out else "sinks too"
+    say(
+        out,
+        f"{found.n_places} places with attention of {found.attention:g} or more, {keys}; "
+        f"{len(found.places)} listed",
+    )
+    at = lambda p: f"{quoted(found.tokens[p])} {p}"
+    rows = []
+    for p in found.places:
+        sides = [
+            [f"{m['value']:+.2f} {component(m)}" for m in p[f"{side}_marginals"][:2]] + ["", ""]
+            for side in ("query", "key")
+        ]
+        name, numbers = (
+            f"{p['layer']}.{p['head']}",
+            (f"{p['probability']:.3f}", f"{p['score']:+.2f}"),
+        )
+        rows.append((name, at(p["query"]), *numbers, sides[0][0], sides[1][0]))
+        rows.append(("", f"to {at(p['key'])}", "", "", sides[0][1], sides[1][1]))
+    columns = ("head", "from", "attention|", "score|", "query side", "key side")
+    show_table(out, "Where heads look", columns, rows)

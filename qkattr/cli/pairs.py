@@ -1,0 +1,197 @@
+"""`qkattr pairs`: the strongest pairs over everything, of a prompt or of the weights alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from qkattr.cli import common, place
+from qkattr.errors import InputError, printable, quoted
+
+if TYPE_CHECKING:
+    from qkattr.analyses.pairs import TopPairs, WeightPairs
+
+#: Options of one of the two uses.
+_PROMPT = ("features", "sink", "bos", "ids")
+_WEIGHTS = ("distance", "typical", "text")
+#: Rows of a text that are read, at most; norm scales are medians over 128 of them.
+ROWS = 4096
+
+
+def pairs(
+    context: typer.Context,
+    prompt: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[PROMPT|DIR]",
+            help="Text, or a folder of `qkattr trace`. None: weights alone.",
+            show_default=False,
+        ),
+    ] = None,
+    layer: Annotated[
+        int | None, typer.Option(help="Block. With a prompt: only this one.", show_default=False)
+    ] = None,
+    head: Annotated[
+        int | None, typer.Option(help="Query head, of --layer.", show_default=False)
+    ] = None,
+    model: common.Model = None,
+    saes: common.Saes = None,
+    top: Annotated[int, typer.Option(help="Pairs of either sign.")] = 20,
+    features: Annotated[
+        bool, typer.Option("--features", help="With a prompt: only pairs of two features.")
+    ] = False,
+    distance: Annotated[
+        int, typer.Option(help="Without a prompt: of the key before the query.")
+    ] = 1,
+    typical: Annotated[
+        bool,
+        typer.Option(
+            "--typical",
+            help="Without a prompt: features at their mean activation, not at one unit.",
+        ),
+    ] = False,
+    text: Annotated[
+        Path | None,
+        typer.Option(
+            help="Without a prompt: measure the norms' usual scales on this text file, or .npy of "
+            "token ids [rows, tokens]. Default: those of the SAEs' cards, or 1.",
+            show_default=False,
+        ),
+    ] = None,
+    figure: place.Figure = None,
+    labels: common.Labels = None,
+    sink: common.Sink = True,
+    bos: common.Bos = None,
+    ids: common.Ids = False,
+    dtype: common.Dtype = "float32",
+    missing: common.Missing = "error",
+    json: common.Json = False,
+) -> None:
+    """The strongest terms over all heads and places of a prompt; or, without one, the strongest
+    feature pairs of a head over the whole dictionary."""
+    from qkattr.analyses import pairs as analyses
+
+    analyses.check_top(top)
+    place.check_figure(figure)
+    if head is not None and layer is None:
+        raise InputError("--head is a head of one block; give --layer too")
+    asked = common.given(context, *(_WEIGHTS if prompt is not None else _PROMPT))
+    if asked:
+        other = "without" if prompt is not None else "with"
+        raise InputError(f"{asked[0]} goes {other} a prompt; leave it out")
+    how = dict(layer=layer, head=head, top=top)
+    with common.progress() as progress:
+        if prompt is None:
+            found = _of_weights(how, model, saes, dtype, missing, labels, text, distance, typical,
+                                progress)  # fmt: skip
+            draw, say = "weights_figure", show_weights
+        else:
+            subject, given, options = place.open_subject(
+                context, prompt, None, model=model, saes=saes, dtype=dtype, missing=missing,
+                ids=ids, sink=sink, bos=bos, labels=labels, progress=progress,
+            )  # fmt: skip
+            found = analyses.top_pairs(
+                subject, given, **how, features=features, progress=progress, **options
+            )
+            draw, say = "pairs_figure", show
+        if figure is not None:
+            from qkattr.export import qk_figures
+
+            progress("drawing")
+            getattr(qk_figures, draw)(found, figure)
+    if json:
+        common.print_json(found.to_json())
+        return
+    say(found)
+    if figure is not None:
+        print(printable(f"Drawn: {figure}"))
+
+
+def _of_weights(
+    how: dict[str, Any], model, saes, dtype, missing, labels, text, distance, typical, progress
+) -> WeightPairs:
+    from qkattr.analyses.pairs import check_weight_place, weight_pairs
+
+    if how["layer"] is None or how["head"] is None:
+        raise InputError(
+            "without a prompt, pairs looks at the weights of one head; give --layer and --head, or "
+            "a prompt"
+        )
+    bundle = common.open_model(model, common.need_saes(saes), dtype, missing)
+    check_weight_place(bundle, how["layer"], how["head"], distance)
+    if labels:
+        from qkattr.load.labels import labelled
+
+        bundle = labelled(bundle, labels, progress)
+    norms = None
+    if text is not None:
+        import numpy as np
+
+        from qkattr.cli.text import cut_rows, read_text
+        from qkattr.features.norms import norm_scales
+
+        progress("norm scales")
+        norms = norm_scales(bundle, np.array(cut_rows(bundle, read_text(text), None, ROWS)))
+    progress("pairs")
+    return weight_pairs(bundle, **how, distance=distance, typical=typical, norms=norms,
+                        source=None if text is None else str(text))  # fmt: skip
+
+
+def show(found: TopPairs) -> None:
+    """Both lists, with where each pair is and what the head made of it."""
+    from qkattr.cli.show import bar, console, percent, say, show_table
+    from qkattr.export.summary import component
+
+    out = console()
+    of = "pairs of two features" if found.features else "pairs of components"
+    say(out, f"{found.searched:,} terms searched: {of} of {len(found.heads)} heads at all places")
+    say(out, f"Error slots have {percent(found.error_share)} of the sum of |value| listed")
+    at = lambda c: f"{quoted(c['token'])} {c['position']}"
+    for title, listed in (("Strongest", found.positive), ("Most negative", found.negative)):
+        most = max((abs(p["value"]) for p in listed), default=1.0)
+        rows = [
+            (
+                f"{p['layer']}.{p['head']}",
+                f"{component(p['query'])} at {at(p['query'])}",
+                f"{component(p['key'])} at {at(p['key'])}",
+                f"{p['value']:+.3f}",
+                f"{p['score']:+.2f}",
+                f"{p['probability']:.3f}",
+                bar(p["value"], most, 8),
+            )
+            for p in listed
+        ]
+        columns = ("head", "query side", "key side", "value|", "score|", "attention|", "")
+        show_table(out, title, columns, rows)
+
+
+def show_weights(found: WeightPairs) -> None:
+    """Both lists, and under which scales."""
+    from qkattr.cli.show import bar, console, say, show_table
+    from qkattr.export.summary import component
+
+    out, scales = console(), found.scales
+    unit = "at their mean activations" if found.typical else "of one unit each"
+    say(
+        out,
+        f"Head {found.layer}.{found.head}, key {found.distance} before the query: "
+        f"{found.width} x {found.width} features, {unit}",
+    )
+    usual = f"{scales['attn']:.3g} (input), {scales['q']:.3g} (q), {scales['k']:.3g} (k)"
+    known = f"medians over {scales['source']}: {usual}"
+    unknown = "not known and taken as 1: values compare within this head only"
+    say(out, f"Norm scales {known if scales['source'] else unknown}")
+    for title, listed in (("Strongest", found.positive), ("Most negative", found.negative)):
+        most = max((abs(p["value"]) for p in listed), default=1.0)
+        rows = [
+            (
+                component(p["query"]),
+                component(p["key"]),
+                f"{p['value']:+.4g}",
+                bar(p["value"], most),
+            )
+            for p in listed
+        ]
+        show_table(out, title, ("query side", "key side", "value|", ""), rows)
