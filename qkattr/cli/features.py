@@ -21,6 +21,7 @@ Option = typer.Option
 
 
 def features(
+    context: typer.Context,
     model: common.Model = None,
     saes: common.Saes = None,
     text: Annotated[
@@ -66,6 +67,7 @@ def features(
         "--export": export is not None,
     }
     _check(text, cards, boundary, index, resid_pre and labels is None, asked)
+    _check_strays(context, making=text is not None, imports=labels is not None)
     if text is not None:
         into = _need_out(out, model, saes)
         _make(
@@ -114,6 +116,28 @@ def _check(text, cards, boundary, index, stray_pre, asked: dict[str, bool]) -> N
         raise InputError("--index names a feature of one boundary; give --boundary too")
     if stray_pre:
         raise InputError("--resid-pre says what --labels are of; give --labels, or leave it out")
+
+
+#: Options that say how cards are made, and those that say what of them is shown.
+_MAKING = ("model", "saes", "rows", "length", "batch", "bos", "dtype", "missing")
+_SHOWING = ("boundary", "json")
+
+
+def _check_strays(context: typer.Context, *, making: bool, imports: bool) -> None:
+    """An option that would change nothing is a misunderstanding: the cards that are shown are not
+    of the model that was named."""
+    if making:
+        for name in common.given(context, *_SHOWING):
+            raise InputError(f"{name} goes with --cards; make the cards first, then ask of them")
+        return
+    for name in common.given(context, *_MAKING):
+        raise InputError(
+            f"{name} goes with --text, from which cards are made; give --text, or leave it out "
+            "(cards that are there are read with --cards)"
+        )
+    if not imports:
+        for name in common.given(context, "out"):
+            raise InputError(f"{name} goes with --text or --labels; give one of them")
 
 
 def _need_out(out: Path | None, model: str | None, saes: str | None) -> Path:
