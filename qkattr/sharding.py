@@ -69,6 +69,20 @@ def shard(tree: T, mesh: Mesh | None) -> T:
     return jax.tree_util.tree_map_with_path(place, tree)
 
 
+def on_host(tree: T) -> T:
+    """The same structs with whole arrays on this host, also where other processes hold parts of
+    them; then every process has to ask."""
+    from jax.experimental.multihost_utils import process_allgather
+
+    def fetch(leaf):
+        split = isinstance(leaf, jax.Array) and not (
+            leaf.is_fully_addressable or leaf.is_fully_replicated
+        )
+        return process_allgather(leaf, tiled=True) if split else jax.device_get(leaf)
+
+    return jax.tree.map(fetch, tree)
+
+
 def on_any_mesh(function: Callable[..., T]) -> Callable[..., T]:
     """Let a function run where an argument's type carries Explicit mesh axes: they become Auto
     inside, and results are replicated. Otherwise it does nothing. To be put under `jax.jit`.

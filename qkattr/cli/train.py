@@ -52,16 +52,14 @@ def train(
     from qkattr.train.config import read_config
 
     need_libraries()
+    if distributed:
+        _join_others(mesh)
     cfg = read_config(config, **_changes(set_ or []))
     common.need_model(model)
     path, folder = _need(text, "--text", "a text file"), _need(out, "--out", "a folder")
     from qkattr.export.folder import check_writable
 
     check_writable(folder)
-    if distributed:
-        import jax
-
-        jax.distributed.initialize()
     devices = _mesh(mesh)
     bundle = common.open_model(model, None, dtype)
     from qkattr.load.corpus import read_rows
@@ -76,6 +74,10 @@ def train(
         trained = run(bundle, rows, cfg, out=folder, mesh=devices, progress=progress)
     with common.progress() as stage:
         report = measure(bundle, trained, rows, cfg, out=folder, progress=stage)
+    import jax
+
+    if jax.process_index():
+        return  # the first process says it for all
     from qkattr.cli.check import show
 
     show(report)
@@ -116,6 +118,22 @@ def _changes(given: list[str]) -> dict[str, Any]:
     return changes
 
 
+def _join_others(mesh: str | None) -> None:
+    """Join the other processes. Before all else that uses a device, the config's defaults too."""
+    if mesh is None:
+        raise InputError("--distributed shares one run between processes; give --mesh DATA,MODEL")
+    import jax
+
+    try:
+        jax.distributed.initialize()
+    except (RuntimeError, ValueError) as e:
+        reason = str(e).split(". ")[0].rstrip(".")
+        raise InputError(
+            f"--distributed cannot join other processes ({reason}); start it where JAX finds them "
+            "(TPU pods, Slurm, Open MPI, Kubernetes), or leave it out"
+        ) from e
+
+
 def _mesh(given: str | None):
     """The mesh of --mesh DATA,MODEL."""
     if given is None:
@@ -137,6 +155,11 @@ def _mesh(given: str | None):
 @contextlib.contextmanager
 def _progress() -> Iterator[Callable[[Progress], None]]:
     """A bar on a terminal; elsewhere a line now and then, so that a log shows that it lives."""
+    import jax
+
+    if jax.process_index():
+        yield lambda at: None
+        return
     if not sys.stderr.isatty():
         yield _line
         return

@@ -92,6 +92,11 @@ class TrainConfig:
         return max(1, round(self.tokens / self.batch))
 
     @property
+    def round_at(self) -> int:
+        """The step before which the grid is fitted, with `bits`."""
+        return round(self.round_from * self.steps)
+
+    @property
     def batches(self) -> int:
         """Steps that one buffer lasts: position 0 of every row is left out."""
         return self.buffer * (self.row - 1) // self.batch
@@ -105,7 +110,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "tokens": (1, 2**50),
     "batch": (1, 2**24),
     "buffer": (1, 2**20),
-    "row": (2, 2**20),
+    "row": (16, 2**20),
     "held_out": (0, 2**20),
     "lr": (0, 10),
     "warmup": (0, 1),
@@ -138,6 +143,18 @@ def _check(cfg: TrainConfig) -> None:
         raise InputError(f"bits is {cfg.bits}; give 4 or 8, or 0 for no packed file")
     if not all(type(boundary) is int and boundary > 0 for boundary in cfg.wide):
         raise InputError(f"wide should be a list of boundaries from 1 on, got {list(cfg.wide)}")
+    if cfg.wide and not cfg.bits:
+        raise InputError("wide is of the packed file, and bits is 0; give bits = 4, or no wide")
+    if cfg.bits and cfg.round_at >= cfg.steps:
+        raise InputError(
+            f"round_from={cfg.round_from} leaves none of the {cfg.steps} steps for rounded "
+            "weights; lower it, or leave bits out"
+        )
+    if cfg.warmup + cfg.decay > 1 + 1e-9:
+        raise InputError(
+            f"warmup={cfg.warmup} and decay={cfg.decay} are shares of the steps, expected at most "
+            "1 together; lower one"
+        )
     if not isinstance(cfg.sparse, bool):
         raise InputError(f'sparse is {cfg.sparse!r}; give true, false or "auto"')
     if not cfg.k <= cfg.slots <= cfg.width:

@@ -126,10 +126,8 @@ def saelens_config(
     }
 
 
-def start_from(
-    folder: str, scale: Float[Array, "L"], *, model: ModelConfig, cfg: TrainConfig
-) -> SAE:
-    """Stacked SAEs of a folder, as parameters over scaled inputs.
+def open_start(folder: str, *, model: ModelConfig, cfg: TrainConfig) -> tuple[Dictionary, ...]:
+    """The SAEs of a folder or packed file that a run is to go on from.
 
     Raises:
       InputError: they are not SAEs of this kind and width after every block, or read their input
@@ -145,6 +143,11 @@ def start_from(
                 f"{d.width} ({d.config.normalize} normalisation), the run trains {cfg.activation} "
                 f"of width {cfg.width} on the stream as it is; give a set of that kind"
             )
+    return found
+
+
+def start_from(found: tuple[Dictionary, ...], scale: Float[Array, "L"]) -> SAE:
+    """SAEs, stacked, as parameters over scaled inputs."""
     each = [_parameters(d, float(c)) for d, c in zip(found, np.asarray(scale), strict=True)]
     return jax.tree.map(lambda *arrays: jnp.asarray(np.stack(arrays)), *each)
 

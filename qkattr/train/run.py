@@ -20,17 +20,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
+from jaxtyping import Array, Bool
 
 from qkattr.check import check_saes
 from qkattr.errors import InputError
 from qkattr.export.folder import write_files
 from qkattr.export.graph_json import dumps
 from qkattr.load.bundle import Bundle
-from qkattr.sharding import shard
+from qkattr.sharding import on_host, shard
 from qkattr.sources.dictionary import Dictionary
 from qkattr.train.checkpoints import Checkpoints
 from qkattr.train.config import TrainConfig
-from qkattr.train.output import dictionaries, start_from, write_packed, write_saes
+from qkattr.train.output import dictionaries, open_start, start_from, write_packed, write_saes
 from qkattr.train.rounding import fit_grid
 from qkattr.train.sae import SAE, init_sae
 from qkattr.train.step import TrainState, init_state, train_step
@@ -73,30 +74,47 @@ def train(
     `data` and `model`; None: one device.
 
     Raises:
-      InputError: the text is too short, `out` holds another run, or the loss is not finite (the
-        last checkpoint stays).
+      InputError: the text is too short, `out` holds another run, or a loss or weight is not finite
+        (the last checkpoint stays).
     """
+    _check(bundle, rows, cfg)
     used = rows[: len(rows) - cfg.held_out]
-    if rows.shape[1] != cfg.row or len(used) < 1:
-        raise InputError(
-            f"the text has {rows.shape[0]} rows of {rows.shape[1]} tokens, expected more than the "
-            f"{cfg.held_out} held out, of {cfg.row} each; give more text, or change row"
-        )
     out = Path(out)
     header = dict(model=bundle.model_hash, rows=len(rows), text=_digest(rows))
     stream = Stream(shard(bundle.params, mesh), used, bundle.config, cfg, mesh)
     checkpoints = Checkpoints(out / "checkpoints", cfg, header)
     try:
-        done, state = _begin(stream, checkpoints, bundle, mesh)
+        done, state = _begin(stream, checkpoints, mesh)
         _cut_log(out / "metrics.jsonl", done)
         state = _loop(stream, checkpoints, state, done, out / "metrics.jsonl", progress)
     finally:
         checkpoints.close()
+    state = on_host(state)
     trained = dictionaries(state, stream.scale, cfg=cfg)
+    if jax.process_index():
+        return trained
     write_saes(out / "saes", trained, model_name=bundle.model, context=cfg.row)
     if cfg.bits:
         write_packed(out / "saes", out / "saes.safetensors", state, cfg=cfg)
     return trained
+
+
+def _check(bundle: Bundle, rows: np.ndarray, cfg: TrainConfig) -> None:
+    """Fail before the work, not after it."""
+    if rows.shape[1] != cfg.row or len(rows) <= cfg.held_out:
+        raise InputError(
+            f"the text has {rows.shape[0]} rows of {rows.shape[1]} tokens, expected more than the "
+            f"{cfg.held_out} held out, of {cfg.row} each; give more text, or change row"
+        )
+    if cfg.row > bundle.config.context:
+        raise InputError(
+            f"row is {cfg.row} tokens, the model's context is {bundle.config.context}; lower row"
+        )
+    if max(cfg.wide, default=0) > bundle.config.n_blocks:
+        raise InputError(
+            f"wide has boundary {max(cfg.wide)}, the model has 1..{bundle.config.n_blocks}; take "
+            "it out"
+        )
 
 
 def measure(
@@ -112,15 +130,14 @@ def measure(
     `qkattr.check`; also written to `out/metrics.json`."""
     whole = dataclasses.replace(bundle, dictionaries=(None, *trained))
     report = check_saes(whole, rows[-max(1, cfg.held_out) :], progress=progress)
-    write_files(Path(out), {"metrics.json": dumps(report).encode()})
+    if jax.process_index() == 0:
+        write_files(Path(out), {"metrics.json": dumps(report).encode()})
     return report
 
 
-def _begin(
-    stream: Stream, checkpoints: Checkpoints, bundle: Bundle, mesh: Mesh | None
-) -> tuple[int, TrainState]:
+def _begin(stream: Stream, checkpoints: Checkpoints, mesh: Mesh | None) -> tuple[int, TrainState]:
     """Steps that are done, and the state after them."""
-    cfg, model = stream.cfg, bundle.config
+    cfg, model = stream.cfg, stream.model
     done = checkpoints.latest()
     if done is not None:
         checkpoints.check()
@@ -128,11 +145,9 @@ def _begin(
         state = shard(jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes), mesh)
         state, stream.scale = checkpoints.restore(state, jnp.zeros(model.n_blocks))
         return done, state
+    start = open_start(cfg.start, model=model, cfg=cfg) if cfg.start else None
     mean, scale = stream.measure()
-    if cfg.start:
-        saes = start_from(cfg.start, scale, model=model, cfg=cfg)
-    else:
-        saes = _fresh(model, cfg, mean)
+    saes = _fresh(model, cfg, mean) if start is None else start_from(start, scale)
     return 0, shard(init_state(saes, cfg=cfg), mesh)
 
 
@@ -155,20 +170,14 @@ def _loop(
     at_once = jax.default_backend() != "cpu" or stream.mesh is not None
     began, first, window = time.perf_counter(), done, []
     for step in range(done, cfg.steps):
-        if cfg.bits and step == round(cfg.round_from * cfg.steps):
+        if cfg.bits and step == cfg.round_at:
             state = dataclasses.replace(
-                state, grid=shard(fit_grid(state.sae, cfg=cfg), stream.mesh)
+                state, grid=shard(fit_grid(on_host(state.sae), cfg=cfg), stream.mesh)
             )
         x, weight = stream.batch(step)
         state, seen = train_step(state, x, weight, cfg=cfg, at_once=at_once)
         loss, error, variance, l0 = jax.device_get((seen.loss, seen.error, seen.variance, seen.l0))
-        if not np.isfinite(loss).all():
-            boundary = int(np.argmin(np.isfinite(loss))) + 1
-            last = checkpoints.latest()
-            raise InputError(
-                f"the loss of boundary {boundary} is not finite at step {step + 1}; the last good "
-                f"checkpoint, after step {last or 0}, is kept; lower lr, or mend the text"
-            )
+        _refuse_unless(np.isfinite(loss), "the loss", step, checkpoints)
         window.append((loss, error, variance, l0))
         last = step + 1 == cfg.steps
         if (step + 1) % LOG == 0 or last:
@@ -176,8 +185,33 @@ def _loop(
             _report(state, window, step + 1, rate, cfg, log, progress)
             window = []
         if (step + 1) % cfg.checkpoint_every == 0 or last:
+            _refuse_unless(_finite(state.sae), "a weight", step, checkpoints)
             checkpoints.save(step + 1, state, stream.scale)
     return state
+
+
+@jax.jit
+def _finite(saes: SAE) -> Bool[Array, "L"]:
+    """Whether all that a boundary's SAE holds is finite. A finite loss does not say so: the weights
+    that it was computed from have changed since."""
+    leaves = jax.tree.leaves(saes)
+    return jnp.stack([jnp.isfinite(leaf).reshape(leaf.shape[0], -1).all(1) for leaf in leaves]).all(
+        0
+    )
+
+
+def _refuse_unless(good: Any, what: str, step: int, checkpoints: Checkpoints) -> None:
+    """
+    Raises:
+      InputError: a boundary is not good.
+    """
+    good = np.asarray(good)
+    if not good.all():
+        raise InputError(
+            f"{what} of boundary {int(np.argmin(good)) + 1} is not finite at step {step + 1}; "
+            f"the last good checkpoint, after step {checkpoints.latest() or 0}, is kept; lower lr, "
+            "or mend the text"
+        )
 
 
 def _report(state, window, step, rate, cfg, log: Path, progress) -> None:

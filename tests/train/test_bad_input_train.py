@@ -25,6 +25,10 @@ CONFIGS = {
     'width = 24\nk = 4\nsparse = "yes"\n': "sparse is 'yes'",
     "width = 24\nk = 4\nbuffer = 1\nbatch = 128\n": "does not fit a buffer of 127 positions",
     "width = = 24\n": "is not TOML",
+    "width = 24\nk = 4\nrow = 15\n": "row should lie in 16..",
+    "width = 24\nk = 4\nwide = [1]\n": "bits is 0",
+    "width = 24\nk = 4\nbits = 4\nround_from = 1.0\n": "leaves none of the",
+    "width = 24\nk = 4\nwarmup = 0.7\ndecay = 0.4\n": "at most 1 together",
 }
 
 
@@ -52,6 +56,15 @@ COMMANDS = {
         ["train", "{root}/run.toml", "-m", "{root}/model", "--text", "{root}/rows.npy", "--out",
          "{tmp}/o", "--mesh", "3,x"],
         "--mesh expects DATA,MODEL",
+    ),
+    "wide": (
+        ["train", "{root}/run.toml", "-m", "{root}/model", "--text", "{root}/rows.npy", "--out",
+         "{tmp}/o", "--set", "bits=4", "--set", "wide=[3]"],
+        "wide has boundary 3, the model has 1..2",
+    ),
+    "processes": (["train", "{root}/run.toml", "--distributed"], "give --mesh"),
+    "no processes": (
+        ["train", "{root}/run.toml", "--distributed", "--mesh", "1,1"], "cannot join other",
     ),
 }  # fmt: skip
 
@@ -81,6 +94,15 @@ def test_a_start_of_another_kind(root, tmp_path, refused):
         "--out", tmp_path / "o", "--set", f"start={tmp_path / 'saes'}",
     )  # fmt: skip
     assert "is topk of width 32" in said and "of width 24" in said
+
+
+def test_rows_longer_than_the_context(root, tmp_path, refused):
+    np.save(tmp_path / "long.npy", np.zeros((9, 65), int))
+    said = refused(
+        "train", root / "run.toml", "-m", root / "model", "--text", tmp_path / "long.npy",
+        "--out", tmp_path / "o", "--set", "row=65",
+    )  # fmt: skip
+    assert "row is 65 tokens, the model's context is 64" in said
 
 
 TEXT = "hi hi 12 hi. " * 60

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -275,6 +276,50 @@ def test_a_loss_that_is_not_finite_stops_the_run(small, rows, tmp_path, monkeypa
         train(small, rows, config(), out=tmp_path)
     assert (tmp_path / "checkpoints" / "10").is_dir()
     assert not (tmp_path / "saes").exists()
+
+
+def test_weights_that_are_not_finite_are_not_kept(small, rows, tmp_path, monkeypatch):
+    """A step may have a finite loss and leave weights that are not."""
+    from qkattr.train import run as module
+
+    original = module.train_step
+
+    def spoilt(state, *arguments, **options):
+        state, seen = original(state, *arguments, **options)
+        after = int(state.opt[1].count[0])
+        if after == 20:
+            w = state.sae.w_enc_MD.at[1, 3].set(jnp.nan)
+            state = dataclasses.replace(state, sae=dataclasses.replace(state.sae, w_enc_MD=w))
+        return state, seen
+
+    monkeypatch.setattr(module, "train_step", spoilt)
+    said = r"a weight of boundary 2 is not finite at step 20; .* after step 15"
+    with pytest.raises(InputError, match=said):
+        train(small, rows, config(), out=tmp_path)
+    assert not (tmp_path / "checkpoints" / "20").exists() and not (tmp_path / "saes").exists()
+
+
+def test_two_processes_share_a_run(root, unbroken, tmp_path):
+    """They find each other as under Slurm; the first alone writes and speaks."""
+    out, port = tmp_path / "out", str(os.getpid())
+    slurm = dict(
+        SLURM_JOB_ID=port, SLURM_STEP_NODELIST="127.0.0.1", SLURM_NTASKS="2",
+        SLURM_STEP_NUM_NODES="1", JAX_NUM_CPU_DEVICES="1",
+    )  # fmt: skip
+    line = [*command(root, out), "--distributed", "--mesh", "1,2", "--set", "sparse=true"]
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", RUN, *line], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            text=True, env={**os.environ, **slurm, "SLURM_PROCID": n, "SLURM_LOCALID": n},
+        )
+        for n in "01"
+    ]  # fmt: skip
+    ended = [process.communicate() for process in started]
+    assert [process.returncode for process in started] == [0, 0], ended
+    assert "Written: " in ended[0][0] and "Written: " not in ended[1][0]
+    first, second = weights(unbroken), weights(out)
+    for name, tensor in first.items():
+        within(name, second[name], tensor, 5e-3, max(1.0, float(np.abs(tensor).max())))
 
 
 READ = """
