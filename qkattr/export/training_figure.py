@@ -33,7 +33,8 @@ def draw_training(log: str | Path, report: dict[str, Any] | None, path: str | Pa
 
 def _course(axes, lines: list[dict[str, Any]]) -> None:
     n = len(lines[0]["unexplained"])
-    shown = sorted({round(i * (n - 1) / max(1, LINES - 1)) for i in range(min(n, LINES))})
+    most = min(n, LINES)
+    shown = [round(i * (n - 1) / max(1, most - 1)) for i in range(most)]
     tokens = [line["tokens"] for line in lines]
     for i, b in enumerate(shown):
         values = [line["unexplained"][b] for line in lines]
@@ -55,5 +56,6 @@ def _boundaries(axes, rows: list[dict[str, Any]]) -> None:
     for i, (label, name) in enumerate(series):
         axes.plot(boundary, [r[name] for r in rows], label=label, markevery=every, **style(i))
     axes.set(xlabel="boundary", ylim=(0, 1))
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.legend(frameon=False, fontsize=8)
     axes.grid(color=GREY, alpha=0.2)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -74,6 +75,21 @@ def test_a_run_leaves_saes_metrics_and_a_log(root, small, rows, unbroken):
     assert [line["step"] for line in lines] == [10, 20]
     assert lines[-1]["loss"][0] < lines[0]["loss"][0] and lines[-1]["l0"] == [4.0, 4.0]
     assert sorted(p.name for p in (unbroken / "checkpoints").iterdir()) == ["15", "20"]
+
+
+@pytest.mark.parametrize("n,drawn", [(1, [1]), (2, [1, 2]), (5, [1, 2, 3, 4, 5]), (7, [1, 7])])
+def test_the_figure_has_the_first_and_the_last_boundary(n, drawn, tmp_path):
+    """All of them where there are few."""
+    pytest.importorskip("matplotlib")
+    from qkattr.export.training_figure import draw_training
+
+    line = dict(step=10, tokens=320, unexplained=[0.5] * n)
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+    names = ("loss_recovered", "median_relative_error", "unexplained_variance")
+    rows = [dict(boundary=b + 1, **dict.fromkeys(names, 0.5)) for b in range(n)]
+    path = draw_training(tmp_path / "metrics.jsonl", dict(boundaries=rows), tmp_path / "run.svg")
+    said = {int(b) for b in re.findall(r">boundary (\d+)<", path.read_text())}
+    assert said >= set(drawn) and len(said) == min(n, 5)
 
 
 def test_it_learns(root, small, rows, tmp_path):
