@@ -288,6 +288,10 @@ def test_what_pack_refuses(refused, root, tmp_path):
     assert "is not a .safetensors file" in pack(out=tmp_path / "a.npz")
     assert "cannot write to" in pack(out=root / "rows.npy" / "a.safetensors")
     assert "no such folder" in pack("absent")
+    assert "is a file; give the folder" in pack("packed.safetensors")
+    saes = ("saes", tmp_path / "a.safetensors", "model")
+    assert "--rows says what of --text" in pack(*saes, "--rows", 3)
+    assert "--bos/--no-bos says what of --text" in pack(*saes, "--no-bos")
     assert "--model is missing" in refused("pack", "saes", "--out", tmp_path / "a.safetensors")
     assert "cannot read 'absent.npy'" in pack("saes", tmp_path / "a.safetensors", "model",
                                              "--text", "absent.npy")  # fmt: skip

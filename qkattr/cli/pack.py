@@ -17,6 +17,7 @@ _MEASURED = ("unexplained_variance", "loss_recovered")
 
 
 def pack(
+    context: typer.Context,
     saes: Annotated[Path, typer.Argument(help="Folder of SAELens SAEs, one after every block.")],
     out: Annotated[Path, Option(help="File to write, .safetensors.", show_default=False)],
     model: common.Model = None,
@@ -39,6 +40,10 @@ def pack(
     json: common.Json = False,
 ) -> None:
     """Pack a folder of SAEs into one file of blockwise integers, for --saes."""
+    if saes.is_file():
+        raise InputError(f"{str(saes)!r} is a file; give the folder of SAEs that is to be packed")
+    for name in common.given(context, "rows", "bos") if text is None else ():
+        raise InputError(f"{name} says what of --text is measured; give --text, or leave it out")
     with common.progress() as progress:
         passage = None if text is None else read_text(text)
         common.need_model(model)
