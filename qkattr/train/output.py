@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -134,7 +134,7 @@ def open_start(folder: str, *, model: ModelConfig, cfg: TrainConfig) -> tuple[Di
         otherwise than the trainer does.
     """
     opener = open_packed if Path(folder).is_file() else load_saes
-    found = opener(folder, model)[1:]
+    found = cast(tuple[Dictionary, ...], opener(folder, model)[1:])
     for b, d in enumerate(found, start=1):
         same = d.config.activation == cfg.activation and d.config.subtract_b_dec
         if not same or d.config.normalize != "none" or d.width != cfg.width:
