@@ -157,11 +157,9 @@ MODELS = {
 }  # fmt: skip
 
 
-@functools.cache
-def random_model(name: str) -> torch.nn.Module:
-    """A model of a family in eager attention, with everything in it random."""
-    made = MODELS[name]
-    torch.manual_seed(sorted(MODELS).index(name))
+def build(made: Made, seed: int = 0) -> torch.nn.Module:
+    """A model in eager attention, with everything in it random."""
+    torch.manual_seed(seed)
     config = getattr(transformers, made.config)(**made.options)
     config._attn_implementation = "eager"
     model = getattr(transformers, made.model)(config).eval()
@@ -169,6 +167,11 @@ def random_model(name: str) -> torch.nn.Module:
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.3)
     return model
+
+
+@functools.cache
+def random_model(name: str) -> torch.nn.Module:
+    return build(MODELS[name], sorted(MODELS).index(name))
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-"""Hugging Face folders and GGUF files to `Params`: round trips, and how a file can be wrong."""
+"""Hugging Face folders to `Params`: round trips, and how a file can be wrong; smollm2 by name."""
 
 import hashlib
 import json
@@ -15,10 +15,9 @@ from safetensors.numpy import load_file, save_file
 from qkattr.errors import InputError
 from qkattr.load import smollm2
 from qkattr.load.bundle import load
-from qkattr.load.gguf import half_split, open_gguf
+from qkattr.load.gguf import open_gguf
 from qkattr.load.gguf_tokenizer import tokenizer_from_gguf
 from qkattr.load.hf import load_hf, read_config
-from qkattr.load.weights import read_params
 
 D, N, K, H, F, V, L = 24, 4, 2, 6, 20, 32, 2
 
@@ -228,150 +227,6 @@ def test_folders_without_a_config(tmp_path):
         (tmp_path / "config.json").write_text(text)
         with pytest.raises(InputError, match=message):
             read_config(tmp_path)
-
-
-NAMES = {
-    "input_layernorm": "attn_norm",
-    "post_attention_layernorm": "ffn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}
-
-
-def interleave(w, heads):
-    """Rows of each head as pairs (first half, second half): GGUF's order, by a plain loop."""
-    out, h = np.empty_like(w), len(w) // heads
-    for n in range(heads):
-        for pair in range(h // 2):
-            out[n * h + 2 * pair] = w[n * h + pair]
-            out[n * h + 2 * pair + 1] = w[n * h + h // 2 + pair]
-    return out
-
-
-def write_gguf(path, tensors, architecture="llama", edit=lambda writer: None):
-    writer = gguf.GGUFWriter(path, architecture)
-    writer.add_block_count(L)
-    writer.add_context_length(16)
-    writer.add_embedding_length(D)
-    writer.add_feed_forward_length(F)
-    writer.add_head_count(N)
-    writer.add_head_count_kv(K)
-    writer.add_layer_norm_rms_eps(1e-6)
-    writer.add_rope_dimension_count(H)
-    edit(writer)
-    outside = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
-    for name, w in tensors.items():
-        stem, kind = name.rsplit(".", 1)
-        if stem in outside:
-            writer.add_tensor(f"{outside[stem]}.{kind}", w)
-            continue
-        _, _, i, part = stem.split(".", 3)
-        heads = {"self_attn.q_proj": N, "self_attn.k_proj": K}.get(part)
-        writer.add_tensor(f"blk.{i}.{NAMES[part]}.{kind}", interleave(w, heads) if heads else w)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-
-
-@pytest.mark.parametrize("tied", [False, True])
-def test_gguf_equals_the_hf_folder(tmp_path, tied):
-    tensors = write_folder(
-        tmp_path, attention_bias=True, tie_word_embeddings=tied, rope_theta=10000.0
-    )
-    write_gguf(
-        tmp_path / "m.gguf",
-        {n: w for n, w in tensors.items() if not (tied and n == "lm_head.weight")},
-    )
-    config, params = load_hf(tmp_path)
-    bundle = load(tmp_path / "m.gguf")
-    assert bundle.tokenizer is None
-    assert bundle.config.block == config.block and bundle.config.rotary == config.rotary
-    assert jax.tree.structure(bundle.params) == jax.tree.structure(params)
-    for ours, theirs in zip(jax.tree.leaves(bundle.params), jax.tree.leaves(params), strict=True):
-        np.testing.assert_array_equal(ours, theirs)
-
-
-def test_gguf_with_llama3_rotary_factors(tmp_path):
-    llama3 = {
-        "factor": 8.0,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 8192,
-    }
-    tensors = write_folder(
-        tmp_path, rope_parameters={"rope_type": "llama3", "rope_theta": 5e5, **llama3}
-    )
-    wavelength = 2 * np.pi * 5e5 ** (np.arange(0, H, 2) / H)
-    smooth = np.clip((8192 / wavelength - 1) / (4 - 1), 0, 1)
-    factors = (1 / ((1 - smooth) / 8 + smooth)).astype(np.float32)
-    write_gguf(
-        tmp_path / "m.gguf",
-        tensors,
-        edit=lambda w: (w.add_rope_freq_base(5e5), w.add_tensor("rope_freqs.weight", factors)),
-    )
-    assert open_gguf(tmp_path / "m.gguf").config.rotary == read_config(tmp_path).rotary
-    write_gguf(
-        tmp_path / "n.gguf",
-        tensors,
-        edit=lambda w: (
-            w.add_rope_freq_base(5e5),
-            w.add_tensor("rope_freqs.weight", factors[::-1].copy()),
-        ),
-    )
-    with pytest.raises(InputError, match="rope_freqs.weight is not Llama 3's"):
-        open_gguf(tmp_path / "n.gguf")
-
-
-@pytest.mark.parametrize(
-    "edit, message",
-    [
-        (
-            lambda w: w.add_sliding_window(4),
-            "llama.attention.sliding_window=4 in its metadata is not implemented",
-        ),
-        (lambda w: w.add_value_length(4), "llama.attention.value_length is 4, its heads have 6"),
-        (
-            lambda w: w.add_rope_scaling_type(gguf.RopeScalingType.YARN),
-            "llama.rope.scaling.type='yarn'",
-        ),
-        (
-            lambda w: w.add_tensor("blk.0.other.weight", np.ones(2, np.float32)),
-            "holds blk.0.other.weight",
-        ),
-    ],
-)
-def test_gguf_that_is_not_implemented(tmp_path, edit, message):
-    tensors = {name: w for name, w in write_folder(tmp_path).items() if name != "lm_head.weight"}
-    write_gguf(tmp_path / "m.gguf", tensors, edit=edit)
-    with pytest.raises(InputError, match=message):
-        file = open_gguf(tmp_path / "m.gguf")
-        read_params(file, file.config)
-
-
-def test_broken_gguf(tmp_path):
-    tensors = write_folder(tmp_path)
-    write_gguf(tmp_path / "other.gguf", tensors, architecture="gemma2")
-    with pytest.raises(InputError, match="architecture is 'gemma2'"):
-        open_gguf(tmp_path / "other.gguf")
-    with pytest.raises(InputError, match="no such file"):
-        open_gguf(tmp_path / "absent.gguf")
-    write_gguf(tmp_path / "m.gguf", tensors)
-    whole = (tmp_path / "m.gguf").read_bytes()
-    for part in (b"", b"GGUF", whole[:200], whole[:-500], b"XXXX" + whole[4:]):
-        (tmp_path / "part.gguf").write_bytes(part)
-        with pytest.raises(InputError, match="part.gguf is not a whole GGUF file"):
-            open_gguf(tmp_path / "part.gguf")
-
-
-def test_half_split_undoes_the_interleaving():
-    w = np.arange(24.0).reshape(12, 2)
-    np.testing.assert_array_equal(half_split(interleave(w, 2), 2), w)
 
 
 def test_load_by_an_unknown_name(tmp_path):

@@ -1,14 +1,17 @@
-"""GGUF files of Llama-family models, seen as a checkpoint in Hugging Face names and layout.
+"""GGUF files of the Llama, Qwen and Gemma architectures, seen as a checkpoint in Hugging Face names
+and layout.
 
-GGUF keeps the rows of each query and key head interleaved for its rotary convention,
-`(pair, half)`; ours is half-split, `(half, pair)`. Quantised tensors are dequantised one at a time,
-exactly as the gguf package defines them. Llama 3 files carry their rotary scaling as a tensor of
-factors; it is accepted when it is what Llama 3's formula gives.
+For `llama`, GGUF keeps the rows of each query and key head interleaved for its rotary convention,
+`(pair, half)`; ours is half-split, `(half, pair)`. For Gemma it keeps gains as they multiply,
+1 + w. Quantised tensors are dequantised one at a time, exactly as the gguf package defines them.
+Llama 3 files carry their rotary scaling as a tensor of factors; it is accepted when it is what
+Llama 3's formula gives.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from types import ModuleType
@@ -28,26 +31,23 @@ _LLAMA3 = (
 )  # low and high frequency factor, and original context, of every Llama 3 release
 _FACTOR_RTOL = 1e-4  # float32 factors, computed by another program
 
-# Metadata (below the prefix "llama.") and the attribute of a Hugging Face config that it is.
-_ATTRIBUTES = {
+# Metadata (below the architecture's prefix) and the attribute of a Hugging Face config that it is.
+_REQUIRED = {
     "block_count": "num_hidden_layers",
     "context_length": "max_position_embeddings",
     "embedding_length": "hidden_size",
     "feed_forward_length": "intermediate_size",
     "attention.head_count": "num_attention_heads",
+    "attention.layer_norm_rms_epsilon": "rms_norm_eps",
+}
+_OPTIONAL = {
     "attention.head_count_kv": "num_key_value_heads",
     "attention.key_length": "head_dim",
-    "attention.layer_norm_rms_epsilon": "rms_norm_eps",
     "rope.freq_base": "rope_theta",
 }
-_OPTIONAL = {"attention.head_count_kv", "attention.key_length", "rope.freq_base"}
 _HEAD_SIZES = ("rope.dimension_count", "attention.value_length")  # must equal the head size
-_INERT = {
-    "vocab_size": None,
-    "tensor_data_layout": None,
-    "rope.scaling.type": "none",
-    "expert_count": 0,
-}
+_SCALING = ("rope.scaling.type", "rope.scaling.factor")
+_INERT = {"vocab_size": None, "tensor_data_layout": None, "expert_count": 0}
 
 _MODULES = {
     "attn_norm": "input_layernorm",
@@ -60,10 +60,66 @@ _MODULES = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
+_QK_NORMS = {"attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"}
+_FOUR_NORMS = {
+    "post_attention_norm": "post_attention_layernorm",
+    "ffn_norm": "pre_feedforward_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
+}
 _OUTSIDE = {
     "token_embd.weight": "model.embed_tokens.weight",
     "output_norm.weight": "model.norm.weight",
     "output.weight": "lm_head.weight",
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Architecture:
+    """How the files of an architecture differ from those of the others.
+
+    model_type: of the Hugging Face config. modules: more tensors of a block, or of another meaning.
+    required, optional: more metadata. biases: of attention and MLP, which the config names.
+    interleaved: rows of queries and keys are. gains: norms are stored as 1 + w. by_width: the block
+    count of the one size whose scores are divided by sqrt(d_model / heads), not sqrt(head_dim);
+    no metadata says so (Gemma 27B).
+    """
+
+    model_type: str
+    modules: dict[str, str] = dataclasses.field(default_factory=dict)
+    required: dict[str, str] = dataclasses.field(default_factory=dict)
+    optional: dict[str, str] = dataclasses.field(default_factory=dict)
+    biases: tuple[tuple[str, str], ...] = ()
+    interleaved: bool = False
+    gains: bool = False
+    by_width: int | None = None
+
+
+_ATTENTION_BIAS = ("attention_bias", "blk.0.attn_q.bias")
+_WINDOW = {"attention.sliding_window": "sliding_window"}
+_FINAL_SOFTCAP = {"final_logit_softcapping": "final_logit_softcapping"}
+_ARCHITECTURES = {
+    "llama": _Architecture(
+        model_type="llama",
+        biases=(_ATTENTION_BIAS, ("mlp_bias", "blk.0.ffn_up.bias")),
+        interleaved=True,
+    ),
+    "qwen2": _Architecture(model_type="qwen2"),
+    "qwen3": _Architecture(model_type="qwen3", modules=_QK_NORMS, biases=(_ATTENTION_BIAS,)),
+    "gemma2": _Architecture(
+        model_type="gemma2",
+        modules=_FOUR_NORMS,
+        optional=_WINDOW | _FINAL_SOFTCAP | {"attn_logit_softcapping": "attn_logit_softcapping"},
+        gains=True,
+        by_width=46,
+    ),
+    "gemma3": _Architecture(
+        model_type="gemma3_text",
+        modules=_FOUR_NORMS | _QK_NORMS,
+        required=_WINDOW,
+        optional=_FINAL_SOFTCAP | {"rope.freq_base_swa": "rope_local_base_freq"},
+        gains=True,
+        by_width=62,
+    ),
 }
 
 
@@ -84,6 +140,7 @@ class GGUF:
 
     path: Path
     reader: Any  # gguf.GGUFReader
+    architecture: _Architecture
     config: ModelConfig
 
     @property
@@ -92,13 +149,15 @@ class GGUF:
 
     @cached_property
     def _tensors(self) -> dict[str, Any]:
-        return {_hf_name(t.name): t for t in self.reader.tensors if t.name != _ROPE_FACTORS}
+        modules = _MODULES | self.architecture.modules
+        tensors = (t for t in self.reader.tensors if t.name != _ROPE_FACTORS)
+        return {_hf_name(t.name, modules): t for t in tensors}
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: _shape(tensor) for name, tensor in self._tensors.items()}
 
     def read(self, name: str) -> np.ndarray:
-        """One tensor, dequantised to float32, its rows in Hugging Face order."""
+        """One tensor, dequantised to float32, its rows and gains as Hugging Face has them."""
         tensor = self._tensors[name]
         try:
             weight = import_gguf().dequantize(tensor.data, tensor.tensor_type)
@@ -107,6 +166,10 @@ class GGUF:
             raise InputError(
                 f"{self.where}: {tensor.name} is {kind}, which the gguf package cannot dequantise"
             ) from e
+        if self.architecture.gains and name.endswith("norm.weight"):
+            return weight - 1
+        if not self.architecture.interleaved:
+            return weight
         heads = {"q_proj": self.config.n_heads, "k_proj": self.config.n_kv_heads}.get(
             name.split(".")[-2]
         )
@@ -123,11 +186,11 @@ def _shape(tensor: Any) -> tuple[int, ...]:
     return tuple(int(size) for size in reversed(tensor.shape))
 
 
-def _hf_name(name: str) -> str:
+def _hf_name(name: str, modules: Mapping[str, str]) -> str:
     """`blk.3.attn_q.weight` -> `model.layers.3.self_attn.q_proj.weight`; other names stay."""
     parts = name.split(".")
-    if len(parts) == 4 and parts[0] == "blk" and parts[2] in _MODULES:
-        return f"model.layers.{parts[1]}.{_MODULES[parts[2]]}.{parts[3]}"
+    if len(parts) == 4 and parts[0] == "blk" and parts[2] in modules:
+        return f"model.layers.{parts[1]}.{modules[parts[2]]}.{parts[3]}"
     return _OUTSIDE.get(name, name)
 
 
@@ -135,8 +198,8 @@ def open_gguf(path: str | Path) -> GGUF:
     """Open a GGUF file and read its config; no weights are read.
 
     Raises:
-      InputError: there is no such file, it is damaged, its architecture is not llama, or its
-        metadata says something that qkattr does not implement.
+      InputError: there is no such file, it is damaged, or its architecture or something in its
+        metadata is not implemented.
     """
     path, gguf = Path(path), import_gguf()
     if not path.is_file():
@@ -147,7 +210,13 @@ def open_gguf(path: str | Path) -> GGUF:
         raise InputError(
             f"{path.name} is not a whole GGUF file ({e}); copy or download it again"
         ) from e
-    return GGUF(path, reader, _config(reader, path.name))
+    name = contents(reader, "general.architecture")
+    if name not in _ARCHITECTURES:
+        raise InputError(
+            f"{path.name}: its architecture is {name!r:.40}; of GGUF files qkattr reads "
+            f"{', '.join(_ARCHITECTURES)}"
+        )
+    return GGUF(path, reader, _ARCHITECTURES[name], _config(reader, name, path.name))
 
 
 def contents(reader: Any, key: str, default: Any = None) -> Any:
@@ -156,28 +225,34 @@ def contents(reader: Any, key: str, default: Any = None) -> Any:
     return default if field is None else field.contents()
 
 
-def _config(reader: Any, where: str) -> ModelConfig:
-    raw = _attributes(reader, where)
+def _config(reader: Any, name: str, where: str) -> ModelConfig:
+    architecture = _ARCHITECTURES[name]
+    found = _metadata(reader, name, where)
     tensors = {tensor.name: tensor for tensor in reader.tensors}
     if "token_embd.weight" not in tensors:
         raise InputError(f"{where} holds no token_embd.weight; it is not a whole model")
-    raw |= {
-        "model_type": "llama",
+    raw = _attributes(found, architecture) | {
+        "model_type": architecture.model_type,
         "vocab_size": _shape(tensors["token_embd.weight"])[0],
         "tie_word_embeddings": "output.weight" not in tensors,
-        "attention_bias": "blk.0.attn_q.bias" in tensors,
-        "mlp_bias": "blk.0.ffn_up.bias" in tensors,
         "bos_token_id": contents(reader, "tokenizer.ggml.bos_token_id"),
     }
+    raw |= {attribute: tensor in tensors for attribute, tensor in architecture.biases}
     try:
         config = from_hf(raw)
     except InputError as e:
         raise InputError(f"{where}, its metadata written as a Hugging Face config: {e}") from e
     for key in _HEAD_SIZES:
-        if (size := contents(reader, f"llama.{key}")) not in (None, config.head_dim):
+        if found.get(key) not in (None, config.head_dim):
             raise InputError(
-                f"{where}: llama.{key} is {size}, its heads have {config.head_dim}; not implemented"
+                f"{where}: {name}.{key} is {found[key]!r:.40}, its heads have {config.head_dim}; "
+                "not implemented"
             )
+    if architecture.by_width is not None:
+        wide = config.n_blocks == architecture.by_width
+        divisor = config.d_model // config.n_heads if wide else config.head_dim
+        block = dataclasses.replace(config.block, scale=divisor**-0.5)
+        config = dataclasses.replace(config, block=block)
     if _ROPE_FACTORS in tensors:
         factors = import_gguf().dequantize(
             tensors[_ROPE_FACTORS].data, tensors[_ROPE_FACTORS].tensor_type
@@ -186,28 +261,37 @@ def _config(reader: Any, where: str) -> ModelConfig:
     return config
 
 
-def _attributes(reader: Any, where: str) -> dict[str, Any]:
-    """The metadata as attributes of a Hugging Face config; whatever is not known is refused."""
-    if (architecture := contents(reader, "general.architecture")) != "llama":
-        raise InputError(
-            f"{where}: its architecture is {architecture!r}; of GGUF files qkattr reads only "
-            "'llama'"
-        )
+def _metadata(reader: Any, name: str, where: str) -> dict[str, Any]:
+    """What the file says below its architecture's name; whatever is not known is refused."""
+    architecture, prefix = _ARCHITECTURES[name], f"{name}."
     found = {
-        key.removeprefix("llama."): contents(reader, key)
+        key.removeprefix(prefix): contents(reader, key)
         for key in reader.fields
-        if key.startswith("llama.")
+        if key.startswith(prefix)
     }
-    for key in [key for key in _ATTRIBUTES if key not in found and key not in _OPTIONAL]:
-        raise InputError(f"{where} has no llama.{key} in its metadata; it is not a whole model")
+    required = _REQUIRED | architecture.required
+    known = {*required, *_OPTIONAL, *architecture.optional, *_HEAD_SIZES, *_SCALING}
+    for key in [key for key in required if key not in found]:
+        raise InputError(f"{where} has no {prefix}{key} in its metadata; it is not a whole model")
     for key, value in found.items():
         inert = key in _INERT and _INERT[key] in (None, value)
-        if key not in _ATTRIBUTES and key not in _HEAD_SIZES and not inert:
+        if key not in known and not inert:
             raise InputError(
-                f"{where}: llama.{key}={value!r:.40} in its metadata is not implemented; use "
+                f"{where}: {prefix}{key}={value!r:.40} in its metadata is not implemented; use "
                 "another file"
             )
-    return {_ATTRIBUTES[key]: _decimal(value) for key, value in found.items() if key in _ATTRIBUTES}
+    return found
+
+
+def _attributes(found: Mapping[str, Any], architecture: _Architecture) -> dict[str, Any]:
+    """The metadata as attributes of a Hugging Face config."""
+    names = _REQUIRED | _OPTIONAL | architecture.required | architecture.optional
+    raw = {"rope_theta": 10000.0}  # what llama.cpp takes where a file does not say
+    raw |= {names[key]: _decimal(value) for key, value in found.items() if key in names}
+    kind, factor = (found.get(key) for key in _SCALING)
+    if kind != "none" and (kind or factor):  # without a type, llama.cpp takes it to be linear
+        raw["rope_scaling"] = {"rope_type": kind or "linear", "factor": _decimal(factor)}
+    return raw
 
 
 def _decimal(value: Any) -> Any:
