@@ -1,8 +1,9 @@
 """A safetensors file as memory-mapped NumPy arrays: nothing is read until it is used.
 
 The safetensors library checks the file (header size, types, offsets against the shapes and the
-file's length). Its own NumPy loader copies, so the arrays are views made here, at the offsets of
-the header that it has just accepted.
+file's length). Its own NumPy loader copies, so the arrays are mapped here, at the offsets of the
+header that it has just accepted: each by itself, so that what was read of a tensor leaves memory
+with the array.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ class MappedTensors:
     where: str
     metadata: dict[str, str]
     _entries: dict[str, _Entry]
-    _data: np.ndarray  # the bytes after the header
+    _path: Path
+    _header: int  # its length, after which the offsets count
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: entry.shape for name, entry in self._entries.items()}
@@ -45,10 +47,20 @@ class MappedTensors:
         return self._entries[name].dtype
 
     def read(self, name: str) -> np.ndarray:
-        """A read-only view of one tensor, in the file's own type."""
+        """A read-only view of one tensor, in the file's own type.
+
+        Raises:
+          InputError: the file has been taken away or cut short since it was opened.
+        """
         entry = self._entries[name]
-        start, stop = entry.data_offsets
-        return self._data[start:stop].view(_DTYPES[entry.dtype]).reshape(entry.shape)
+        (start, stop), dtype = entry.data_offsets, _DTYPES[entry.dtype]
+        if start == stop:  # nothing cannot be mapped
+            return np.empty(entry.shape, dtype)
+        try:
+            data = np.memmap(self._path, np.uint8, "r", self._header + start, (stop - start,))
+        except (OSError, ValueError) as e:
+            raise InputError(f"{self.where} changed while it was read ({e}); start again") from e
+        return np.asarray(data).view(dtype).reshape(entry.shape)
 
 
 def header_bytes(path: Path) -> int:
@@ -73,8 +85,8 @@ def open_mapped(path: Path, where: str | None = None, *, codes: bool = False) ->
             f"{where} is not a whole safetensors file ({e}); copy or download it again"
         ) from e
     length = header_bytes(path)
-    data = np.asarray(np.memmap(path, np.uint8, mode="r"))
-    header = msgspec.json.decode(data[_LENGTH_BYTES:length].tobytes())
+    with path.open("rb") as file:
+        header = msgspec.json.decode(file.read(length)[_LENGTH_BYTES:])
     metadata = header.pop("__metadata__", None) or {}
     entries = msgspec.convert(header, dict[str, _Entry])
     for name, entry in entries.items():
@@ -83,7 +95,7 @@ def open_mapped(path: Path, where: str | None = None, *, codes: bool = False) ->
                 f"{where}: {name} is {entry.dtype}, expected F32, F16 or BF16; convert the file "
                 "to one of them"
             )
-    return MappedTensors(where, metadata, entries, data[length:])
+    return MappedTensors(where, metadata, entries, path, length)
 
 
 def check_finite(tensor: np.ndarray, name: str, where: str) -> None:

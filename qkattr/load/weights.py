@@ -3,14 +3,16 @@
 A `Checkpoint` gives tensors under Hugging Face names and in Hugging Face layout; the tables of the
 family say which is which (`qkattr.load.families.tables`). All names and shapes are checked before
 any data is read. Blocks are copied one tensor at a time into arrays that already have the target
-type: the host never holds two models.
+type, which JAX takes over where it computes on the host: the host never holds two models.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any, Protocol
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
@@ -23,6 +25,7 @@ from qkattr.load.mapped import check_finite, some
 from qkattr.types import BlockWeights, Norm, Params
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+_ALIGNMENT = 64  # bytes, of XLA's buffers on the host
 
 
 class Checkpoint(Protocol):
@@ -85,7 +88,15 @@ def _allocate(row: Row, sizes: dict[str, int], dtype: Any, *leading: int) -> dic
     """
     dtype = np.float32 if len(row.shape(sizes)) == 1 else dtype
     shapes = row.shapes(sizes).items()
-    return {field: np.empty((*leading, *shape), dtype) for field, shape in shapes}
+    return {field: _aligned((*leading, *shape), np.dtype(dtype)) for field, shape in shapes}
+
+
+def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """An array that JAX need not copy on the host: it begins where XLA's buffers do."""
+    size = math.prod(shape) * dtype.itemsize
+    raw = np.empty(size + _ALIGNMENT, np.uint8)
+    start = -raw.ctypes.data % _ALIGNMENT
+    return raw[start : start + size].view(dtype).reshape(shape)
 
 
 def _read_blocks(checkpoint: Checkpoint, rows, config: ModelConfig, dtype: Any) -> dict[str, Array]:
@@ -98,7 +109,7 @@ def _read_blocks(checkpoint: Checkpoint, rows, config: ModelConfig, dtype: Any) 
             _read(checkpoint, dataclasses.replace(row, tensor=row.tensor.format(b)), sizes, here)
         if config.scale_by_depth:
             _divide_by_depth(stacks)
-        fields |= {field: jnp.asarray(stack) for field, stack in stacks.items()}
+        fields |= jax.device_put(stacks)
     return fields
 
 
@@ -147,7 +158,7 @@ def read_params(checkpoint: Checkpoint, config: ModelConfig, *, dtype: str = "fl
     for row in outside:
         arrays = _allocate(row, sizes, target)
         _read(checkpoint, row, sizes, arrays)
-        rest |= {field: jnp.asarray(array) for field, array in arrays.items()}
+        rest |= jax.device_put(arrays)
     # Rounded to the type of the weights, as the family's own code has it.
     scale = jnp.asarray(config.d_model**0.5, target) if family.scaled_embedding else None
     return Params(blocks=blocks, embed_scale=scale, **_nested(rest))
