@@ -9,6 +9,9 @@ from qkattr.errors import InputError, quoted
 from qkattr.graph.sweep import SweepConfig
 from qkattr.model.mlp import LINEARISATIONS
 
+#: Of rows, edges, slots and logits; more of them overflow XLA's sizes.
+MOST = 2**16
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TraceOptions:
@@ -55,8 +58,8 @@ class TraceOptions:
                     f"{name} should lie in (0, 1], got {getattr(self, name)}; give a share"
                 )
         for name in ("max_rows", "max_edges", "max_slots", "max_logits"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} should be at least 1, got {getattr(self, name)}")
+            if not 1 <= getattr(self, name) <= MOST:
+                raise InputError(f"{name} should lie in 1..{MOST}, got {getattr(self, name)}")
         for name in ("through_qk", "qk"):
             if getattr(self, name) < 0:
                 raise InputError(f"{name} should be at least 0, got {getattr(self, name)}")

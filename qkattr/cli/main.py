@@ -1,11 +1,13 @@
 """`qkattr`: the commands, and what becomes of errors.
 
-Exit codes: 0 done; 2 the input is wrong (one line on stderr); 1 a fault of qkattr; 130 interrupted.
+Exit codes: 0 done; 2 the input is wrong, or takes more memory than there is (one line on stderr);
+1 a fault of qkattr; 130 interrupted.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import sys
 from typing import Any, cast
 
@@ -34,6 +36,14 @@ from qkattr.errors import InputError, clipped, printable, quoted
 
 #: Characters of an error message that are printed, at most.
 LONGEST = 1000
+
+#: What makes a command take less memory, beside a shorter prompt or text and --dtype.
+_SMALLER = {
+    "trace": "--max-rows or --max-slots",
+    "steer": "the number of --scales",
+    "features": "--batch",
+    "train": "batch, buffer or width in the config (--set batch=...)",
+}
 
 # What is wrong with a command line. Some versions of typer bring a click of their own, so that it
 # is not always `click.UsageError`.
@@ -89,6 +99,19 @@ def _said(error: Any) -> str:
     return f"{error.format_message().rstrip('.')}; see `{command} --help`"
 
 
+def _out_of_memory(error: Exception, arguments: list[str]) -> str | None:
+    """What to do about a device, or a host, that has no memory left; None: that is not it."""
+    text = str(error)
+    if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in text:
+        return None
+    asked = re.search(r"allocat\w* ([\d.]+ ?([KMGT]?i?B|bytes))", text)
+    size = f" for {asked[1]}" if asked else ""
+    smaller = [f"lower {_SMALLER[name]}" for name in arguments[:1] if name in _SMALLER]
+    dtype = [] if "bfloat16" in arguments else ["give --dtype bfloat16"]
+    knobs = ", ".join([*smaller, "shorten the prompt or the text", *dtype])
+    return f"out of memory{size}; {knobs}, or use a larger device"
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run a command line and return its exit code."""
     try:
@@ -112,6 +135,10 @@ def main(arguments: list[str] | None = None) -> int:
         if e.filename is None:
             raise
         message = f"cannot use {quoted(os.fsdecode(e.filename))}: {e.strerror}; give another path"
+    except Exception as e:
+        given = sys.argv[1:] if arguments is None else arguments
+        if (message := _out_of_memory(e, given)) is None:
+            raise
     line = printable(" ".join(message.split()))
     print(f"qkattr: {clipped(line, LONGEST)}", file=sys.stderr)
     return 2
