@@ -227,7 +227,9 @@ def test_gguf_bos_flag(tmp_path):
 
 def test_gguf_tokenizers_that_are_not_rebuilt(tmp_path):
     assert tokenizer_from_gguf(gguf_reader(tmp_path / "a.gguf", pre="tekken")) is None
-    assert tokenizer_from_gguf(gguf_reader(tmp_path / "b.gguf", model="llama")) is None
+    assert tokenizer_from_gguf(gguf_reader(tmp_path / "b.gguf", model="t5")) is None
+    with pytest.raises(InputError, match="262 tokens, 262 types and 0 scores"):
+        tokenizer_from_gguf(gguf_reader(tmp_path / "d.gguf", model="llama"))
     with pytest.raises(InputError, match="do not make a BPE tokenizer"):
         tokenizer_from_gguf(gguf_reader(tmp_path / "c.gguf", merges=[("zz", "qq")]))
 

@@ -1,8 +1,10 @@
-"""A byte-level BPE tokenizer from the metadata of a GGUF file.
+"""A BPE tokenizer from the metadata of a GGUF file: byte-level, or SentencePiece's.
 
-GGUF names its pre-tokenizer (how text is cut before merging) instead of carrying it. The ones here
-are those of the Hugging Face tokenizers that the names stand for; for any other name there is no
-tokenizer, and prompts are token ids.
+GGUF names the pre-tokenizer (how text is cut before merging) of a byte-level BPE instead of
+carrying it. The ones here are those of the Hugging Face tokenizers that the names stand for; for
+any other name there is no tokenizer, and prompts are token ids. SentencePiece (Llama 2, Mistral,
+Gemma) joins the two neighbours that make the piece of the highest score: as merges, all splits of
+the pieces in the order of their scores.
 """
 
 from __future__ import annotations
@@ -16,7 +18,8 @@ from qkattr.errors import InputError
 from qkattr.load.gguf import contents
 from qkattr.load.tokenizer import Tokenizer
 
-_CONTROL, _USER_DEFINED = 3, 4  # token types
+_NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4  # token types
+_SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # a space in a SentencePiece vocabulary
 _LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -42,48 +45,104 @@ def _pre_tokenizer(name: str) -> pre_tokenizers.PreTokenizer | None:
 
 
 def tokenizer_from_gguf(reader: Any) -> Tokenizer | None:
-    """The tokenizer of an open `gguf.GGUFReader`; None unless it is byte-level BPE of a known kind.
+    """The tokenizer of an open `gguf.GGUFReader`; None unless it is BPE of a known kind.
 
     Raises:
-      InputError: its tokens, types and merges do not fit one another.
+      InputError: its tokens, types, scores and merges do not fit one another.
     """
-    pre = contents(reader, "tokenizer.ggml.pre", "default")
-    pre_tokenizer = _pre_tokenizer(pre)
-    if contents(reader, "tokenizer.ggml.model") != "gpt2" or pre_tokenizer is None:
-        return None
-    tokens = contents(reader, "tokenizer.ggml.tokens", [])
-    inner = _bpe(
-        tokens, contents(reader, "tokenizer.ggml.merges", []), ignore_merges=pre == "llama-bpe"
+    made = {"gpt2": _byte_level, "llama": _sentencepiece}.get(
+        contents(reader, "tokenizer.ggml.model"), lambda *_: None
     )
-    inner.pre_tokenizer = pre_tokenizer
-    inner.decoder = decoders.ByteLevel()
-    if pre == "qwen2":
-        inner.normalizer = normalizers.NFC()
-    _add_special(inner, tokens, contents(reader, "tokenizer.ggml.token_type", []))
+    tokens = contents(reader, "tokenizer.ggml.tokens", [])
+    found = made(reader, tokens)
+    if found is None:
+        return None
+    inner, begins = found
     bos, eos = (_name(reader, tokens, kind) for kind in ("bos", "eos"))
-    if bos and contents(reader, "tokenizer.ggml.add_bos_token", pre == "llama-bpe"):
+    if bos and contents(reader, "tokenizer.ggml.add_bos_token", begins):
         inner.post_processor = processors.TemplateProcessing(
             single=[bos, "$A"], special_tokens=[(bos, tokens.index(bos))]
         )
     return Tokenizer(inner, bos=bos, eos=eos, template=contents(reader, "tokenizer.chat_template"))
 
 
-def _bpe(tokens: list[str], merges: list[str], *, ignore_merges: bool) -> Inner:
+def _byte_level(reader: Any, tokens: list[str]) -> tuple[Inner, bool] | None:
+    """And whether text begins with a BOS where the file does not say; so below."""
+    pre = contents(reader, "tokenizer.ggml.pre", "default")
+    pre_tokenizer = _pre_tokenizer(pre)
+    if pre_tokenizer is None:
+        return None
+    merges = [tuple(merge.split(" ")) for merge in contents(reader, "tokenizer.ggml.merges", [])]
+    inner = _bpe(tokens, merges, ignore_merges=pre == "llama-bpe")
+    inner.pre_tokenizer = pre_tokenizer
+    inner.decoder = decoders.ByteLevel()
+    if pre == "qwen2":
+        inner.normalizer = normalizers.NFC()
+    _add_special(inner, tokens, contents(reader, "tokenizer.ggml.token_type", []))
+    return inner, pre == "llama-bpe"
+
+
+def _sentencepiece(reader: Any, tokens: list[str]) -> tuple[Inner, bool] | None:
+    """Of a vocabulary that changes nothing in the text but its spaces."""
+    if any(
+        contents(reader, f"tokenizer.ggml.{key}")
+        for key in ("precompiled_charsmap", "remove_extra_whitespaces")
+    ):
+        return None
+    kinds, scores = (contents(reader, f"tokenizer.ggml.{k}", []) for k in ("token_type", "scores"))
+    if not len(tokens) == len(kinds) == len(scores):
+        raise InputError(
+            f"the GGUF file has {len(tokens)} tokens, {len(kinds)} types and {len(scores)} scores; "
+            "use another file"
+        )
+    unknown = _name(reader, tokens, "unknown") or tokens[0]
+    merges = _merges(tokens, kinds, scores)
+    inner = _bpe(tokens, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True)
+    prefix = bool(contents(reader, "tokenizer.ggml.add_space_prefix", True))
+    spaces = normalizers.Replace(" ", _SPACE)
+    before: list[Any] = [normalizers.Prepend(_SPACE)] if prefix else []
+    inner.normalizer = normalizers.Sequence([*before, spaces])
+    after: list[Any] = [decoders.Strip(" ", 1, 0)] if prefix else []
+    inner.decoder = decoders.Sequence(
+        [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *after]
+    )
+    # Pieces that are cut out first are looked for among the spaces as they are written by then.
+    _add_special(inner, tokens, kinds, normalized=not prefix)
+    return inner, True
+
+
+def _merges(tokens: list[str], kinds: list[int], scores: list[float]) -> list[tuple[str, str]]:
+    """Two neighbours that make a piece, those of the highest score first."""
+    ids = {token: id for id, token in enumerate(tokens) if kinds[id] in (_NORMAL, _USER_DEFINED)}
+    order = sorted((id for id in ids.values() if kinds[id] == _NORMAL), key=lambda id: -scores[id])
+    return [
+        (left, right)
+        for token in map(tokens.__getitem__, order)
+        for i in range(1, len(token))
+        if (left := token[:i]) in ids and (right := token[i:]) in ids
+    ]
+
+
+def _bpe(tokens: list[str], merges: list[Any], **options: Any) -> Inner:
     try:
-        pairs: list[Any] = [tuple(merge.split(" ")) for merge in merges]
         vocabulary = {token: id for id, token in enumerate(tokens)}
-        return Inner(models.BPE(vocab=vocabulary, merges=pairs, ignore_merges=ignore_merges))
+        return Inner(models.BPE(vocab=vocabulary, merges=merges, **options))
     except Exception as e:  # the tokenizers library raises bare Exceptions
         raise InputError(
             f"the GGUF file's tokens and merges do not make a BPE tokenizer ({e}); use another file"
         ) from e
 
 
-def _add_special(inner: Inner, tokens: list[str], kinds: list[int]) -> None:
-    """Tokens that are cut out of the text before anything else."""
+def _add_special(
+    inner: Inner, tokens: list[str], kinds: list[int], *, normalized: bool = False
+) -> None:
+    """Tokens that are cut out of the text before anything else.
+
+    normalized: those that are not special are looked for in the normalised text.
+    """
     for kind, special in ((_CONTROL, True), (_USER_DEFINED, False)):
         added = [
-            AddedToken(t, normalized=False, special=special)
+            AddedToken(t, normalized=normalized and not special, special=special)
             for t, k in zip(tokens, kinds, strict=False)
             if k == kind
         ]
