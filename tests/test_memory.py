@@ -1,7 +1,9 @@
-"""Memory: checkpoints stream into it tensor by tensor, and what does not fit ends in one line."""
+"""Memory: checkpoints stream into it tensor by tensor, bfloat16 weights stay so, and what does not
+fit ends in one line."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -9,11 +11,15 @@ import struct
 import subprocess
 import sys
 
+import families
+import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from tiny import within
 
+import qkattr
 from qkattr.cli import common
 from qkattr.cli.main import main
 
@@ -101,6 +107,22 @@ def test_a_checkpoint_in_the_shape_of_8b_streams_tensor_by_tensor(sparse, dtype)
     size, peak, *values = map(float, done.stdout.split())
     assert size > 2e8 and peak <= PEAK * size, f"{peak / size:.3f} of the weights at its peak"
     assert values == tensor_31()[2 * HEAD + 1, :3].astype(float).tolist()
+
+
+def test_bfloat16_weights_are_read_as_float32():
+    """They stay as they are; the graph is that of the same weights held in float32."""
+    half = qkattr.load(families.saved("gemma2"), dtype="bfloat16")
+    matrices = [w for w in jax.tree.leaves(half.params) if w.ndim > 2]
+    assert len(matrices) > 6 and all(w.dtype == jnp.bfloat16 for w in matrices)
+    params = jax.tree.map(
+        lambda w: w.astype(jnp.float32) if w.dtype == jnp.bfloat16 else w, half.params
+    )
+    wide = dataclasses.replace(half, read_params=lambda: params)
+    ours, theirs = (
+        qkattr.trace(bundle, families.PROMPT, qk=0).graph.edges for bundle in (half, wide)
+    )
+    assert ours.weight.dtype == np.float32 and len(ours.weight) > 50
+    within("edges of bfloat16 weights", ours.weight, theirs.weight, 1e-5, np.abs(ours.weight).max())
 
 
 @pytest.mark.parametrize(

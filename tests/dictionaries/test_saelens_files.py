@@ -14,7 +14,13 @@ from qkattr.sources.dictionary import reconstruct
 
 D, M, T = MODEL.d_model, 24, 7
 FACTOR = 0.37
-NORMS = ("none", "expected_average_only_in", "constant_norm_rescale", "layer_norm")
+NORMS = (
+    "none",
+    "expected_average_only_in",
+    "constant_norm_rescale",
+    "layer_norm",
+    "covariance_whitening",  # folded into the weights before they are saved, as training ends
+)
 KINDS = ("standard", "gated", "topk", "topk-rescaled", "jumprelu", "batchtopk", "matryoshka")
 
 WRITE = """
@@ -50,6 +56,9 @@ for kind in sys.argv[5].split(","):
                     sae.threshold.copy_(torch.rand(m) * 0.5)
                 if training:
                     sae.topk_threshold.fill_(0.6)
+            if norm == "covariance_whitening":
+                mix = torch.randn(d, d) * 0.1 + torch.eye(d)
+                sae.fold_activation_whitening(torch.randn(d), mix, torch.linalg.inv(mix))
             sae.cfg.metadata.hook_name = "blocks.1.hook_resid_post"
             (sae.save_inference_model if training else sae.save_model)(root / name / "sae")
             sae = SAE.load_from_disk(root / name / "sae", device="cpu")
