@@ -175,7 +175,7 @@ def test_prepend_bos_is_read(tmp_path):
         (v6(architecture="topk", k=0), "needs k in 1..d_sae=16, got 0"),
         (v6(architecture="topk", k=M + 1), "needs k in 1..d_sae=16, got 17"),
         (v6(d_in="6"), "d_in should be int, got '6'"),
-        (v6(d_sae=-1), "d_sae should be at least 1, got -1"),
+        (v6(d_sae=-1), "d_sae should lie in 1..16777216, got -1"),
         (
             v6(d_sae=M + 1),
             r"W_enc has shape \[6, 16\], cfg.json \(d_in=6, d_sae=17\) calls for \[6, 17\]",

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import zipfile
 
+import folders
 import layouts
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from test_formats import MODEL
 
 from qkattr.errors import InputError
 from qkattr.load.npz import open_npz
-from qkattr.load.saes import load_saes
+from qkattr.load.saes import find_saes, load_saes
 from qkattr.load.torch_file import open_torch
 
 D, M = layouts.D, layouts.M
@@ -336,3 +337,41 @@ def test_hostile_files_take_little_memory(tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-1000:]
     assert len(done.stdout.split()) == 4
+
+
+# Configs
+
+VALUES = (None, True, -1, 10**9, 10**400, 1e308, "x", [], ["x"], {}, {"x": 1})
+
+
+def places(config, *above):
+    for name, value in config.items():
+        yield *above, name
+        if isinstance(value, dict):
+            yield from places(value, *above, name)
+
+
+CONFIGURED = ("gemma scope 2", "llama scope", "llamascopium", "sparsify", "saelens",
+              "dictionary_learning, BatchTopKSAE")  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CONFIGURED)
+def test_any_value_of_any_attribute_is_read_or_refused(tmp_path, case):
+    """Nothing but `InputError` may come of a wrong config, and no array is made for it."""
+    if case == "saelens":
+        folders.write_saes(tmp_path, boundaries=[1], d=D)
+    else:
+        layouts.CASES[case](tmp_path, np.random.default_rng(0))
+    path = next(p for p in tmp_path.rglob("*.json"))
+    text = path.read_text()
+    for *above, name in places(json.loads(text)):
+        for value in VALUES:
+            inner = config = json.loads(text)
+            for step in above:
+                inner = inner[step]
+            inner[name] = value
+            path.write_text(json.dumps(config))
+            try:
+                find_saes(tmp_path).read(2)
+            except InputError as e:
+                assert "\n" not in str(e) and len(str(e)) < 500

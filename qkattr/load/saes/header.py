@@ -14,9 +14,13 @@ from typing import Any, Protocol
 import numpy as np
 
 from qkattr.errors import InputError, clipped
+from qkattr.load.families.fields import as_float
 from qkattr.load.hf import read_json_object
 from qkattr.load.mapped import check_finite, some
 from qkattr.sources.dictionary import Dictionary, DictionaryConfig
+
+#: More features, or dimensions, than any SAE has.
+MOST = 2**24
 
 #: Bytes of an SAE file up to which every weight is checked at loading; beyond it, the vectors.
 _CHECKED_WHOLE = 2**28
@@ -195,7 +199,7 @@ class Fields:
         if value is ...:
             raise self.refuse(f"{self.config} has no {names[0]}; it is not a whole SAE config")
         if kind is float and type(value) is int:
-            return float(value)
+            return as_float(value)
         if value is not default and type(value) is not kind:
             raise self.refuse(
                 f"{names[0]} should be {kind.__name__}, got {clipped(repr(value), 40)}; restore "
@@ -204,17 +208,20 @@ class Fields:
         return value
 
     def size(self, *names: str) -> int:
-        value = self.typed(int, *names)
-        if value < 1:
+        return self.within(names[0], self.typed(int, *names))
+
+    def within(self, name: str, size: Any) -> Any:
+        """A size from 1 to `MOST`."""
+        if not 1 <= size <= MOST:
             raise self.refuse(
-                f"{names[0]} should be at least 1, got {value}; restore its own {self.config}"
+                f"{name} should lie in 1..{MOST}, got {size!r:.40}; restore its own {self.config}"
             )
-        return value
+        return size
 
     def positive(self, *names: str) -> float:
-        """A number above 0."""
+        """A number above 0 that float32 holds."""
         value = self.typed(float, *names)
-        if not 0 < value < float("inf"):
+        if not 0 < value < 1e30:
             raise self.refuse(
                 f"{names[0]} should be above 0, got {value}; restore its own {self.config}"
             )

@@ -90,7 +90,8 @@ def _width(fields: Fields) -> int:
     """d_sae, said or by the expansion factor."""
     if fields.get("d_sae") is not None:
         return fields.size("d_sae")
-    return round(fields.size("d_model") * fields.positive("expansion_factor"))
+    width = fields.size("d_model") * fields.positive("expansion_factor")
+    return round(fields.within("d_model * expansion_factor", width))
 
 
 def _norm_factor(fields: Fields, norm: Any, options: Options) -> dict[str, Any]:
@@ -98,7 +99,7 @@ def _norm_factor(fields: Fields, norm: Any, options: Options) -> dict[str, Any]:
     if _normalisation(fields) != "dataset-wise":
         return {}
     given = options.norm_factors.get(fields.typed(str, "hook_point_in", default=""))
-    if given is None and not (isinstance(norm, int | float) and 0 < norm < math.inf):
+    if given is None and not (isinstance(norm, int | float) and 0 < norm < 1e30):
         raise fields.refuse(
             f"{_NORM} should be a number above 0, got {clipped(repr(norm), 40)}; restore its own "
             "files, or give sqrt(d) / norm in norm_factors (qkattr.toml)"
@@ -133,7 +134,7 @@ def read_1(folder: Path, options: Options) -> list[Header]:
     )
     constants = _norm_factor(fields, norm_in, options) | release_l0(fields.get("top_k"))
     if config.activation == "jumprelu":
-        threshold = fields.typed(float, "jump_relu_threshold")
+        threshold = fields.positive("jump_relu_threshold")
         threshold *= float(constants.get("factor", 1.0)) if saelens else 1.0
         constants["threshold_M"] = np.full(_width(fields), threshold, np.float32)
     file = open_mapped(folder / FINAL, where=f"SAE {folder.name}: {FINAL}")

@@ -26,7 +26,7 @@ _AVERAGE = "expected_average_only_in"
 
 def _architecture(fields: Fields) -> str:
     """Before version 6 a TopK SAE was a "standard" one whose activation function is "topk"."""
-    architecture = fields.get("architecture", default="standard")
+    architecture = fields.typed(str, "architecture", default="standard")
     activation = fields.get("activation_fn_str", "activation_fn", default="relu")
     if architecture == "standard" and activation == "topk":
         return "topk"
