@@ -19,6 +19,7 @@ from tiny import within
 from qkattr.errors import InputError
 from qkattr.load.bundle import load
 from qkattr.load.gguf import half_split, open_gguf
+from qkattr.load.gguf_tokenizer import tokenizer_from_gguf
 from qkattr.load.hf import load_hf, read_config
 from qkattr.load.weights import read_params
 from qkattr.model.forward import forward
@@ -252,3 +253,43 @@ def test_broken_files(tmp_path):
 def test_half_split_undoes_the_interleaving():
     w = np.arange(24.0).reshape(12, 2)
     np.testing.assert_array_equal(half_split(interleave(w, 2), 2), w)
+
+
+KINDS = gguf.GGUFValueType
+VALUES = [
+    (-1, KINDS.INT32), (2**32 - 1, KINDS.UINT32), (float("nan"), KINDS.FLOAT32),
+    ("x", KINDS.STRING), (True, KINDS.BOOL), ([1, 2], None), (["a"], None), ([0.5], None),
+]  # fmt: skip
+VOCABULARY = dict(
+    model="llama", tokens=["<unk>", "a", "b", "ab"], scores=[0.0, -1.0, -2.0, -3.0],
+    token_type=[2, 1, 1, 1], merges=["a b"],
+)  # fmt: skip
+
+
+def test_any_value_of_any_metadata_is_read_or_refused(tmp_path):
+    """Nothing but `InputError` may come of it."""
+    keys, path = [], tmp_path / "m.gguf"
+    model = families.build(FILES["llama-tied"])
+    write_gguf(path, model, edit=lambda w: keys.extend(w.kv_data[0]))
+    more = ("model", "pre", "tokens", "scores", "token_type", "merges", "bos_token_id")
+    keys += ["llama.rope.scaling.factor", *(f"tokenizer.ggml.{key}" for key in more)]
+    for key in keys:
+        for value, kind in VALUES:
+
+            def edit(writer, key=key, value=value, kind=kind):
+                for name, own in VOCABULARY.items():
+                    add = writer.add_array if isinstance(own, list) else writer.add_string
+                    add(f"tokenizer.ggml.{name}", own)
+                writer.kv_data[0].pop(key, None)
+                if kind is None:
+                    writer.add_array(key, value)
+                else:
+                    writer.add_key_value(key, value, kind)
+
+            write_gguf(path, model, edit=edit)
+            try:
+                file = open_gguf(path)
+                if tokenizer := tokenizer_from_gguf(file.reader):
+                    tokenizer.encode("ab a")
+            except InputError as e:
+                assert "\n" not in str(e) and len(str(e)) < 500

@@ -211,7 +211,7 @@ def open_gguf(path: str | Path) -> GGUF:
             f"{path.name} is not a whole GGUF file ({e}); copy or download it again"
         ) from e
     name = contents(reader, "general.architecture")
-    if name not in _ARCHITECTURES:
+    if not isinstance(name, str) or name not in _ARCHITECTURES:
         raise InputError(
             f"{path.name}: its architecture is {name!r:.40}; of GGUF files qkattr reads "
             f"{', '.join(_ARCHITECTURES)}"

@@ -50,11 +50,12 @@ def tokenizer_from_gguf(reader: Any) -> Tokenizer | None:
     Raises:
       InputError: its tokens, types, scores and merges do not fit one another.
     """
-    made = {"gpt2": _byte_level, "llama": _sentencepiece}.get(
-        contents(reader, "tokenizer.ggml.model"), lambda *_: None
-    )
-    tokens = contents(reader, "tokenizer.ggml.tokens", [])
-    found = made(reader, tokens)
+    model, tokens = contents(reader, "tokenizer.ggml.model"), _list(reader, "tokens", str)
+    found = None
+    if model == "gpt2":
+        found = _byte_level(reader, tokens)
+    elif model == "llama" and tokens:
+        found = _sentencepiece(reader, tokens)
     if found is None:
         return None
     inner, begins = found
@@ -63,7 +64,19 @@ def tokenizer_from_gguf(reader: Any) -> Tokenizer | None:
         inner.post_processor = processors.TemplateProcessing(
             single=[bos, "$A"], special_tokens=[(bos, tokens.index(bos))]
         )
-    return Tokenizer(inner, bos=bos, eos=eos, template=contents(reader, "tokenizer.chat_template"))
+    template = contents(reader, "tokenizer.chat_template")
+    return Tokenizer(inner, bos, eos, template if isinstance(template, str) else None)
+
+
+def _list(reader: Any, key: str, kind: type) -> list[Any]:
+    """An array of the tokenizer's metadata; empty where there is none."""
+    values = contents(reader, f"tokenizer.ggml.{key}", [])
+    if not isinstance(values, list) or not all(isinstance(value, kind) for value in values):
+        raise InputError(
+            f"the GGUF file's tokenizer.ggml.{key} is {values!r:.40}, expected an array of "
+            f"{kind.__name__}; use another file"
+        )
+    return values
 
 
 def _byte_level(reader: Any, tokens: list[str]) -> tuple[Inner, bool] | None:
@@ -72,13 +85,13 @@ def _byte_level(reader: Any, tokens: list[str]) -> tuple[Inner, bool] | None:
     pre_tokenizer = _pre_tokenizer(pre)
     if pre_tokenizer is None:
         return None
-    merges = [tuple(merge.split(" ")) for merge in contents(reader, "tokenizer.ggml.merges", [])]
+    merges = [tuple(merge.split(" ")) for merge in _list(reader, "merges", str)]
     inner = _bpe(tokens, merges, ignore_merges=pre == "llama-bpe")
     inner.pre_tokenizer = pre_tokenizer
     inner.decoder = decoders.ByteLevel()
     if pre == "qwen2":
         inner.normalizer = normalizers.NFC()
-    _add_special(inner, tokens, contents(reader, "tokenizer.ggml.token_type", []))
+    _add_special(inner, tokens, _list(reader, "token_type", int))
     return inner, pre == "llama-bpe"
 
 
@@ -89,7 +102,7 @@ def _sentencepiece(reader: Any, tokens: list[str]) -> tuple[Inner, bool] | None:
         for key in ("precompiled_charsmap", "remove_extra_whitespaces")
     ):
         return None
-    kinds, scores = (contents(reader, f"tokenizer.ggml.{k}", []) for k in ("token_type", "scores"))
+    kinds, scores = _list(reader, "token_type", int), _list(reader, "scores", float)
     if not len(tokens) == len(kinds) == len(scores):
         raise InputError(
             f"the GGUF file has {len(tokens)} tokens, {len(kinds)} types and {len(scores)} scores; "
