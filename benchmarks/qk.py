@@ -4,8 +4,9 @@
 
 All marginals and the top pairs of all heads of SmolLM2 over a prompt, and the strongest pairs of a
 head over a whole dictionary, without a prompt (random directions; head sizes 64 and 256). A rate is
-the products that are needed (of pairs that a head sees, of slots that hold a component, projections
-not counted) by the median time of the whole call. The reference is a jitted float32 matmul whose
+the products that are needed (of pairs that a head sees, of slots that hold a component) by the
+median time of the whole call, transfer to the host included; with projections, those of the
+components to the heads count as well. The reference is a jitted float32 matmul whose
 tiles have the same inner dimension, run in turn with what it is compared with. The loop is what one
 would write without these: one jitted einsum for each (t, s) of a head, with its top-k. Peak memory
 is that of the process, over what it was when the model and the prompt were there.
@@ -29,7 +30,6 @@ from qkattr.cli.common import use_compilation_cache
 from qkattr.config import BlockConfig
 from qkattr.model.forward import block
 from qkattr.options import TraceOptions
-from qkattr.qk.marginals import TILE as MARGINAL_TILE
 from qkattr.qk.marginals import marginals
 from qkattr.qk.search import TILE, search_slots, top_pairs
 from qkattr.qk.terms import every_query_component, key_components
@@ -55,7 +55,7 @@ def in_turn(calls: list, repeat: int) -> list[float]:
     return [statistics.median(column) for column in zip(*rounds, strict=True)]
 
 
-def reference(rows: int, inner: int, columns: int, times: int = 1):
+def reference(rows: int, inner: int, columns: int, times: int):
     """`times` jitted matmuls of one shape, and their operations."""
     a, b = jnp.ones((rows, inner)), jnp.ones((columns, inner))
     product = jax.jit(lambda a, b: jnp.einsum("RH,CH->RC", a, b, precision="highest"))
@@ -66,55 +66,57 @@ def peak_gib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
-def compared(name: str, call, operations: float, plain, repeat: int, **more) -> dict:
-    """A row: the call's seconds and rate beside the plain matmul's."""
+def compared(name: str, calls: list, operations: float, plain, repeat: int, **more) -> dict:
+    """A row: the seconds and rate of some calls, each run in turn with the plain matmul."""
     run, plain_operations = plain
-    took, plain_took = in_turn([call, run], repeat)
-    rate, plain_rate = operations / took / 1e9, plain_operations / plain_took / 1e9
+    pairs = [in_turn([call, run], repeat) for call in calls]
+    took, plain_took = (sum(column) for column in zip(*pairs, strict=True))
+    rate, plain_rate = operations / took / 1e9, plain_operations * len(calls) / plain_took / 1e9
     row = dict(name=name, seconds=took, gflops=rate, plain_gflops=plain_rate,
                share=rate / plain_rate, **more)  # fmt: skip
+    if more:
+        row["share_with_projections"] = row["share"] * (1 + more["projections"] / operations)
     said = " ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items())
     print(said, flush=True)
     return row
 
 
 def of_prompt(bundle, n_tokens: int, repeat: int) -> list[dict]:
-    """All marginals, and top pairs over everything."""
+    """All marginals, and top pairs over everything: block by block, to the host."""
     text = bundle.tokenize(AUNT_SALLY * (1 + n_tokens // 14))[0][:n_tokens]
     session = start_session(bundle, text, TraceOptions())
-    config, blocks = bundle.config, bundle.params.blocks
-    slots = search_slots(blocks, session.components)
+    config, blocks, parts = bundle.config, bundle.params.blocks, session.components
+    slots = search_slots(blocks, parts)
     how = dict(cfg=config.block, precision="highest")
-    layers = range(config.n_blocks)
     inputs = [
-        jax.tree.map(lambda a, b=b: a[b], (blocks, session.boundaries, session.components))
-        for b in layers
+        jax.tree.map(lambda a, b=b: a[b], (blocks, session.boundaries, parts))
+        for b in range(config.n_blocks)
     ]
-    n_heads, h = config.n_blocks * config.n_heads, config.head_dim
     per_pair, places = slot_pairs(session, slots)
+    h, d, a, n_heads = config.head_dim, config.d_model, parts.n_slots, config.n_heads
+    vectors = parts.rows.shape[1] + 2 * len(parts.kind[0])
+    projections = 2.0 * config.n_blocks * vectors * d * h * (n_heads + config.n_kv_heads)
 
-    def all_marginals():
-        return [jax.device_get(marginals(*inputs[b], **how)) and None for b in layers]
-
-    def everything():
-        return [jax.device_get(top_pairs(*inputs[b], slots[b], top=TOP, **how)) for b in layers]
+    def ours(function, *more):
+        return [lambda b=b: jax.device_get(function(*inputs[b], *(m[b] for m in more), **how))
+                for b in range(config.n_blocks)]  # fmt: skip
 
     before = peak_gib()
-    a = session.components.n_slots
-    tile = min(MARGINAL_TILE, n_tokens)
+    heads = config.n_blocks * n_heads
     rows = [
         compared(
-            f"all marginals, {n_tokens} tokens", all_marginals, n_heads * places * 2 * 2 * a * h,
-            reference(a * n_tokens, h, tile, 64), repeat,
+            f"all marginals, {n_tokens} tokens", ours(marginals),
+            heads * places * 2.0 * 2 * a * h,
+            reference(a * n_tokens, h, max(64, n_tokens // 4), 16), repeat,
+            projections=projections,
         ),
         compared(
-            f"top pairs over everything, {n_tokens} tokens", everything,
-            config.n_heads * per_pair * 2 * h, reference(TILE, h, TILE, 64), repeat,
+            f"top pairs over everything, {n_tokens} tokens",
+            ours(partial(top_pairs, top=TOP), slots), n_heads * per_pair * 2.0 * h,
+            reference(TILE, h, TILE, 16), repeat, projections=projections,
         ),
     ]  # fmt: skip
-    for row in rows:
-        row["memory_gib"] = peak_gib() - before
-    return rows
+    return [row | dict(memory_gib=peak_gib() - before) for row in rows]
 
 
 def slot_pairs(session, slots: np.ndarray) -> tuple[int, int]:
@@ -187,10 +189,12 @@ def of_weights(width: int, head_dim: int, repeat: int) -> dict:
     before = peak_gib()
     row = compared(
         f"weights only, {width} x {width}, head size {head_dim}",
-        lambda: weight_pairs(
-            weights, features, head=0, distance=1, scales=HeadScales(), top=TOP, cfg=config
-        ),
-        2 * width * width * head_dim,
+        [
+            lambda: weight_pairs(
+                weights, features, head=0, distance=1, scales=HeadScales(), top=TOP, cfg=config
+            )
+        ],
+        2.0 * width * width * head_dim,
         reference(TILE, head_dim, TILE, 64),
         repeat,
     )

@@ -4,9 +4,8 @@
     key side     m[t, s, c] = scale * q_total[t] . k[s, c]      sum over c = the score at (t, s)
 
 (paper, "QK attributions", marginalised over the other side), for all heads and all pairs that the
-head sees, the largest few by |value| of each. Tiles of queries x keys are one matmul each, and
-those without a pair in sight are skipped; within a tile the largest are found plane by plane, all
-places side by side: float32 magnitudes order like integers, so a magnitude with the plane's number
+head sees, the largest few by |value| of each. A few strips of queries, each one matmul with the
+keys up to its end; in it the largest are found plane by plane, all places side by side: float32 magnitudes order like integers, so a magnitude with the plane's number
 in its last bits is one integer, and the next largest below the last one is a running maximum.
 Values are exact given the frozen scales; the *choice* is by magnitudes cut by the bits that hold
 the number (5 to 8 of 23), so that two within 2^-15 of each other may come in either order.
@@ -29,8 +28,8 @@ from qkattr.sharding import on_any_mesh
 from qkattr.sources.components import Components
 from qkattr.types import BlockWeights, Kind
 
-#: Queries and keys of a tile.
-TILE = 64
+#: Strips of queries, each of which meets the keys up to its end.
+STRIPS = 4
 #: Planes compared in one fused pass.
 PLANES = 64
 
@@ -51,7 +50,7 @@ class Marginals:
     pattern: Float[Array, "N T S"]
 
 
-@partial(jax.jit, static_argnames=("top", "tile", "cfg", "precision"))
+@partial(jax.jit, static_argnames=("top", "n_strips", "cfg", "precision"))
 @on_any_mesh
 def marginals(
     weights: BlockWeights,
@@ -59,7 +58,7 @@ def marginals(
     components: Components,
     *,
     top: int = 5,
-    tile: int = TILE,
+    n_strips: int = STRIPS,
     cfg: BlockConfig,
     precision: str = "highest",
 ) -> Marginals:
@@ -68,55 +67,46 @@ def marginals(
     Args:
       weights: the block's. x: the residual stream it reads. components: of it.
       top: how many of either side at each place (static).
-      tile: queries and keys of a tile (static).
+      n_strips: how the queries are cut up (static).
     """
     _, seen = block(weights, x, cfg=cfg, precision=precision)
     n_positions, n_heads = x.shape[0], weights.wq_DNH.shape[1]
     group, how = n_heads // weights.wk_DKH.shape[1], dict(cfg=cfg, precision=precision)
-    tile = min(tile, n_positions)
-    n_tiles = -(-n_positions // tile)
-    more = n_tiles * tile - n_positions
-    real = jnp.pad((components.kind != int(Kind.NONE)).any(-1), (0, more))
+    dots = partial(jnp.einsum, "CXH,YH->CXY", precision=precision)
+    t, s = jnp.arange(n_positions)[:, None], jnp.arange(n_positions)[None]
+    real = (components.kind != int(Kind.NONE)).any(-1)[:, None]
+    pair = (t >= s) & (t - s < weights.window) & real
 
-    def planes(parts: Float[Array, "T C H"]) -> Float[Array, "C T H"]:
-        return jnp.pad(parts.swapaxes(0, 1), ((0, 0), (0, more), (0, 0)))
+    def of_kv_head(kv: Array):
+        parts_k = key_components(weights, components, seen, kv * group, **how) * cfg.scale
+        parts_k, k = parts_k.swapaxes(0, 1), seen.k_SKH[:, kv]
 
-    def whole(total: Float[Array, "T H"]) -> Float[Array, "T H"]:
-        return jnp.pad(total, ((0, more), (0, 0)))
+        def of_head(head: Array):
+            parts_q = every_query_component(weights, components, seen, head, **how) * cfg.scale
+            parts_q, q = parts_q.swapaxes(0, 1), seen.q_TNH[:, head]
+            strips = [
+                strip(parts_q, q, parts_k, k, *ends) for ends in _strips(n_positions, n_strips)
+            ]
+            return jax.tree.map(lambda *rows: jnp.concatenate(rows, axis=1), *strips)
 
-    def of_head(head: Array):
-        parts_q = planes(every_query_component(weights, components, seen, head, **how)) * cfg.scale
-        parts_k = planes(key_components(weights, components, seen, head, **how)) * cfg.scale
-        q, k = whole(seen.q_TNH[:, head]), whole(seen.k_SKH[:, head // group])
-        cut = partial(jax.lax.dynamic_slice_in_dim, slice_size=tile)
+        return jax.lax.map(of_head, kv * group + jnp.arange(group))
 
-        def of_tile(i: Array, j: Array):
-            t, s = i * tile + jnp.arange(tile)[:, None], j * tile + jnp.arange(tile)[None]
-            dots = partial(jnp.einsum, "CXH,YH->CXY", precision=precision)
+    def strip(parts_q, q, parts_k, k, first: int, last: int):
+        """Queries `first` to `last`, and the keys up to there."""
+        found = []
+        at_q = largest(dots(parts_q[:, first:last], k[:last]), top)
+        value, slot = largest(dots(parts_k[:, :last], q[first:last]), top)
+        for value, slot in (at_q, (value.swapaxes(1, 2), slot.swapaxes(1, 2))):
+            here = pair[first:last, :last]
+            value = jnp.where(here, value, 0.0)
+            slot = jnp.where(here & (value != 0), slot, -1)
+            later = ((0, 0), (0, 0), (0, n_positions - last))
+            found.append((jnp.pad(value, later), jnp.pad(slot, later, constant_values=-1)))
+        return found
 
-            def found():
-                at_q = largest(dots(cut(parts_q, i * tile, axis=1), cut(k, j * tile)), top)
-                at_k = largest(dots(cut(parts_k, j * tile, axis=1), cut(q, i * tile)), top)
-                at_k = jax.tree.map(lambda a: a.swapaxes(1, 2), at_k)
-                pair = (t >= s) & (t - s < weights.window) & cut(real, i * tile)[:, None]
-                return [
-                    (jnp.where(pair, value, 0.0), jnp.where(pair & (value != 0), slot, -1))
-                    for value, slot in (at_q, at_k)
-                ]
-
-            empty = jnp.zeros((top, tile, tile)), jnp.full((top, tile, tile), -1, jnp.int16)
-            near = (j + 1) * tile - 1 - i * tile > -weights.window
-            return jax.lax.cond((j <= i) & near, found, lambda: [empty, empty])
-
-        each = jnp.arange(n_tiles)
-        tiles = jax.lax.map(lambda i: jax.lax.map(lambda j: of_tile(i, j), each), each)
-        return jax.tree.map(untiled, tiles)
-
-    def untiled(a: Float[Array, "I J P X Y"]) -> Float[Array, "P T S"]:
-        joined = a.transpose(2, 0, 3, 1, 4).reshape(top, n_tiles * tile, n_tiles * tile)
-        return joined[:, :n_positions, :n_positions]
-
-    (query_value, query_slot), (key_value, key_slot) = jax.lax.map(of_head, jnp.arange(n_heads))
+    found = jax.lax.map(of_kv_head, jnp.arange(n_heads // group))
+    found = jax.tree.map(lambda a: a.reshape(n_heads, *a.shape[2:]), found)
+    (query_value, query_slot), (key_value, key_slot) = found
     return Marginals(
         query_value=query_value,
         query_slot=query_slot,
@@ -125,6 +115,12 @@ def marginals(
         score=seen.scores_NTS,
         pattern=seen.pattern_NTS,
     )
+
+
+def _strips(n_positions: int, n_strips: int) -> list[tuple[int, int]]:
+    """The first and last + 1 query of each strip."""
+    size = -(-n_positions // n_strips)
+    return [(i, min(i + size, n_positions)) for i in range(0, n_positions, size)]
 
 
 def largest(planes: Float[Array, "A X Y"], top: int) -> tuple[Array, Array]:

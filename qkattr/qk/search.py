@@ -146,10 +146,9 @@ def _unit(n_rows: int, n_columns: int, unit: int) -> int:
 
 
 def _tile(n: int, unit: int) -> int:
-    """Tiles of equal size, in units: smaller ones where there are few, as many of a prompt's are
-    seen in part only."""
-    most = TILE if n >= 4 * TILE else TILE // 2
-    tiles = -(-n // max(most, unit))
+    """Tiles of equal size, in units; at least three of them, since of a prompt's the half above the
+    diagonal is skipped."""
+    tiles = max(3, -(-n // TILE))
     return -(-n // (tiles * unit)) * unit
 
 
