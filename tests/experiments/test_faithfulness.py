@@ -213,6 +213,21 @@ def test_a_report_of_all_measures(report):
     json.dumps(report.to_json(), allow_nan=False)
 
 
+def test_sides_without_features_are_left_out(small):
+    """A sink is one component: nothing to remove on the key side, and nothing breaks."""
+    report = faithfulness(small, [GivenPrompt(IDS, source=0)], measures=("qk",), draws=4)
+    assert {row["side"] for row in report.tables["scores"]} == {"query"}
+    assert {row["side"] for row in report.tables["features"]} == {"query"}
+    (said,) = [line for line in report.tables["failures"] if "key side" in line]
+    assert "holds no feature, so it is not tested" in said
+
+
+@pytest.mark.parametrize("measures", [("heads",), MEASURES])
+def test_a_prompt_with_nothing_to_measure(small, measures):
+    with pytest.raises(InputError, match="can be measured on these prompts: no edge of their"):
+        faithfulness(small, [[0]], measures=measures, draws=4)
+
+
 def test_a_prompt_compared_with_itself_agrees(small):
     same = faithfulness(
         small, [GivenPrompt(IDS, group="g"), GivenPrompt(IDS, group="g")], measures=("edges",)
@@ -295,5 +310,11 @@ def test_wrong_options(root, capsys, options, said):
 
 
 def test_positions_the_wrong_way_round(small):
-    with pytest.raises(InputError, match="attention is causal"):
+    with pytest.raises(InputError, match="^the source at 4 comes .* attention is causal"):
         faithfulness(small, [GivenPrompt(IDS, source=4, target=2)])
+
+
+def test_of_many_prompts_the_wrong_one_is_named(small):
+    wrong = GivenPrompt("hi 12", source=" Aunt")
+    with pytest.raises(InputError, match="^prompt 2 of 3, 'hi 12': no token ' Aunt' in the"):
+        faithfulness(small, [GivenPrompt(IDS), wrong, GivenPrompt(IDS)])

@@ -67,7 +67,7 @@ def measure_nodes(
 
 
 def _curves(session: Session, graphs: dict[str, Graph], b: int, draws: int, rng):
-    """All choices' curves at one boundary, from one batch of runs."""
+    """All choices' curves at one boundary, from one batch of runs; none where it has no nodes."""
     influence = {name: _influence(session, graph, b) for name, graph in graphs.items()}
     every = _orders(session, b, (Kind.FEATURE, Kind.ERROR), draws, rng)
     features = _orders(session, b, (Kind.FEATURE,), draws, rng)
@@ -76,6 +76,9 @@ def _curves(session: Session, graphs: dict[str, Graph], b: int, draws: int, rng)
         leaves=dict(influence=_sorted(every["size"], influence["leaves"])),
         kept=dict(influence=_sorted(features["size"], influence["through"]), **features),
     )
+    orders = {choice: named for choice, named in orders.items() if len(named["influence"])}
+    if not orders:
+        return []
     masks = [_mask(session, every["size"]), _mask(session, features["size"])]
     for order in (order for named in orders.values() for order in named.values()):
         for n in COUNTS:

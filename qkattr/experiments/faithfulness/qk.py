@@ -100,10 +100,21 @@ def measure_qk(
     draws: int,
     rng: np.random.Generator,
 ) -> dict[str, Any]:
-    """All of this module's measures on one prompt, as a plain object."""
+    """All of this module's measures on one prompt, as a plain object.
+
+    Places whose position holds no feature (a sink, tokens at boundary 0) are left out, and so is a
+    side without places.
+    """
     places = np.array([(*head, query, key) for head in heads], np.int32)
     terms = terms_at(session, places)
-    return {side: _side(session, places, terms, side, draws, rng) for side in SIDES}
+    found = {}
+    for side in SIDES:
+        kinds = terms.key_kind if side == "key" else terms.query_kind
+        there = np.flatnonzero((kinds == Kind.FEATURE).any(1))
+        if len(there):
+            some = jax.tree.map(lambda a, there=there: a[there], terms)
+            found[side] = _side(session, places[there], some, side, draws, rng)
+    return found
 
 
 def _vectors(session: Session, places: np.ndarray, side: str) -> Float[Array, "P C D"]:

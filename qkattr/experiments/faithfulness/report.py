@@ -159,6 +159,12 @@ def failures(prompts, tables) -> list[str]:
     said = []
     for prompt in prompts:
         name = prompt["text"]
+        if "qk" in prompt:
+            said += [
+                f"{name!r}: the {side} side of these heads holds no feature, so it is not tested"
+                for side in ("key", "query")
+                if side not in prompt["qk"]
+            ]
         for side, found in prompt.get("qk", {}).items():
             token = next(row for row in found["next_token"] if row["k"] == 4)["live"]
             if token["lost"] <= token["control_lost"]:

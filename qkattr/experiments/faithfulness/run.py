@@ -14,7 +14,7 @@ import numpy as np
 
 import qkattr
 from qkattr.analysis import trace
-from qkattr.errors import InputError
+from qkattr.errors import InputError, quoted
 from qkattr.experiments.choose import heads_by_loading
 from qkattr.experiments.faithfulness.edges import measure_edges, measure_paraphrases
 from qkattr.experiments.faithfulness.heads import measure_heads
@@ -107,7 +107,7 @@ def faithfulness(
     if draws < 4:
         raise InputError(f"draws should be at least 4, got {draws}; give more")
     given = [p if isinstance(p, GivenPrompt) else GivenPrompt(p) for p in prompts]
-    placed = [_place(bundle, prompt) for prompt in given]
+    placed = [_place(bundle, prompt, i, len(given)) for i, prompt in enumerate(given)]
     settings = dict(
         model=bundle.model, saes=bundle.saes, model_hash=bundle.model_hash,
         saes_hash=bundle.saes_hash, dtype=bundle.dtype, qkattr=qkattr.__version__,
@@ -135,24 +135,38 @@ def faithfulness(
         for name, found in graphs.items()
         if len(found) > 1
     ]
-    return Report(prompts=done, tables=summarise(done, groups), settings=settings)
+    tables = summarise(done, groups)
+    if not tables.keys() - {"failures"}:
+        raise InputError(
+            f"none of {', '.join(measures)} can be measured on these prompts: no edge "
+            f"of their graphs joins features, or the positions looked at; give longer ones"
+        )
+    return Report(prompts=done, tables=tables, settings=settings)
 
 
 def _text(bundle: Bundle, prompt: GivenPrompt, ids) -> str:
     return prompt.prompt if isinstance(prompt.prompt, str) else "".join(token_texts(bundle, ids))
 
 
-def _place(bundle: Bundle, given: GivenPrompt) -> tuple[tuple[int, ...], int | None, int]:
-    """A prompt's ids, and the positions to look between; the source may be left to the graph."""
-    ids, _ = bundle.tokenize(given.prompt)
-    tokens = token_texts(bundle, ids)
-    target = find_position(tokens, -1 if given.target is None else given.target)
-    source = None if given.source is None else find_position(tokens, given.source)
-    if source is not None and source > target:
-        raise InputError(
-            f"prompt {given.prompt!r:.60}: the source at {source} comes after the target at "
-            f"{target}; attention is causal, give the earlier position as the source"
-        )
+def _place(
+    bundle: Bundle, given: GivenPrompt, i: int, n: int
+) -> tuple[tuple[int, ...], int | None, int]:
+    """The ids of prompt i of n, and the positions to look between; the source may be left to the
+    graph."""
+    try:
+        ids, _ = bundle.tokenize(given.prompt)
+        tokens = token_texts(bundle, ids)
+        target = find_position(tokens, -1 if given.target is None else given.target)
+        source = None if given.source is None else find_position(tokens, given.source)
+        if source is not None and source > target:
+            raise InputError(
+                f"the source at {source} comes after the target at {target}; attention is causal, "
+                f"give the earlier position as the source"
+            )
+    except InputError as e:
+        if n == 1:
+            raise
+        raise InputError(f"prompt {i + 1} of {n}, {quoted(str(given.prompt), 40)}: {e}") from e
     return ids, source, target
 
 
