@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -45,7 +46,13 @@ def faithfulness(
 
     chosen = [name.strip() for name in measures.split(",")]
     given: list[Any]
-    given = read_prompts(prompts) if _is_file(prompts) else [common.read_prompt(prompts, ids)]
+    if _is_file(prompts):
+        given = [
+            dataclasses.replace(one, prompt=common.read_prompt(one.prompt, ids))
+            for one in read_prompts(prompts)
+        ]
+    else:
+        given = [common.read_prompt(prompts, ids)]
     common.need_model(model)
     common.need_saes(saes)
     if out is not None:
@@ -94,6 +101,8 @@ def _write(report: Report, out: Path) -> list[Path]:
 def _cell(value: dict[str, float] | float | str) -> str:
     if not isinstance(value, dict):
         return f"{value:g}" if isinstance(value, int | float) else str(value)
+    if value["n"] == 1:
+        return f"{value['mean']:.3g}"
     return f"{value['mean']:.3g} [{value['low']:.3g}, {value['high']:.3g}]"
 
 
@@ -139,7 +148,8 @@ def _show(report: Report) -> None:
     from qkattr.cli.show import console, say, show_table
 
     out = console()
-    say(out, f"{len(report.prompts)} prompts; means over them with 95 % intervals")
+    n = len(report.prompts)
+    say(out, "1 prompt, so no intervals" if n == 1 else f"{n} prompts; means, 95 % intervals")
     for name, (title, columns) in _TABLES.items():
         rows = [
             [_cell(row.get(column, "")) for column in columns]

@@ -58,7 +58,8 @@ def _from_table(path: Path, i: int, table: dict) -> GivenPrompt:
             raise InputError(f"{path}: prompt {i + 1} has {quoted(name)}; known are {known}")
         allowed = (str,) if name in ("text", "group") else (str, int)
         if not isinstance(value, allowed) or isinstance(value, bool):
-            raise InputError(f"{path}: {name} of prompt {i + 1} is {value!r:.40}; give text")
+            give = "give text" if allowed == (str,) else "give an index or a token's text"
+            raise InputError(f"{path}: {name} of prompt {i + 1} is {value!r:.40}; {give}")
     if "text" not in table:
         raise InputError(f"{path}: prompt {i + 1} has no text; give it one")
     return GivenPrompt(**{_FIELDS[name]: value for name, value in table.items()})

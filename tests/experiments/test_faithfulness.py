@@ -261,6 +261,17 @@ def test_the_command_resumes(root, tmp_path, monkeypatch, capsys):
     )
 
 
+def test_a_file_of_ids_and_one_prompt_without_intervals(root, tmp_path, capsys):
+    where = ["-m", str(root / "model"), "-s", str(root / "saes")]
+    how = ["--measures", "heads", "--draws", "4"]
+    (tmp_path / "ids.txt").write_text(",".join(map(str, IDS)) + "\n")
+    assert main(["faithfulness", str(tmp_path / "ids.txt"), "--ids", *where, *how]) == 0
+    of_file = capsys.readouterr().out
+    assert main(["faithfulness", ",".join(map(str, IDS)), "--ids", *where, *how]) == 0
+    assert capsys.readouterr().out == of_file
+    assert of_file.startswith("1 prompt, so no intervals") and "[" not in of_file
+
+
 def test_figure(report, tmp_path):
     assert report.figure(tmp_path / "f.svg").stat().st_size > 10_000
     with pytest.raises(InputError, match="names no format"):
@@ -274,7 +285,8 @@ def test_figure(report, tmp_path):
         ("a.toml", "x = [", "is not TOML"),
         ("a.toml", "[[prompt]]\ntxt = 'a'", "prompt 1 has 'txt'"),
         ("a.toml", "[[prompt]]\ngroup = 'a'", "prompt 1 has no text"),
-        ("a.toml", "[[prompt]]\ntext = 3", "text of prompt 1 is 3"),
+        ("a.toml", "[[prompt]]\ntext = 3", "text of prompt 1 is 3; give text"),
+        ("a.toml", "[[prompt]]\ntext = 'a'\nto = 1.5", "to of prompt 1 is 1.5; give an index or"),
         ("a.toml", "prompt = 3", r"should hold \[\[prompt\]\] tables"),
     ],
 )
