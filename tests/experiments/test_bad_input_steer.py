@@ -366,7 +366,7 @@ def test_groups_of_which_nothing_is_active(steer, files):
         (("--labels", "."), "cannot read .: Is a directory"),
         (("--labels", "broken.json"), "broken.json is not JSON: "),
         (("--labels", "deep.json"), "deep.json is not JSON: "),
-        (("--labels", "list.json"), "list.json should hold one object; write {"),
+        (("--labels", "list.json"), "list.json, item 0 has no layer, index and description; give"),
         (("--labels", "name.json"), "name.json: 'x' names no feature; write boundary:feature"),
         (("--labels", "text.json"), "text.json: the label of '1:3' is not text; give a string"),
     ],
