@@ -256,6 +256,7 @@ def _hydra(result: Result, source: str, target: str, edits, **how) -> Hydra:
 def _show(steering: Steering) -> None:
     """The edits, the prediction at every scale, and who looked instead."""
     from qkattr.cli.show import console, percent, say, show_table
+    from qkattr.load.mapped import some
 
     out = console()
     rows = [
@@ -277,7 +278,8 @@ def _show(steering: Steering) -> None:
     others = "frozen at the clean run" if steering.freeze_others else "live"
     norms = "live" if steering.live_scales else "frozen"
     share = percent(steering.share_of_heads)
-    say(out, f"{steering.n_heads} heads, {share} of the model's; patterns of the others {others}")
+    heads = "1 head" if steering.n_heads == 1 else f"{steering.n_heads} heads"
+    say(out, f"{heads}, {share} of the model's; patterns of the others {others}")
     say(out, f"norm scales of edited reads {norms}; values and everything else as they are")
     names = list(steering.tracked)[:5]
     rows = [
@@ -286,24 +288,28 @@ def _show(steering: Steering) -> None:
             quoted(steering.top[i][0]["token"]),
             *(f"{steering.tracked[name][i]:.4f}" for name in names),
             f"{steering.kl[i]:.4f}",
-            _attention(steering, i),
+            *_attention(steering.patterns[i], steering.keys),
         )
         for i, scale in enumerate(steering.scales)
     ]
-    columns = ("scale|", "says", *(f"P {quoted(n, 16)}|" for n in names), "KL|", "attention|")
-    show_table(out, "Next token; mean attention of the edited heads to the keys", columns, rows)
+    columns = ("scale|", "says", *(f"P {quoted(n, 16)}|" for n in names), "KL|")
+    keys = some([f"{quoted(steering.tokens[k], 16)} {k}" for k in steering.keys])
+    title = "Next token"
+    if steering.patterns[0]:
+        columns = (*columns, "attention|")
+        title = f"Next token; mean attention of the edited heads to {keys}"
+    show_table(out, title, columns, rows)
     rows = [(r["head"], f"{r['attention']:.4f}", f"{r['change']:+.4f}") for r in steering.rose[:5]]
     if rows:
-        title = f"Unedited heads that look there otherwise at scale {steering.rose[0]['scale']:g}"
+        at = f"at scale {steering.rose[0]['scale']:g}"
+        title = f"Unedited heads that look at {keys} otherwise {at}"
         show_table(out, title, ("head", "clean attention|", "change|"), rows)
 
 
-def _attention(steering: Steering, i: int) -> str:
-    keys = {e["position"] for e in steering.edits if e["side"] == "key"}
-    rows = list(steering.patterns[i].values())
-    if not (keys and rows):
-        return ""
-    return f"{sum(row[k] for row in rows for k in keys) / len(rows):.4f}"
+def _attention(patterns: dict[str, list[float]], keys: list[int]) -> list[str]:
+    """The mean over heads, if there are any."""
+    rows = list(patterns.values())
+    return [f"{sum(row[k] for row in rows for k in keys) / len(rows):.4f}"] if rows else []
 
 
 def _show_hydra(hydra: Hydra) -> None:
@@ -318,7 +324,8 @@ def _show_hydra(hydra: Hydra) -> None:
     show_table(out, f"P({quoted(hydra.token)}) at scale {hydra.scale:g}", columns, rows)
 
     def said(fate) -> str:
-        return "never flips" if fate["flip"] is None else f"flips with {fate['flip']} heads"
+        n = fate["flip"]
+        return "never flips" if n is None else f"flips with {n} head{'s' * (n != 1)}"
 
     say(out, f"The prediction {said(hydra.live)}; with the others frozen it {said(hydra.frozen)}.")
     rows = [(c["head"], f"{c['before']:.4f}", f"{c['rise']:+.4f}") for c in hydra.compensation]

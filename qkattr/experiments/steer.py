@@ -20,8 +20,10 @@ from jaxtyping import Array, Float
 
 from qkattr.errors import InputError
 from qkattr.experiments.edits import (
+    SIDES,
     Edit,
     Head,
+    Placed,
     ablate,
     at_scales,
     build_edits,
@@ -64,7 +66,9 @@ class Steering:
 
     top: the likeliest next tokens. tracked: probability of each tracked token, by its text. kl:
     KL(clean || edited) of the next token, in nats. query: the row of `patterns` and `scores`, which
-    are those of the edited heads, by "L.H". rose: unedited heads whose attention to the edited keys
+    are those of the edited heads, by "L.H". keys: the positions whose attention is followed: those
+    of key-side edits; without them the one that the edited or ablated heads look at most, clean;
+    without such heads those of residual edits. rose: unedited heads whose attention to the keys
     changed most, at the scale furthest from 1. edits: what was scaled. share_of_heads: edited or
     ablated ones among all of the model.
     """
@@ -76,6 +80,7 @@ class Steering:
     tracked: dict[str, list[float]]
     kl: list[float]
     query: int
+    keys: list[int]
     patterns: list[dict[str, list[float]]]
     scores: list[dict[str, list[float]]]
     rose: list[dict[str, Any]]
@@ -273,7 +278,8 @@ def steer_session(
     changed = reached | head_mask(ablated, reached.shape)
     log_p, clean = runs.log_p, log_softmax(session.logits)
     followed = _followed(log_p, clean, track)
-    keys = sorted({edit.position for edit in placed if edit.side == "key"})
+    looked = np.asarray(before[:, :, query])
+    keys = _followed_keys(placed, looked[changed])
     return Steering(
         tokens=session.tokens,
         scales=scales,
@@ -282,9 +288,10 @@ def steer_session(
         tracked=_by_text(session, followed, np.exp(log_p)),
         kl=np.maximum((np.exp(clean) * (clean - log_p)).sum(-1), 0.0).tolist(),
         query=query,
+        keys=keys,
         patterns=[_rows(row, shown) for row in attended],
         scores=[_rows(row[..., : query + 1], shown) for row in runs.scores[..., 0, :]],
-        rose=_rose(np.asarray(before[:, :, query]), attended, scales, changed, keys),
+        rose=_rose(looked, attended, scales, changed, keys),
         edits=[describe(session, edit, dict(labels)) for edit in placed],
         ablated=[f"{layer}.{head}" for layer, head in ablated],
         n_heads=int(changed.sum()),
@@ -312,6 +319,14 @@ def _check_finite(runs: EditedRuns, edits: Edits, scales: list[float]) -> None:
                 f"at scale {scale:g} an edited read or its scores overflow float32, and what "
                 f"follows would be wrong; give scales nearer to 1"
             )
+
+
+def _followed_keys(placed: Sequence[Placed], looked: np.ndarray) -> list[int]:
+    """See `Steering.keys`; looked: `[heads, S]` clean rows of the heads that are changed."""
+    at = {side: sorted({e.position for e in placed if e.side == side}) for side in SIDES}
+    if not at["key"] and len(looked):
+        return [int(looked.sum(0).argmax())]
+    return at["key"] or at["residual"]
 
 
 def _followed(log_p: np.ndarray, clean: np.ndarray, track: list[int]) -> list[int]:
@@ -349,13 +364,11 @@ def _rows(per_head: np.ndarray, heads: np.ndarray) -> dict[str, list[float]]:
 def _rose(
     clean: np.ndarray, patterns: np.ndarray, scales, changed, keys, n: int = 10
 ) -> list[dict[str, Any]]:
-    """The unedited heads whose attention from the query to the edited keys changed most; without
-    key-side edits, to the key that the edited heads looked at most.
+    """The unedited heads whose attention from the query to the keys changed most.
 
     clean: `[L, N, S]` the query's rows. patterns: `[B, L, N, S]` of the edited runs.
     """
     furthest = int(np.argmax(np.abs(np.asarray(scales) - 1)))
-    keys = list(keys) or [int(clean[changed].sum(0).argmax())]
     before = clean[..., keys].sum(-1)
     change = patterns[furthest][..., keys].sum(-1) - before
     change = np.where(changed, 0.0, change)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from qkattr.errors import InputError, clipped, printable
 from qkattr.export.folder import write_files
+from qkattr.load.mapped import some
 
 if TYPE_CHECKING:
     from qkattr.experiments.steer import Steering
@@ -96,10 +97,13 @@ def tidy(axes, title: str, x: str, y: str) -> None:
 
 
 def steering_figure(steering: Steering, path: Path) -> Path:
-    """Probabilities against scale; beside them the edited heads' attention to the edited keys, or
-    for query-side edits to the key they looked at most."""
+    """Probabilities against scale; beside them the edited heads' attention to `steering.keys`,
+    where there are such heads."""
     plt = need_pyplot()
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
+    panels = 2 if steering.patterns[0] else 1
+    size = (5 * panels, 3.8)
+    figure, axes = plt.subplots(1, panels, figsize=size, layout="constrained", squeeze=False)
+    left, right = axes[0, 0], axes[0, -1]
     order = sorted(range(len(steering.scales)), key=lambda i: steering.scales[i])
     x = [steering.scales[i] for i in order]
     for i, (token, p) in enumerate(list(steering.tracked.items())[:LINES]):
@@ -108,18 +112,16 @@ def steering_figure(steering: Steering, path: Path) -> Path:
     left.set_ylim(-0.02, 1.02)
     left.legend(fontsize=8.5, frameon=False)
     others = "other heads frozen" if steering.freeze_others else "other heads live"
-    share = f"{steering.n_heads} heads, {100 * steering.share_of_heads:.1f} %, {others}"
+    heads = "1 head" if steering.n_heads == 1 else f"{steering.n_heads} heads"
+    share = f"{heads}, {100 * steering.share_of_heads:.1f} %, {others}"
     tidy(left, f"Next token ({share})", "scale of the edited components", "probability")
-    _attention(right, steering, order, x)
+    if panels == 2:
+        _attention(right, steering, order, x)
     return save_figure(figure, path)
 
 
 def _attention(axes, steering: Steering, order: list[int], x: list[float]) -> None:
-    keys = sorted({e["position"] for e in steering.edits if e["side"] == "key"})
-    heads = list(steering.patterns[0])
-    if not keys and heads:
-        total = [sum(steering.patterns[0][h][k] for h in heads) for k in range(steering.query + 1)]
-        keys = [max(range(len(total)), key=total.__getitem__)]
+    keys, heads = steering.keys, list(steering.patterns[0])
     lines = [[sum(steering.patterns[i][h][k] for k in keys) for i in order] for h in heads]
     for i, (head, line) in enumerate(zip(heads, lines, strict=True)):
         few = len(heads) <= LINES
@@ -129,11 +131,9 @@ def _attention(axes, steering: Steering, order: list[int], x: list[float]) -> No
         mean = [sum(column) / len(column) for column in zip(*lines, strict=True)]
         axes.plot(x, mean, color=COLOURS[0], lw=2.4, marker="o", markersize=4,
                   label=f"mean of {len(heads)} heads")  # fmt: skip
-    if lines:
-        axes.legend(fontsize=8.5, frameon=False)
+    axes.legend(fontsize=8.5, frameon=False)
     axes.axvline(1, color=GREY, lw=0.8, ls=":")
     axes.set_ylim(-0.02, 1.02)
-    named = ", ".join(f'"{safe(steering.tokens[k].strip(), 16)}" {k}' for k in keys[:4])
-    query = f'"{safe(steering.tokens[steering.query].strip(), 16)}" {steering.query}'
-    tidy(axes, f"Edited heads, from {query} to {named}", "scale of the edited components",
-         "attention")  # fmt: skip
+    at = [f'"{safe(steering.tokens[k].strip(), 16)}" {k}' for k in (steering.query, *keys)]
+    title = f"Edited heads, from {at[0]} to {some(at[1:])}"
+    tidy(axes, title, "scale of the edited components", "attention")

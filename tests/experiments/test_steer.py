@@ -149,6 +149,25 @@ def test_freeze_others_holds_all_unedited_patterns(result, edits):
     assert row["change"] == pytest.approx(change, abs=SAME)
 
 
+def test_keys_that_are_followed(result):
+    """Those of key-side edits; else what the heads look at most, clean; else residual edits'."""
+    key, query = f"1:error@{KEY}:key:1.1", f"1:error@{QUERY}:query:1.1"
+    clean = np.asarray(patterns_of(result.session))[1, :, QUERY]
+    both = clean[1] + clean[2]
+    assert int(clean[1].argmax()) != 0  # or any other choice could look right
+    for edits, ablated, keys in (
+        ([key, query, "1:error@2:residual"], (), [KEY]),
+        ([query, "1:error@2:residual"], (), [int(clean[1].argmax())]),
+        ([query], ((1, 2),), [int(both.argmax())]),
+        ([], ((1, 2),), [int(clean[2].argmax())]),
+        (["1:error@2:residual", "1:error@5:residual"], (), [2, 5]),
+    ):
+        # At the first scale the pattern is another than the clean one.
+        steering = qkattr.steer(result, None, edits, scales=[-9, 1], ablate=ablated)
+        assert steering.keys == keys
+        assert all(0 <= row["attention"] <= 1 for row in steering.rose)
+
+
 def test_ablation_is_a_zeroed_output_matrix(result, root, tmp_path):
     ablated = [(0, 2), (2, 1)]
     size = folders.HEAD_DIM

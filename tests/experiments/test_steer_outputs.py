@@ -29,6 +29,7 @@ def check_steering(said, n_scales: int):
     assert set(said) >= {
         *("tokens", "scales", "clean", "top", "tracked", "kl", "query", "patterns", "scores"),
         *("rose", "edits", "ablated", "n_heads", "share_of_heads", "freeze_others", "live_scales"),
+        "keys",
     }
     for name in ("scales", "top", "kl", "patterns", "scores"):
         assert len(said[name]) == n_scales
@@ -109,6 +110,27 @@ def test_on_the_terminal(root, capsys, monkeypatch):
         assert said in out
 
 
+@pytest.mark.parametrize(
+    "edit, columns", [(f"1:error@{QUERY}:query:1.0", "attention"), ("1:error@2:residual", "KL")]
+)
+def test_what_is_followed_is_named(root, capsys, monkeypatch, result, edit, columns):
+    """Of query-side edits too, whose table had an empty column."""
+    monkeypatch.chdir(root)
+    line = ["steer", PROMPT, "-m", "model", "-s", "saes", "--edit", edit, "--scales", "0"]
+    assert main(line) == 0
+    out, _ = capsys.readouterr()
+    steering = qkattr.steer(result, None, [edit], scales=[0])
+    (key,) = steering.keys
+    named = f"{steering.tokens[key]!r} {key}"
+    assert f"Unedited heads that look at {named}" in " ".join(out.split())
+    assert (f"of the edited heads to {named}" in out) == (columns == "attention")
+    (header,) = [row for row in out.splitlines() if "says" in row]
+    assert header.split()[-1] == columns
+    if steering.patterns[0]:
+        (row,) = steering.patterns[0].values()
+        assert f"{row[key]:.4f}" in out and "1 head, " in out
+
+
 # Figures ------------------------------------------------------------------------------------------
 
 
@@ -127,6 +149,7 @@ def test_figures(result, edits, tmp_path, ending):
 
 
 def test_figures_of_other_edits(result, tmp_path):
+    """Beside the probabilities stands attention, where heads are edited."""
     pytest.importorskip("matplotlib")
     query = [f"1:error@{QUERY}:query:1.0,1.1"]
     for name, edits, ablated in (
@@ -135,7 +158,8 @@ def test_figures_of_other_edits(result, tmp_path):
         ("ablated", [], [(1, 1)]),
     ):
         steering = qkattr.steer(result, None, edits, scales=[0, 1], ablate=ablated)
-        assert steering.figure(tmp_path / f"{name}.svg").stat().st_size > 2000
+        drawn = steering.figure(tmp_path / f"{name}.svg").read_text(encoding="utf-8")
+        assert ("Edited heads, from" in drawn) == (name == "query") and "Next token" in drawn
 
 
 def test_hostile_tokens_in_a_figure(bundle, tmp_path):
