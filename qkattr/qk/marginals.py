@@ -4,11 +4,12 @@
     key side     m[t, s, c] = scale * q_total[t] . k[s, c]      sum over c = the score at (t, s)
 
 (paper, "QK attributions", marginalised over the other side), for all heads and all pairs that the
-head sees, the largest few by |value| of each. A few strips of queries, each one matmul with the
-keys up to its end; in it the largest are found plane by plane, all places side by side: float32 magnitudes order like integers, so a magnitude with the plane's number
-in its last bits is one integer, and the next largest below the last one is a running maximum.
-Values are exact given the frozen scales; the *choice* is by magnitudes cut by the bits that hold
-the number (5 to 8 of 23), so that two within 2^-15 of each other may come in either order.
+head sees, the largest few by |value| of each. A few strips of queries are one matmul each with the
+keys up to their end; in a strip the largest are found plane by plane, all places side by side.
+float32 magnitudes order like integers, so a magnitude with its plane's number in the last bits is
+one integer, and the next largest is a running maximum of those below the last one. Values are
+exact given the frozen scales; the *choice* is by magnitudes less the bits that hold the number (5
+to 9 of 23), so that of two within 2^-14 of each other either may come first.
 Axes: T query position, S key position, N heads, A/C slots, P kept, H head_dim.
 """
 
@@ -93,10 +94,10 @@ def marginals(
 
     def strip(parts_q, q, parts_k, k, first: int, last: int):
         """Queries `first` to `last`, and the keys up to there."""
-        found = []
         at_q = largest(dots(parts_q[:, first:last], k[:last]), top)
-        value, slot = largest(dots(parts_k[:, :last], q[first:last]), top)
-        for value, slot in (at_q, (value.swapaxes(1, 2), slot.swapaxes(1, 2))):
+        at_k = largest(dots(parts_k[:, :last], q[first:last]), top)
+        found = []
+        for value, slot in (at_q, [a.swapaxes(1, 2) for a in at_k]):
             here = pair[first:last, :last]
             value = jnp.where(here, value, 0.0)
             slot = jnp.where(here & (value != 0), slot, -1)

@@ -2,11 +2,11 @@
 
     value[r, c] = rows[r] . columns[c]          seen where 0 <= position[r] - position[c] < window
 
-The R x C values are never held. Tiles of one matmul each are reduced to the best value of every
-*unit* (one row, `unit` neighbouring columns). A pair outside the `top` best units has `top` better
-ones, so only those units are computed again and sorted. A unit is a run of the values in row-major
-order, and at both stages the lower index wins a tie: the result is that of `top_k` over all values,
-ties included. A zero is no pair, so rows and columns may be padded with zero vectors.
+The R x C values are never held. Tiles of one matmul each are reduced to the best value of every row
+of the tile. A pair outside the `top` best of these has `top` better ones, so only those are
+computed again and sorted. A row of a tile is a run of the values in row-major order, and at both
+stages the lower index wins a tie: the result is that of `top_k` over all values, ties included. A
+zero is no pair, so rows and columns may be padded with zero vectors.
 
 `top_pairs` searches all heads of a block over all positions of a prompt: rows and columns are the
 slots that hold a component, and tiles whose keys all come after their queries are skipped.
@@ -31,10 +31,10 @@ from qkattr.sharding import on_any_mesh
 from qkattr.sources.components import Components
 from qkattr.types import NO_WINDOW, BlockWeights, Kind
 
-#: Rows and columns of a tile, about: its products stay in a core's cache.
+#: Rows and columns of a tile, at most: its products stay in a core's cache.
 TILE = 1024
-#: Columns of a unit; more where there would be more than UNITS of them.
-UNIT, UNITS = 128, 2**23
+#: Sizes of tiles, and of what is searched in a prompt, are multiples of this.
+STEP = 128
 
 
 @struct.dataclass
@@ -73,38 +73,35 @@ def strongest(
     window: Int[Array, ""] | int = NO_WINDOW,
     top: int,
     tile: int | None = None,
-    unit: int = UNIT,
     precision: str = "highest",
 ) -> Strongest:
     """The strongest products; for use inside jitted functions.
 
-    row_position, column_position: rising; None: every row sees every column. tile, unit: see the
-    module; tile a multiple of unit, None: by size.
+    row_position, column_position: rising; None: every row sees every column. tile: rows and columns
+    of a tile; None: by size.
     """
     (R, _), (C, _) = rows.shape, columns.shape
-    unit = _unit(R, C, unit) if tile is None else unit
-    height, width = (_tile(n, unit) if tile is None else tile for n in (R, C))
+    height, width = (_tile(n) if tile is None else tile for n in (R, C))
     at_R = jnp.zeros(R, jnp.int32) if row_position is None else row_position
     at_C = jnp.zeros(C, jnp.int32) if column_position is None else column_position
     rows, at_R = _padded(rows, at_R, height)
     columns, at_C = _padded(columns, at_C, width)
-    n_units = columns.shape[0] // unit
+    n_across = columns.shape[0] // width
 
     def seen(r: Array, c: Array) -> Array:
         return (r >= c) & (r - c < window)
 
-    def tile_units(i: Array, j: Array) -> tuple[Array, Array]:
-        """The best of every unit of a tile, `[units, rows]`: positive ones, and negated ones."""
+    def best_of_tile(i: Array, j: Array) -> tuple[Array, Array]:
+        """The best of every row of a tile, `[rows]`: positive ones, and negative ones negated."""
         (rows_, r), (columns_, c) = _cut((rows, at_R), i, height), _cut((columns, at_C), j, width)
 
-        def products():
+        def products():  # columns first: the reduction over them is then the fast one
             return jnp.einsum("CH,RH->CR", columns_, rows_, precision=precision)
 
         def best(values):
-            values = values.reshape(-1, unit, height)
-            return values.max(1), (-values).max(1)
+            return values.max(0), -values.min(0)
 
-        none = jnp.zeros((width // unit, height))
+        none = jnp.zeros(height)
         some = (r[-1] >= c[0]) & (r[0] - c[-1] < window)
         every = seen(r[0], c[-1]) & seen(r[-1], c[0])
         ways = (
@@ -114,42 +111,35 @@ def strongest(
         )
         return jax.lax.switch(some.astype(jnp.int32) + every, ways)
 
-    with jax.named_scope("units"):
-        each = partial(jax.lax.map, xs=jnp.arange(columns.shape[0] // width))
-        over_rows = jnp.arange(rows.shape[0] // height)
-        units = jax.lax.map(lambda i: each(lambda j: tile_units(i, j)), over_rows)
+    with jax.named_scope("tiles"):
+        across = partial(jax.lax.map, xs=jnp.arange(n_across))
+        down = jnp.arange(rows.shape[0] // height)
+        tiles = jax.lax.map(lambda i: across(lambda j: best_of_tile(i, j)), down)
 
-    def refine(best: Float[Array, "I J U R"], sign: float) -> tuple[Array, Array, Array]:
-        flat = best.transpose(0, 3, 1, 2).ravel()
-        _, at = jax.lax.top_k(flat, min(top, flat.size))
-        r, u = at // n_units, at % n_units
-        group, c = columns.reshape(n_units, unit, -1)[u], at_C.reshape(n_units, unit)[u]
-        values = jnp.einsum("UH,UCH->UC", rows[r], group, precision=precision) * sign
-        values = jnp.where(seen(at_R[r][:, None], c), values, 0.0)
-        # By units in row-major order, so that ties go to the lower pair.
-        order = jnp.argsort(at)
-        value, flat = jax.lax.top_k(values[order].ravel(), min(top, values.size))
-        unit_at, column = order[flat // unit], flat % unit
-        value = sign * jnp.maximum(value, 0.0)
-        return value, r[unit_at], u[unit_at] * unit + column
+    def refine(best: Float[Array, "I J R"], sign: float) -> tuple[Array, Array, Array]:
+        flat = best.swapaxes(1, 2).ravel()
+        # In row-major order, so that ties go to the lower pair.
+        at = jnp.sort(jax.lax.top_k(flat, min(top, flat.size))[1])
+        r, j = at // n_across, at % n_across
+
+        values = jnp.einsum("UH,CH->UC", rows[r], columns, precision=precision)
+        own = jnp.arange(columns.shape[0]) // width == j[:, None]
+        values = jnp.where(own & seen(at_R[r][:, None], at_C), sign * values, 0.0)
+        value, flat = jax.lax.top_k(values.ravel(), min(top, values.size))
+        tile_at, column = flat // columns.shape[0], flat % columns.shape[0]
+        return sign * jnp.maximum(value, 0.0), r[tile_at], column
 
     with jax.named_scope("refine"):
-        both = [refine(best, sign) for best, sign in zip(units, (1.0, -1.0), strict=True)]
+        both = [refine(best, sign) for best, sign in zip(tiles, (1.0, -1.0), strict=True)]
     value, row, column = (jnp.stack(parts) for parts in zip(*both, strict=True))
     return Strongest(value, jnp.minimum(row, R - 1), jnp.minimum(column, C - 1))
 
 
-def _unit(n_rows: int, n_columns: int, unit: int) -> int:
-    while n_rows * n_columns > UNITS * unit and unit < TILE:
-        unit *= 2
-    return unit
-
-
-def _tile(n: int, unit: int) -> int:
-    """Tiles of equal size, in units; at least three of them, since of a prompt's the half above the
-    diagonal is skipped."""
+def _tile(n: int) -> int:
+    """Tiles of equal size; at least three of them, since of a prompt's the half above the diagonal
+    is skipped."""
     tiles = max(3, -(-n // TILE))
-    return -(-n // (tiles * unit)) * unit
+    return -(-n // (tiles * STEP)) * STEP
 
 
 def _padded(vectors: Array, position: Array, tile: int) -> tuple[Array, Array]:
@@ -248,6 +238,6 @@ def search_slots(
         used = used & np.isin(kind, [int(k) for k in kinds])
     found = [np.flatnonzero(of_block) for of_block in used.reshape(len(used), -1)]
     most = max(1, *(len(f) for f in found))
-    step = max(UNIT, 2 ** (most.bit_length() - 4))
+    step = max(STEP, 2 ** (most.bit_length() - 4))
     size = -(-most // step) * step
     return np.stack([np.pad(f, (0, size - len(f)), constant_values=-1) for f in found])
