@@ -303,8 +303,12 @@ def test_removing_a_source_moves_a_row_by_its_edge(case):
 # The real model -----------------------------------------------------------------------------------
 
 
+#: Every block with the default, every third one with the others.
+REAL = [(b, how) for how in LINEARISATIONS for b in range(0, 30, 1 if how == "jacobian" else 3)]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("b", range(30))
+@pytest.mark.parametrize("b, linearisation", REAL)
 def test_real_block(real_case, b, linearisation):
     weights, x, parts = real_case.block(b)
     cfg, after = real_case.cfg.block, real_case.trace.boundaries[b + 1]
