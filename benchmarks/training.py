@@ -79,11 +79,12 @@ class TorchLoop:
 
 
 class JaxLoop:
-    """A step of `qkattr train`: the stream's batch, then `train_step`."""
+    """A step of `qkattr train`: the stream's batch, then every boundary's step."""
 
     def __init__(self, rows: np.ndarray):
         from qkattr.load.bundle import load
         from qkattr.train.config import TrainConfig
+        from qkattr.train.parts import Parts
         from qkattr.train.run import _fresh
         from qkattr.train.step import init_state
         from qkattr.train.stream import Stream
@@ -94,18 +95,16 @@ class JaxLoop:
         )
         self.stream = Stream(model.params, rows, model.config, self.cfg)
         mean, _ = self.stream.measure()
-        self.state = init_state(_fresh(model.config, self.cfg, mean), cfg=self.cfg)
+        state = init_state(_fresh(model.config, self.cfg, mean), cfg=self.cfg)
+        self.parts = Parts(state, cfg=self.cfg, at_once=False)
 
     def step(self, i: int) -> tuple[float, float]:
         import jax
 
-        from qkattr.train.step import train_step
-
         began = time.perf_counter()
         x, weight = jax.block_until_ready(self.stream.batch(i))
         middle = time.perf_counter()
-        self.state, seen = train_step(self.state, x, weight, cfg=self.cfg, at_once=False)
-        jax.block_until_ready(seen.loss)
+        jax.block_until_ready(self.parts.step(x, weight))
         return middle - began, time.perf_counter() - middle
 
 

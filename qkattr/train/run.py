@@ -32,9 +32,10 @@ from qkattr.sources.dictionary import Dictionary
 from qkattr.train.checkpoints import Checkpoints
 from qkattr.train.config import TrainConfig
 from qkattr.train.output import dictionaries, open_start, start_from, write_packed, write_saes
+from qkattr.train.parts import Parts
 from qkattr.train.rounding import fit_grid
 from qkattr.train.sae import SAE, init_sae
-from qkattr.train.step import TrainState, init_state, train_step
+from qkattr.train.step import TrainState, init_state
 from qkattr.train.stream import Stream
 
 #: Steps between two lines of metrics.
@@ -86,7 +87,10 @@ def train(
     try:
         done, state = _begin(stream, checkpoints, mesh)
         _cut_log(out / "metrics.jsonl", done)
-        state = _loop(stream, checkpoints, state, done, out / "metrics.jsonl", progress)
+        at_once = jax.default_backend() != "cpu" or mesh is not None
+        parts = Parts(state, cfg=cfg, at_once=at_once)
+        del state
+        state = _loop(stream, checkpoints, parts, done, out / "metrics.jsonl", progress)
     finally:
         checkpoints.close()
     state = on_host(state)
@@ -161,33 +165,32 @@ def _fresh(model: Any, cfg: TrainConfig, mean: Any = None) -> SAE:
 def _loop(
     stream: Stream,
     checkpoints: Checkpoints,
-    state: TrainState,
+    parts: Parts,
     done: int,
     log: Path,
     progress: Callable[[Progress], None],
 ) -> TrainState:
     cfg = stream.cfg
-    at_once = jax.default_backend() != "cpu" or stream.mesh is not None
     began, first, window = time.perf_counter(), done, []
     for step in range(done, cfg.steps):
         if cfg.bits and step == cfg.round_at:
-            state = dataclasses.replace(
-                state, grid=shard(fit_grid(on_host(state.sae), cfg=cfg), stream.mesh)
-            )
+            parts.fit(lambda sae: shard(fit_grid(on_host(sae), cfg=cfg), stream.mesh))
         x, weight = stream.batch(step)
-        state, seen = train_step(state, x, weight, cfg=cfg, at_once=at_once)
+        seen = parts.step(x, weight)
         loss, error, variance, l0 = jax.device_get((seen.loss, seen.error, seen.variance, seen.l0))
         _refuse_unless(np.isfinite(loss), "the loss", step, checkpoints)
         window.append((loss, error, variance, l0))
         last = step + 1 == cfg.steps
         if (step + 1) % LOG == 0 or last:
             rate = (step + 1 - first) * cfg.batch / (time.perf_counter() - began)
-            _report(state, window, step + 1, rate, cfg, log, progress)
+            _report(parts, window, step + 1, rate, cfg, log, progress)
             window = []
         if (step + 1) % cfg.checkpoint_every == 0 or last:
+            state = parts.state()
             _refuse_unless(_finite(state.sae), "a weight", step, checkpoints)
             checkpoints.save(step + 1, state, stream.scale)
-    return state
+            del state
+    return parts.state()
 
 
 @jax.jit
@@ -214,10 +217,10 @@ def _refuse_unless(good: Any, what: str, step: int, checkpoints: Checkpoints) ->
         )
 
 
-def _report(state, window, step, rate, cfg, log: Path, progress) -> None:
+def _report(parts, window, step, rate, cfg, log: Path, progress) -> None:
     """One line of metrics, on disk and to whoever watches."""
     loss, error, variance, l0 = (np.stack(column) for column in zip(*window, strict=True))
-    dead = np.asarray((state.silent_M >= cfg.dead_after).sum(1))
+    dead = np.asarray((parts.silent() >= cfg.dead_after).sum(1))
     said = Progress(
         step=step,
         steps=cfg.steps,

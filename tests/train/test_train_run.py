@@ -296,8 +296,9 @@ def test_a_loss_that_is_not_finite_stops_the_run(small, rows, tmp_path, monkeypa
 
 def test_weights_that_are_not_finite_are_not_kept(small, rows, tmp_path, monkeypatch):
     """A step may have a finite loss and leave weights that are not."""
-    from qkattr.train import run as module
+    from qkattr.train import parts as module
 
+    monkeypatch.setattr(module, "cores", lambda: 1)
     original = module.train_step
 
     def spoilt(state, *arguments, **options):
@@ -313,6 +314,16 @@ def test_weights_that_are_not_finite_are_not_kept(small, rows, tmp_path, monkeyp
     with pytest.raises(InputError, match=said):
         train(small, rows, config(), out=tmp_path)
     assert not (tmp_path / "checkpoints" / "20").exists() and not (tmp_path / "saes").exists()
+
+
+@pytest.mark.parametrize("n", [1, 2, 5])
+def test_parts_side_by_side_are_one_after_another(n, small, rows, unbroken, tmp_path, monkeypatch):
+    """Bit for bit, whatever the number of cores."""
+    from qkattr.train import parts
+
+    monkeypatch.setattr(parts, "cores", lambda: n)
+    train(small, rows, config(), out=tmp_path / "out")
+    assert_same_weights(unbroken, tmp_path / "out")
 
 
 def test_two_processes_share_a_run(root, unbroken, tmp_path):
