@@ -2,11 +2,18 @@
 
     value[r, c] = rows[r] . columns[c]          seen where 0 <= position[r] - position[c] < window
 
-The R x C values are never held. Tiles of one matmul each are reduced to the best value of every row
-of the tile. A pair outside the `top` best of these has `top` better ones, so only those are
-computed again and sorted. A row of a tile is a run of the values in row-major order, and at both
-stages the lower index wins a tie: the result is that of `top_k` over all values, ties included. A
-zero is no pair, so rows and columns may be padded with zero vectors.
+The R x C values are never held.
+
+1. Among the longest rows and columns, `top` values of either sign reach some level. No pair below
+   it is among the strongest, so a vector whose length times the longest of the other side stays
+   below is left out, and so is a tile by its longest vectors.
+2. Tiles of one matmul each are reduced to the best value of every row of the tile. A pair outside
+   the `top` best of these has `top` better ones: only those rows of tiles are computed again, and
+   sorted.
+
+A row of a tile is a run of the values in row-major order, and at both stages the lower index wins a
+tie: the result is that of `top_k` over all values, ties included. A zero is no pair, so rows and
+columns may be padded with zero vectors.
 
 `top_pairs` searches all heads of a block over all positions of a prompt: rows and columns are the
 slots that hold a component, and tiles whose keys all come after their queries are skipped.
@@ -35,6 +42,10 @@ from qkattr.types import NO_WINDOW, BlockWeights, Kind
 TILE = 1024
 #: Sizes of tiles, and of what is searched in a prompt, are multiples of this.
 STEP = 128
+#: How many of the longest rows and columns the level is read from.
+SAMPLE = 256
+#: Lengths are taken as so much longer: far more than rounding.
+SLACK = 1.0001
 
 
 @struct.dataclass
@@ -84,12 +95,19 @@ def strongest(
     height, width = (_tile(n) if tile is None else tile for n in (R, C))
     at_R = jnp.zeros(R, jnp.int32) if row_position is None else row_position
     at_C = jnp.zeros(C, jnp.int32) if column_position is None else column_position
-    rows, at_R = _padded(rows, at_R, height)
-    columns, at_C = _padded(columns, at_C, width)
-    n_across = columns.shape[0] // width
 
     def seen(r: Array, c: Array) -> Array:
         return (r >= c) & (r - c < window)
+
+    with jax.named_scope("level"):
+        level = _level((rows, at_R), (columns, at_C), seen, top, precision)
+        longest = [_length(v).max() for v in (columns, rows)]
+        rows, at_R, from_R = _long((rows, at_R), level / longest[0], height)
+        columns, at_C, from_C = _long((columns, at_C), level / longest[1], width)
+        length_R, length_C = (
+            _length(v).reshape(-1, size).max(1) for v, size in ((rows, height), (columns, width))
+        )
+    n_across = columns.shape[0] // width
 
     def best_of_tile(i: Array, j: Array) -> tuple[Array, Array]:
         """The best of every row of a tile, `[rows]`: positive ones, and negative ones negated."""
@@ -103,13 +121,14 @@ def strongest(
 
         none = jnp.zeros(height)
         some = (r[-1] >= c[0]) & (r[0] - c[-1] < window)
+        some &= length_R[i] * length_C[j] >= level
         every = seen(r[0], c[-1]) & seen(r[-1], c[0])
         ways = (
             lambda: (none, none),
             lambda: best(jnp.where(seen(r[None], c[:, None]), products(), 0.0)),
             lambda: best(products()),
         )
-        return jax.lax.switch(some.astype(jnp.int32) + every, ways)
+        return jax.lax.switch(some * (1 + every.astype(jnp.int32)), ways)
 
     with jax.named_scope("tiles"):
         across = partial(jax.lax.map, xs=jnp.arange(n_across))
@@ -132,7 +151,38 @@ def strongest(
     with jax.named_scope("refine"):
         both = [refine(best, sign) for best, sign in zip(tiles, (1.0, -1.0), strict=True)]
     value, row, column = (jnp.stack(parts) for parts in zip(*both, strict=True))
-    return Strongest(value, jnp.minimum(row, R - 1), jnp.minimum(column, C - 1))
+    return Strongest(value, from_R[row], from_C[column])
+
+
+def _length(vectors: Float[Array, "R H"]) -> Float[Array, "R"]:
+    return SLACK * jnp.linalg.norm(vectors, axis=-1)
+
+
+def _level(rows, columns, seen, top: int, precision: str) -> Float[Array, ""]:
+    """A value that `top` pairs of either sign reach; 0 where no such is found."""
+    (rows, r), (columns, c) = (
+        (v[some], at[some])
+        for v, at in (rows, columns)
+        for some in [jax.lax.top_k(_length(v), min(SAMPLE, len(v)))[1]]
+    )
+    values = jnp.einsum("RH,CH->RC", rows, columns, precision=precision)
+    if len(rows) < top:
+        return jnp.zeros(())
+    values = jnp.where(seen(r[:, None], c), values, 0.0)
+    best = [jnp.sort(of_row)[-top] for of_row in (values.max(1), -values.min(1))]
+    return jnp.maximum(jnp.minimum(*best), 0.0)
+
+
+def _long(vectors: tuple[Array, Array], least: Array, tile: int) -> tuple[Array, Array, Array]:
+    """Those of some vectors that are no shorter, in order, then zeros up to whole tiles; their
+    positions, and where each was."""
+    rows, position = vectors
+    n = len(rows)
+    size = n + -n % tile
+    long = _length(rows) >= least
+    at = jnp.nonzero(long, size=size, fill_value=n - 1)[0]
+    kept = jnp.arange(size) < long.sum()
+    return jnp.where(kept[:, None], rows[at], 0.0), jnp.where(kept, position[at], position[-1]), at
 
 
 def _tile(n: int) -> int:
@@ -140,11 +190,6 @@ def _tile(n: int) -> int:
     is skipped."""
     tiles = max(3, -(-n // TILE))
     return -(-n // (tiles * STEP)) * STEP
-
-
-def _padded(vectors: Array, position: Array, tile: int) -> tuple[Array, Array]:
-    more = -len(vectors) % tile
-    return jnp.pad(vectors, ((0, more), (0, 0))), jnp.pad(position, (0, more), mode="edge")
 
 
 def _cut(arrays: tuple[Array, ...], i: Array, size: int) -> tuple[Array, ...]:
