@@ -31,7 +31,8 @@ class Looks:
     attention: the least attention that is listed. places: by falling attention, each with `layer`,
     `head`, `query`, `key`, `probability`, `score`, and `query_marginals` and `key_marginals`:
     components with `value`, by falling |value|. n_places: how many there are, listed or not.
-    sinks_left_out: whether keys that are sinks are left out, since one component explains nothing.
+    sinks_left_out: whether keys that are sinks are left out, since one component explains nothing,
+    and the first position, which has no choice.
     """
 
     tokens: list[str]
@@ -107,7 +108,8 @@ def looks(
     marginals.
 
     attention: the least attention, 0 to 1. layer, head, query, key: only these. limit: places
-    listed, at most. top: marginals a side. sinks_too: list keys that are sinks as well.
+    listed, at most. top: marginals a side. sinks_too: list keys that are sinks as
+    well, and the first position.
 
     Raises:
       InputError: one of these, the prompt or an option cannot be used.
@@ -127,6 +129,7 @@ def looks(
         chosen &= found.pattern > 0
         if not sinks_too:
             chosen &= ~sink[b, None, None, :n]
+            chosen[:, 0] = False  # it sees itself alone
         asked = [np.arange(n) == p if p is not None else np.ones(n, bool) for p in only]
         chosen &= asked[0][None, :, None] & asked[1][None, None, :]
         if head is not None:

@@ -146,7 +146,8 @@ def show(found: TopPairs) -> None:
 
     out = console()
     of = "pairs of two features" if found.features else "pairs of components"
-    say(out, f"{found.searched:,} terms searched: {of} of {len(found.heads)} heads at all places")
+    heads = f"{len(found.heads)} head{'s' * (len(found.heads) != 1)}"
+    say(out, f"{found.searched:,} terms searched: {of} of {heads} at all places")
     say(out, f"Error slots have {percent(found.error_share)} of the sum of |value| listed")
     at = lambda c: f"{quoted(c['token'])} {c['position']}"
     for title, listed in (("Strongest", found.positive), ("Most negative", found.negative)):
