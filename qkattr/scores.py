@@ -127,15 +127,7 @@ def find_place(tokens: list[str], place: tuple, *, n_heads: int, windows: Sequen
       InputError: no such block, head or position, or the query does not see the key.
     """
     layer, head, query, key = place
-    if not 0 <= layer < len(windows):
-        raise InputError(
-            f"layer {layer} is out of range: the model has blocks 0..{len(windows) - 1}; "
-            f"give one of these"
-        )
-    if not 0 <= head < n_heads:
-        raise InputError(
-            f"head {head} is out of range: the model has heads 0..{n_heads - 1}; give one of these"
-        )
+    check_head(layer, head, (len(windows), n_heads))
     t, s = find_position(tokens, query), find_position(tokens, key)
     if s > t:
         raise InputError(
@@ -149,6 +141,20 @@ def find_place(tokens: list[str], place: tuple, *, n_heads: int, windows: Sequen
             f"its score is masked and has no terms, give a nearer key"
         )
     return int(layer), int(head), t, s
+
+
+def check_head(layer: int | None, head: int | None, grid: tuple[int, int]) -> None:
+    """Raise `InputError` unless there is such a block and head (None: any) in a model of L x N."""
+    n_blocks, n_heads = grid
+    if layer is not None and not 0 <= layer < n_blocks:
+        raise InputError(
+            f"layer {layer} is out of range: the model has blocks 0..{n_blocks - 1}; "
+            f"give one of these"
+        )
+    if head is not None and not 0 <= head < n_heads:
+        raise InputError(
+            f"head {head} is out of range: the model has heads 0..{n_heads - 1}; give one of these"
+        )
 
 
 def need_session(result: Result) -> Session:

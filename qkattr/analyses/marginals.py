@@ -13,13 +13,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from qkattr.analyses.pairs import check_head
 from qkattr.errors import InputError
 from qkattr.load.bundle import Bundle, Prompt
 from qkattr.qk.marginals import Marginals, marginals
 from qkattr.qk.table import describe
 from qkattr.result import Result
-from qkattr.scores import Labels, labeller, open_session
+from qkattr.scores import Labels, check_head, labeller, open_session
 from qkattr.session import Progress, Session
 from qkattr.types import Kind
 
@@ -70,7 +69,7 @@ def all_marginals(
 
 def _of_session(session: Session, layer: int | None, top: int, progress: Progress):
     config, n = session.bundle.config, len(session.ids)
-    check_head(config, layer, None)
+    check_head(layer, None, config.head_grid)
     if not 1 <= top <= session.components.n_slots:
         raise InputError(
             f"top should lie in 1..{session.components.n_slots}, the components of a position, "
@@ -119,7 +118,7 @@ def looks(
     if not 0 <= attention <= 1:
         raise InputError(f"attention should lie in 0..1, got {attention:g}; give a share")
     session, labels = open_session(subject, prompt, labels=labels, progress=progress, **options)
-    check_head(session.bundle.config, layer, head)
+    check_head(layer, head, session.bundle.config.head_grid)
     only = [None if p is None else find_position(session.tokens, p) for p in (query, key)]
     sink = np.asarray((session.components.kind == Kind.SINK).any(-1))
     places = []

@@ -23,7 +23,7 @@ from qkattr.qk import search
 from qkattr.qk import weights as of_weights
 from qkattr.qk.table import describe
 from qkattr.result import Result
-from qkattr.scores import Labels, labeller, open_session
+from qkattr.scores import Labels, check_head, labeller, open_session
 from qkattr.session import Progress, Session
 from qkattr.sources.dictionary import Dictionary
 from qkattr.types import Kind
@@ -89,20 +89,6 @@ def check_top(top: int) -> None:
         raise InputError(f"top should lie in 1..{MOST}, got {top}; give another number")
 
 
-def check_head(config, layer: int | None, head: int | None) -> None:
-    """Raise `InputError` unless the model has such a block and head; None: any."""
-    if layer is not None and not 0 <= layer < config.n_blocks:
-        raise InputError(
-            f"layer {layer} is out of range: the model has blocks 0..{config.n_blocks - 1}; "
-            f"give one of these"
-        )
-    if head is not None and not 0 <= head < config.n_heads:
-        raise InputError(
-            f"head {head} is out of range: the model has heads 0..{config.n_heads - 1}; "
-            f"give one of these"
-        )
-
-
 def check_weight_place(bundle: Bundle, layer: int, head: int, distance: int) -> Dictionary:
     """The SAE of the boundary that a head's block reads.
 
@@ -110,7 +96,7 @@ def check_weight_place(bundle: Bundle, layer: int, head: int, distance: int) -> 
       InputError: there is none, no such head, or the block does not see that far back.
     """
     config = bundle.config
-    check_head(config, layer, head)
+    check_head(layer, head, config.head_grid)
     dictionary = None if bundle.dictionaries is None else bundle.dictionaries[layer]
     if dictionary is None:
         raise InputError(
@@ -147,10 +133,10 @@ def top_pairs(
     """
     check_top(top)
     if isinstance(subject, Bundle):  # before its weights are read
-        check_head(subject.config, layer, head)
+        check_head(layer, head, subject.config.head_grid)
     session, labels = open_session(subject, prompt, labels=labels, progress=progress, **options)
     config, blocks = session.bundle.config, session.bundle.params.blocks
-    check_head(config, layer, head)
+    check_head(layer, head, config.head_grid)
     kinds = (Kind.FEATURE,) if features else ()
     slots = search.search_slots(blocks, session.components, kinds)
     layers = range(config.n_blocks) if layer is None else [layer]
