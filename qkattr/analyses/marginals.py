@@ -19,7 +19,7 @@ from qkattr.qk.marginals import Marginals, marginals
 from qkattr.qk.table import describe
 from qkattr.result import Result
 from qkattr.scores import Labels, check_head, labeller, open_session
-from qkattr.session import Progress, Session
+from qkattr.session import Progress, Session, find_position
 from qkattr.types import Kind
 
 
@@ -87,6 +87,12 @@ def _of_session(session: Session, layer: int | None, top: int, progress: Progres
         yield b, jax.tree.map(lambda a: a[..., :n, :n], jax.device_get(found))
 
 
+def check_attention(attention: float) -> None:
+    """Raise `InputError` unless it is a share."""
+    if not 0 <= attention <= 1:
+        raise InputError(f"attention should lie in 0..1, got {attention:g}; give a share")
+
+
 def looks(
     subject: Result | Bundle,
     prompt: Prompt | None = None,
@@ -113,10 +119,7 @@ def looks(
     Raises:
       InputError: one of these, the prompt or an option cannot be used.
     """
-    from qkattr.session import find_position
-
-    if not 0 <= attention <= 1:
-        raise InputError(f"attention should lie in 0..1, got {attention:g}; give a share")
+    check_attention(attention)
     session, labels = open_session(subject, prompt, labels=labels, progress=progress, **options)
     check_head(layer, head, session.bundle.config.head_grid)
     only = [None if p is None else find_position(session.tokens, p) for p in (query, key)]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from qkattr.cli import common, place
-from qkattr.errors import InputError, printable, quoted
+from qkattr.errors import printable, quoted
 
 if TYPE_CHECKING:
     from qkattr.analyses.marginals import Looks
@@ -44,13 +44,11 @@ def marginals(
     json: common.Json = False,
 ) -> None:
     """Every place of a prompt at which a head looks, with the components that make it look."""
-    from qkattr.analyses.marginals import looks
+    from qkattr.analyses.marginals import check_attention, looks
 
     place.check_figure(figure)
-    if not 0 <= attention <= 1:
-        raise InputError(f"attention should lie in 0..1, got {attention:g}; give a share")
-    if head is not None and layer is None:
-        raise InputError("--head is a head of one block; give --layer too")
+    check_attention(attention)
+    place.check_head_of(layer, head)
     with common.progress() as progress:
         subject, given, options = place.open_subject(
             context, prompt, None, model=model, saes=saes, dtype=dtype, missing=missing, ids=ids,

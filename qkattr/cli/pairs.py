@@ -75,8 +75,7 @@ def pairs(
 
     analyses.check_top(top)
     place.check_figure(figure)
-    if head is not None and layer is None:
-        raise InputError("--head is a head of one block; give --layer too")
+    place.check_head_of(layer, head)
     asked = common.given(context, *(_WEIGHTS if prompt is not None else _PROMPT))
     if asked:
         other = "without" if prompt is not None else "with"

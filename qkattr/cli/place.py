@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from qkattr.cli import common
+from qkattr.errors import InputError
 
 if TYPE_CHECKING:
     from qkattr.load.bundle import Bundle, Prompt
@@ -35,6 +36,12 @@ def check_figure(path: Path | None) -> None:
 
         check(path)
         check_writable(path.parent)
+
+
+def check_head_of(layer: int | None, head: int | None) -> None:
+    """Fail where a head is given without its block."""
+    if head is not None and layer is None:
+        raise InputError("--head is a head of one block; give --layer too")
 
 
 def open_subject(
