@@ -62,6 +62,9 @@ class Shards:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: shape for file in self.files for name, shape in file.shapes().items()}
 
+    def type(self, name: str) -> str:
+        return self._owner[name].type(name)
+
     def read(self, name: str) -> np.ndarray:
         return self._owner[name].read(name)
 
