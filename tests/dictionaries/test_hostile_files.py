@@ -273,7 +273,9 @@ def test_arrays_that_cannot_be_read_are_listed_only(tmp_path):
     assert file.shapes() == {"a": (2,), "seen": (1,), "step": (3,)}
     np.testing.assert_array_equal(file.read("a"), [1, 1])
     for name in ("seen", "step"):
-        with pytest.raises(InputError, match=f"x.npz: {name}.npy is .*, expected little-endian floats"):
+        with pytest.raises(
+            InputError, match=f"x.npz: {name}.npy is .*, expected little-endian floats"
+        ):
             file.read(name)
 
 
