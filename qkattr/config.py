@@ -85,7 +85,6 @@ class ModelConfig:
     scale_by_depth: bool = False
     final_softcap: float | None = None
     tied: bool = False
-    bos_id: int | None = None
 
     @property
     def head_grid(self) -> tuple[int, int]:

@@ -18,7 +18,10 @@ from safetensors.numpy import load_file, save_file
 from test_forward import LOGITS
 from tiny import within
 
+from qkattr.analysis import trace
 from qkattr.errors import InputError
+from qkattr.export.graph_json import graph_json
+from qkattr.load.bundle import load
 from qkattr.load.families import FAMILIES, from_hf
 from qkattr.load.families.refused import REFUSED
 from qkattr.load.hf import load_hf
@@ -85,7 +88,7 @@ PUBLISHED = {
         "rotary_emb_base": 10000, "rotary_pct": 0.25, "tie_word_embeddings": false,
         "torch_dtype": "float16", "transformers_version": "4.24.0", "use_cache": true,
         "use_parallel_residual": true, "vocab_size": 50304}""",
-        dict(head_dim=64, tied=False, attention_bias=True, bos_id=0),
+        dict(head_dim=64, tied=False, attention_bias=True),
     ),
     "qwen2.5": (
         """{"architectures": ["Qwen2ForCausalLM"], "attention_dropout": 0.0,
@@ -211,6 +214,68 @@ def test_the_scale_of_gemmas_embedding_is_rounded_to_the_type_of_the_weights():
         assert float(scale) == torch.tensor(40**0.5).to(kind).item()
 
 
+# Without effect -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name, change",
+    [
+        ("gemma2", dict(sliding_window_size=4096, hidden_act="relu", use_bfloat16=False)),
+        ("gpt2", dict(n_special=0, predict_special_tokens=True, _num_labels=1, output_past=True)),
+        ("llama2", dict(torchscript=True, bad_words_ids=None, forced_bos_token_id=None)),
+        ("llama2", dict(num_return_sequences=3, no_repeat_ngram_size=2, suppress_tokens=[1])),
+        ("pythia", dict(partial_rotary_factor=0.9, attention_probs_dropout_prob=0.5)),
+        ("qwen3", dict(a_dropout_of_its_own=0.25, path_pdrop=1)),
+        ("mistral", dict(something_new=None)),
+        ("llama2", dict(activation_function="silu", n_embd=36, hidden_activation="silu")),
+        ("gpt2", dict(hidden_size=36, n_vocab=50, num_attention_heads=6)),
+    ],
+)
+def test_what_changes_nothing_is_passed_over(name, change):
+    """By the table, because it is null, a dropout rate, or says the same once more."""
+    assert from_hf(raw(name) | change) == from_hf(raw(name))
+
+
+@pytest.mark.parametrize(
+    "name, absent",
+    [
+        ("llama2", dict(max_position_embeddings=("context", 2048))),
+        ("gpt2", dict(n_positions=("context", 1024), n_layer=("n_blocks", 12))),
+        ("qwen2", dict(max_position_embeddings=("context", 32768), vocab_size=("vocab", 151936))),
+        ("gemma2", dict(head_dim=("head_dim", 256), num_key_value_heads=("n_kv_heads", 4))),
+        ("phi3", dict(intermediate_size=("d_mlp", 8192), tie_word_embeddings=("tied", False))),
+    ],
+)
+def test_an_absent_attribute_has_the_default_of_transformers(name, absent):
+    config = {k: v for k, v in raw(name).items() if k not in absent}
+    config |= dict(num_attention_heads=4) if name == "gemma2" else {}
+    read = from_hf(config)
+    for ours, value in absent.values():
+        assert getattr(read, ours) == value
+
+
+def test_an_accepted_attribute_is_passed_over_and_named(tmp_path):
+    config = raw("llama2") | dict(novel=3, quantization_config={"bits": 4})
+    assert from_hf(config, ["novel", "quantization_config"]) == from_hf(raw("llama2"))
+    with pytest.raises(InputError, match="quantization_config is .*--accept quantization_config"):
+        from_hf(config, ["novel"])
+    with pytest.raises(InputError, match="novel=3.*--accept novel"):
+        from_hf(config, ["quantization_config"])
+    with pytest.raises(InputError, match="accept names 'other', which config.json does not have"):
+        from_hf(config, ["novel", "quantization_config", "other"])
+    folder = shutil.copytree(families.saved("gemma3"), tmp_path / "m")
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"]["novel"] = [1]
+    (folder / "config.json").write_text(json.dumps(config))
+    bundle = load(folder, accept=["novel"])
+    assert bundle.accepted == ("novel",)
+    (note,) = bundle.notes
+    assert note.startswith("config.json has novel=[1], which qkattr does not implement")
+    result = trace(bundle, [1, 2, 3], qk=0)
+    header = graph_json(result)["qkattr"]["settings"]
+    assert header["accepted"] == ["novel"] and header["notes"] == [note]
+
+
 # Refused ------------------------------------------------------------------------------------------
 
 
@@ -227,7 +292,11 @@ def test_families_without_a_qk_score_or_with_experts_are_refused_by_name(family)
         ("llama2", dict(model_type="gpt9"), "model_type is 'gpt9'; qkattr implements gemma2"),
         ("llama2", dict(model_type=["x"]), "model_type is \\['x'\\]"),
         ("llama2", dict(novel=3), "has novel=3, which qkattr does not know"),
-        ("llama2", dict(partial_rotary_factor=0.5), "partial_rotary_factor is set"),
+        (
+            "llama2",
+            dict(partial_rotary_factor=0.5),
+            "partial_rotary_factor is .*which qkattr does not implement",
+        ),
         ("llama2", dict(hidden_act="xielu"), "hidden_act 'xielu' is not implemented"),
         ("llama2", dict(head_dim=7), "heads of 7 dimensions cannot be turned in pairs"),
         ("llama2", dict(num_key_value_heads=4), "6 heads over 4 key/value heads"),
@@ -237,23 +306,39 @@ def test_families_without_a_qk_score_or_with_experts_are_refused_by_name(family)
         ("llama2", dict(rope_parameters=dict(factor=2.0)), "parameters factor are not known"),
         ("llama2", dict(rope_parameters=dict(rope_type="linear", factor="x")), "be a number"),
         ("llama3.2", dict(rope_parameters=dict(rope_type="llama3")), "factor should be a number"),
-        ("llama2", dict(quantization_config={}), "quantization_config is set"),
-        ("llama2", dict(sliding_window=4), "has sliding_window=4"),
+        (
+            "llama2",
+            dict(quantization_config={}),
+            "quantization_config is .*which qkattr does not implement",
+        ),
+        ("llama2", dict(sliding_window=4), "sliding_window is 4"),
         ("pythia", dict(num_key_value_heads=2), "has num_key_value_heads=2"),
-        ("gpt2", dict(add_cross_attention=True), "add_cross_attention is set"),
+        (
+            "gpt2",
+            dict(add_cross_attention=True),
+            "add_cross_attention is .*which qkattr does not implement",
+        ),
         ("qwen2", dict(layer_types=["linear_attention"] * 2), "no QK score that it knows"),
         ("qwen2", dict(layer_types=[WINDOWED] * 2), "there is no sliding_window"),
         ("qwen2", dict(layer_types=[GLOBAL] * 3), "has 3 entries for 2 blocks"),
         ("qwen2", dict(layer_types=[["x"]] * 2), "layer_types holds"),
-        ("gemma2", dict(sliding_window_pattern=3), "sliding_window_pattern is set"),
+        (
+            "gemma2",
+            dict(sliding_window_pattern=3),
+            "sliding_window_pattern is .*which qkattr does not implement",
+        ),
         ("gemma2", dict(sliding_window=None), "has no sliding_window"),
-        ("gemma3-text", dict(attn_logit_softcapping=9.0), "attn_logit_softcapping is set"),
+        (
+            "gemma3-text",
+            dict(attn_logit_softcapping=9.0),
+            "attn_logit_softcapping is .*which qkattr does not implement",
+        ),
         ("gemma3-text", dict(use_bidirectional_attention=True), "use_bidirectional_attention is"),
         ("gemma3-text", dict(rope_parameters={GLOBAL: 3}), "should be an object"),
         ("gemma3", dict(text_config=dict(model_type="llama")), "text_config is of type 'llama'"),
         ("gemma3", dict(tie_word_embeddings=False), "differs from that of text_config"),
         ("phi3", dict(rope_parameters=dict(rope_type="longrope")), "rope type 'longrope' is not"),
-        ("phi3", dict(attention_bias=True), "attention_bias is set"),
+        ("phi3", dict(attention_bias=True), "attention_bias is .*not implement"),
     ],
 )
 def test_what_is_refused_is_named(name, change, message):

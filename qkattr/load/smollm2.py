@@ -115,10 +115,7 @@ def open_smollm2() -> tuple[GGUF, Tokenizer]:
     file = open_gguf(cached_file())
     tokenizer = tokenizer_from_gguf(file.reader)
     assert tokenizer is not None  # the hash says so
-    tokenizer = dataclasses.replace(tokenizer, bos=_BOS)
-    return dataclasses.replace(
-        file, config=dataclasses.replace(file.config, bos_id=tokenizer.bos_id)
-    ), tokenizer
+    return file, dataclasses.replace(tokenizer, bos=_BOS)
 
 
 def saes_path() -> Path:

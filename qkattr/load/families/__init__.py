@@ -11,7 +11,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from qkattr.config import ModelConfig
-from qkattr.errors import InputError
+from qkattr.errors import InputError, quoted
 from qkattr.load.families.gemma import GEMMA2, GEMMA3, GEMMA3_TEXT
 from qkattr.load.families.gpt import GPT2, NEOX
 from qkattr.load.families.llama import LLAMA, MISTRAL, OLMO2, PHI3, QWEN2, QWEN3
@@ -52,5 +52,11 @@ def from_hf(raw: Mapping[str, Any], accept: Collection[str] = ()) -> ModelConfig
     if not isinstance(family, str) or family not in FAMILIES:
         raise InputError(
             f"config.json: model_type is {family!r:.60}; qkattr implements {', '.join(FAMILIES)}"
+        )
+    inner = raw.get("text_config")
+    there = {*raw, *(inner if isinstance(inner, dict) else ())}
+    if absent := [name for name in accept if name not in there]:
+        raise InputError(
+            f"accept names {quoted(absent[0])}, which config.json does not have; leave it out"
         )
     return FAMILIES[family].config(raw, accept)

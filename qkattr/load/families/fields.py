@@ -6,60 +6,54 @@ An attribute that is passed over in silence is a model that computes something e
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
 from qkattr.errors import InputError
+from qkattr.load.families import attributes
 
-# Attributes that change nothing a forward pass computes, in any family.
-_INERT = frozenset(
-    """architectures attention_dropout bos_token_id eos_token_id pad_token_id unk_token_id
-    sep_token_id decoder_start_token_id initializer_range torch_dtype dtype transformers_version
-    use_cache _name_or_path name_or_path _attn_implementation _attn_implementation_autoset
-    attn_implementation auto_map tokenizer_class task_specific_params problem_type id2label
-    label2id num_labels finetuning_task return_dict output_attentions output_hidden_states
-    transformers.js_config is_llama_config unsloth_version unsloth_fixed max_window_layers
-    temperature top_p top_k typical_p repetition_penalty length_penalty num_beams do_sample
-    max_length min_length chunk_size_feed_forward is_decoder is_encoder_decoder
-    cross_attention_hidden_size tie_encoder_decoder prefix model_max_length
-    gradient_checkpointing cache_implementation""".split()
-)
-
-# Attributes that are handled only at the one value at which they do nothing.
-_FIXED = {
-    "pretraining_tp": (1, None),
-    "rope_interleaved": (False, None),
-    "pruned_heads": ({}, None),
-    "quantization_config": (None,),
-    "attn_logit_softcapping": (None,),
-    "partial_rotary_factor": (1, 1.0, None),
-    "add_cross_attention": (False, None),
+#: The same attribute under the name of another family.
+_SAME = {
+    "n_embd": "hidden_size",
+    "n_head": "num_attention_heads",
+    "n_layer": "num_hidden_layers",
+    "n_positions": "max_position_embeddings",
+    "n_inner": "intermediate_size",
+    "n_vocab": "vocab_size",
+    "activation_function": "hidden_act",
+    "hidden_activation": "hidden_act",
+    "layer_norm_epsilon": "layer_norm_eps",
 }
+#: A rate at which training drops something; its name says so in every library.
+_DROPOUT = re.compile(r".*(dropout|_pdrop).*")
 
 
 class Fields:
     """What is left of a config once its reader has taken what it needs.
 
-    defaults: what the family's own code assumes for an attribute that is absent (null is not
-    absent). aliases: the family's names for attributes that others call differently.
+    An attribute that is absent (null is not absent) has the default of `transformers`, see
+    `attributes`. aliases: the family's names for attributes that others call differently. accept:
+    attributes that are passed over at any value.
     """
 
     def __init__(
         self,
         raw: Mapping[str, Any],
         *,
-        defaults: Mapping[str, Any] | None = None,
         aliases: Mapping[str, str] | None = None,
         accept: Collection[str] = (),
     ):
-        self.left = {**(defaults or {}), **raw}
-        self.family = self.left.pop("model_type", None)
-        self.aliases = aliases or {}
-        self.accept = accept
+        self.raw, self.family = raw, raw.get("model_type")
+        self.left = {**attributes.defaults(self.family), **raw}
+        del self.left["model_type"]
+        self.aliases, self.accept = aliases or {}, accept
+        self.taken: dict[str, Any] = {}
 
     def pop(self, name: str) -> Any:
         """An attribute as it is; None where it is absent."""
-        return self.left.pop(self.aliases.get(name, name), None)
+        self.taken[name] = self.left.pop(self.aliases.get(name, name), None)
+        return self.taken[name]
 
     def take(self, name: str, kind: type, default: Any = ...) -> Any:
         """An attribute of the given type; the default where it is absent or null."""
@@ -97,26 +91,32 @@ class Fields:
             check_positive(self.aliases.get(name, name), value)
         return value
 
-    def refuse_the_rest(
-        self, *, inert: frozenset[str] = frozenset(), fixed: Mapping[str, tuple] | None = None
-    ) -> None:
-        """Raise `InputError` for what is left and not known to change nothing.
-
-        inert, fixed: more of them, of this family.
-        """
-        for name, allowed in (_FIXED | dict(fixed or {})).items():
-            if name in self.left and self.left.pop(name) not in allowed:
+    def refuse_the_rest(self) -> None:
+        """Raise `InputError` for what is left and not known to change nothing."""
+        fixed, inert = attributes.fixed(self.family), attributes.inert(self.family)
+        for name in sorted(set(self.left) & set(fixed) - set(self.accept)):
+            if self.left[name] not in fixed[name]:
                 raise InputError(
-                    f"config.json: {name} is set and qkattr does not implement it "
-                    f"for {self.family} models"
+                    f"config.json: {name} is {self.left[name]!r:.40}, which qkattr does not "
+                    f"implement for {self.family} models; --accept {name} goes on as if it were not"
                 )
-        unknown = sorted(set(self.left) - _INERT - inert)
+        known = {*fixed, *inert, *self.accept}
+        unknown = sorted(n for n in set(self.left) - known if not self._changes_nothing(n))
         if unknown:
             raise InputError(
-                f"config.json has {', '.join(f'{n}={self.left[n]!r:.40}' for n in unknown)}, "
-                f"which qkattr does not know; "
-                f"remove it if it changes nothing that the model computes"
+                f"config.json has {', '.join(f'{n}={self.left[n]!r:.40}' for n in unknown)}, which "
+                f"qkattr does not know; if you know that it changes nothing that the model "
+                f"computes, go on with --accept {unknown[0]} (accept=[{unknown[0]!r}])"
             )
+
+    def _changes_nothing(self, name: str) -> bool:
+        """Of an attribute that no list has: it is null, a dropout rate, or says once more what the
+        config says under the family's own name."""
+        value, names = self.left[name], {ours: name for name, ours in self.aliases.items()}
+        if value is None or (_DROPOUT.fullmatch(name) and isinstance(value, int | float)):
+            return True
+        same = names.get(name, _SAME.get(name, name))
+        return same in self.taken and self.taken[same] == value
 
 
 def as_float(value: int | float) -> float:

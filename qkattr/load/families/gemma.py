@@ -80,8 +80,7 @@ def _gemma2(fields: Fields) -> ModelConfig:
 
 
 def _gemma3(fields: Fields) -> ModelConfig:
-    written = fields.take("_sliding_window_pattern", int, 6)
-    return _read(fields, fields.size("sliding_window_pattern", written))
+    return _read(fields, fields.size("sliding_window_pattern"))
 
 
 def _two_rotaries(fields: Fields, head_dim: int, context: int) -> tuple[Rotary, Rotary]:
@@ -104,19 +103,18 @@ def _two_rotaries(fields: Fields, head_dim: int, context: int) -> tuple[Rotary, 
 
 def _multimodal(fields: Fields) -> ModelConfig:
     """The text part of a Gemma 3 that also sees."""
-    text = dict(fields.take("text_config", dict))
+    text = dict(fields.take("text_config", dict, {}))
     if text.get("model_type", "gemma3_text") != "gemma3_text":
         raise InputError(
             f"config.json: text_config is of type {text['model_type']!r:.40}, expected "
             f"'gemma3_text'; restore the model's own config"
         )
-    tied = fields.take("tie_word_embeddings", bool, None)
-    if tied is not None and text.setdefault("tie_word_embeddings", tied) != tied:
+    tied = fields.take("tie_word_embeddings", bool)
+    if "tie_word_embeddings" in fields.raw and text.setdefault("tie_word_embeddings", tied) != tied:
         raise InputError(
             "config.json: tie_word_embeddings differs from that of text_config; "
             "restore the model's own config"
         )
-    text.setdefault("bos_token_id", fields.left.get("bos_token_id"))
     config = GEMMA3_TEXT.config({"model_type": "gemma3_text"} | text, fields.accept)
     return dataclasses.replace(config, family=fields.family)
 
@@ -125,55 +123,15 @@ _OUTSIDE = (
     Row("embed_tokens.weight", "V D", "embed_VD"),
     _norm("norm", "D", "norm_final.weight"),
 )
-_DEFAULTS = dict(
-    rms_norm_eps=1e-6,
-    hidden_activation="gelu_pytorch_tanh",
-    num_attention_heads=8,
-    num_key_value_heads=4,
-    head_dim=256,
-    query_pre_attn_scalar=256,
-    sliding_window=4096,
-    tie_word_embeddings=True,
-)
-_ONE_WAY = {"use_bidirectional_attention": (False, None)}
 
-GEMMA2 = Family(
-    read=_gemma2,
-    block=_gemma2_block,
-    outside=_OUTSIDE,
-    defaults=_DEFAULTS | dict(attn_logit_softcapping=50.0, final_logit_softcapping=30.0),
-    inert=frozenset({"hidden_act"}),
-    fixed=_ONE_WAY | {"sliding_window_pattern": (2, None)},
-    scaled_embedding=True,
-)
-GEMMA3_TEXT = Family(
-    read=_gemma3,
-    block=_gemma3_block,
-    outside=_OUTSIDE,
-    defaults=_DEFAULTS
-    | dict(
-        hidden_size=2304,
-        intermediate_size=9216,
-        num_hidden_layers=26,
-        vocab_size=262208,
-        max_position_embeddings=131072,
-    ),
-    inert=frozenset({"hidden_act"}),
-    fixed=_ONE_WAY,
-    scaled_embedding=True,
-)
+GEMMA2 = Family(read=_gemma2, block=_gemma2_block, outside=_OUTSIDE, scaled_embedding=True)
+GEMMA3_TEXT = Family(read=_gemma3, block=_gemma3_block, outside=_OUTSIDE, scaled_embedding=True)
 GEMMA3 = dataclasses.replace(
     GEMMA3_TEXT,
     read=_multimodal,
-    defaults={},
     stems=(
         ("model.language_model.", "lm_head.weight"),
         ("language_model.model.", "language_model.lm_head.weight"),
     ),
     unused=(r"(model\.)?(vision_tower|multi_modal_projector)\..*",),
-    inert=frozenset(
-        """vision_config boi_token_index eoi_token_index image_token_index
-        mm_tokens_per_image""".split()
-    ),
-    fixed={},
 )

@@ -96,27 +96,15 @@ GPT2 = Family(
         max_position_embeddings="n_positions",
         intermediate_size="n_inner",
     ),
-    defaults=dict(
-        layer_norm_epsilon=1e-5,
-        activation_function="gelu_new",
-        n_positions=1024,
-        tie_word_embeddings=True,
-    ),
-    inert=frozenset(
-        """attn_pdrop embd_pdrop resid_pdrop n_ctx reorder_and_upcast_attn summary_activation
-        summary_first_dropout summary_proj_to_labels summary_type summary_use_proj""".split()
-    ),
 )
 NEOX = Family(
     read=_neox,
     block=lambda config: (*_NEOX_BLOCK, *(_NEOX_BIASES if config.attention_bias else ())),
     outside=(Row("embed_in.weight", "V D", "embed_VD"), *_norm("final_layer_norm", "norm_final")),
-    stems=(("gpt_neox.", "embed_out.weight"),),
+    stems=(("gpt_neox.", "embed_out.weight"), ("", "embed_out.weight")),
     unused=(
         r".*\.rotary_emb\.inv_freq",
-        r"gpt_neox\.layers\.\d+\.attention\.(bias|masked_bias)",  # the causal mask
+        r"(gpt_neox\.)?layers\.\d+\.attention\.(bias|masked_bias)",  # the causal mask
     ),
     aliases=dict(rope_theta="rotary_emb_base", partial_rotary_factor="rotary_pct"),
-    defaults=dict(layer_norm_eps=1e-5, hidden_act="gelu", rotary_emb_base=10000, rotary_pct=0.25),
-    inert=frozenset({"classifier_dropout", "hidden_dropout"}),
 )

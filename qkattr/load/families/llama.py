@@ -118,8 +118,6 @@ def _qwen(fields: Fields) -> ModelConfig:
     return _read(fields, lambda b: b >= first, attention_bias=bias)
 
 
-_DEFAULTS = dict(rms_norm_eps=1e-6, hidden_act="silu")
-
 LLAMA = Family(
     read=_llama,
     block=lambda config: (
@@ -130,20 +128,16 @@ LLAMA = Family(
         *(_MLP_BIASES if config.mlp_bias else ()),
     ),
     outside=OUTSIDE,
-    defaults=_DEFAULTS,
 )
 MISTRAL = Family(
     read=_windowed,
     block=lambda config: (*_PRE_NORMS, *ATTENTION, *GATED_MLP),
     outside=OUTSIDE,
-    defaults=_DEFAULTS | dict(num_key_value_heads=8, sliding_window=4096),
 )
 QWEN2 = Family(
     read=_qwen,
     block=lambda config: (*_PRE_NORMS, *ATTENTION, *QKV_BIASES, *GATED_MLP),
     outside=OUTSIDE,
-    defaults=_DEFAULTS | dict(num_key_value_heads=32, sliding_window=4096),
-    fixed={"use_mrope": (False, None)},
 )
 QWEN3 = Family(
     read=_qwen,
@@ -155,7 +149,6 @@ QWEN3 = Family(
         *GATED_MLP,
     ),
     outside=OUTSIDE,
-    defaults=_DEFAULTS | dict(num_key_value_heads=32, head_dim=128, sliding_window=4096),
 )
 OLMO2 = Family(
     read=_olmo2,
@@ -167,13 +160,9 @@ OLMO2 = Family(
         *GATED_MLP,
     ),
     outside=OUTSIDE,
-    defaults=_DEFAULTS | dict(rms_norm_eps=1e-5),
 )
 PHI3 = Family(
     read=_windowed,
     block=lambda config: (*_PRE_NORMS, *_FUSED),
     outside=OUTSIDE,
-    defaults=_DEFAULTS | dict(rms_norm_eps=1e-5),
-    inert=frozenset({"embd_pdrop", "resid_pdrop", "original_max_position_embeddings"}),
-    fixed={"attention_bias": (False, None)},
 )

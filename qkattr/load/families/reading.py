@@ -40,7 +40,6 @@ def read_sizes(
             f"config.json: {n_heads} heads over {n_kv_heads} key/value heads: "
             f"the first must be a multiple of the second; restore the model's own config"
         )
-    bos = fields.left.get("bos_token_id")
     return dict(
         family=fields.family,
         n_blocks=fields.size("num_hidden_layers", most=MOST_BLOCKS),
@@ -52,7 +51,6 @@ def read_sizes(
         vocab=fields.size("vocab_size"),
         context=fields.size("max_position_embeddings"),
         tied=fields.take("tie_word_embeddings", bool, False),
-        bos_id=bos if type(bos) is int else None,
     )
 
 

@@ -113,29 +113,25 @@ class Family:
     read: the config. block: the rows of a block, whose tensors' names continue `layers`; outside:
     the rows outside the blocks. stems: what all names begin with, and the name of the unembedding,
     in each spelling that is in use. unused: regular expressions of tensors that follow from the
-    rest, or that text does not use. defaults, aliases: see `Fields`. inert, fixed: attributes of
-    the config that change nothing, or that must have a value. scaled_embedding: rows of the
-    embedding are multiplied by sqrt(d_model).
+    rest, or that text does not use. aliases: see `Fields`. scaled_embedding: rows of the embedding
+    are multiplied by sqrt(d_model).
     """
 
     read: Callable[[Fields], ModelConfig]
     block: Callable[[ModelConfig], tuple[Row, ...]]
     outside: tuple[Row, ...]
-    stems: tuple[tuple[str, str], ...] = (("model.", "lm_head.weight"),)
+    stems: tuple[tuple[str, str], ...] = (("model.", "lm_head.weight"), ("", "lm_head.weight"))
     layers: str = "layers.{}."
     unused: tuple[str, ...] = (r".*\.rotary_emb\.inv_freq",)
-    defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     aliases: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    inert: frozenset[str] = frozenset()
-    fixed: Mapping[str, tuple] = dataclasses.field(default_factory=dict)
     scaled_embedding: bool = False
 
     def config(self, raw: Mapping[str, Any], accept: Collection[str] = ()) -> ModelConfig:
         """Read a config; `InputError` if an attribute is missing, wrong or not handled and not one
         of `accept`."""
-        fields = Fields(raw, defaults=self.defaults, aliases=self.aliases, accept=accept)
+        fields = Fields(raw, aliases=self.aliases, accept=accept)
         config = self.read(fields)
-        fields.refuse_the_rest(inert=self.inert, fixed=self.fixed)
+        fields.refuse_the_rest()
         return config
 
     def rows(
