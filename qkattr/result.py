@@ -134,6 +134,16 @@ class Result:
         qk = {place: table.with_labels(labels) for place, table in self.qk.items()}
         return dataclasses.replace(self, labels=labels, qk=qk)
 
+    def with_scan(self, scan: str) -> Result:
+        """The result with this name of its model in the graph JSON, and in what is saved of it.
+
+        Raises:
+          InputError: graph viewers take no such name.
+        """
+        from qkattr.export.viewers import check_scan
+
+        return dataclasses.replace(self, settings={**self.settings, "scan": check_scan(scan)})
+
     def head_loadings(self, *, source: Ends, target: Ends) -> HeadLoadings:
         """Every head's loading between two ends, summed over the edges of the graph between them.
 
@@ -188,11 +198,15 @@ class Result:
         at = self.position(ends)
         return f"{self.tokens[at]!r} at {at}"
 
-    def save(self, folder: str | Path) -> Path:
-        """Write `graph.json`, `graph.npz` and `index.html`; what was there survives a failure."""
+    def save(self, folder: str | Path, *, scan: str | None = None) -> Path:
+        """Write `graph.json`, `graph.npz` and `index.html`; what was there survives a failure.
+
+        scan: see `with_scan`.
+        """
         from qkattr.export.folder import save_result
 
-        return save_result(self, Path(folder))
+        named = self if scan is None else self.with_scan(scan)
+        return save_result(named, Path(folder))
 
     def to_html(self, path: str | Path) -> Path:
         """Write the page alone."""

@@ -65,6 +65,14 @@ def trace(
         Option(help="Cards that name the features; --saes smollm2 has some.", show_default=False),
     ] = None,
     labels: common.Labels = None,
+    scan: Annotated[
+        str | None,
+        Option(
+            help="Name of the model in graph.json, as Neuronpedia has it. Default: the one of its "
+            "SAEs there, or the last part of --model.",
+            show_default=False,
+        ),
+    ] = None,
     sink: common.Sink = True,
     bos: common.Bos = None,
     ids: common.Ids = False,
@@ -100,6 +108,8 @@ def trace(
             precision=precision,
         )
         make_options(options)
+        if scan is not None:
+            _check_scan(scan, written=json or out is not None)
         if out is not None:
             from qkattr.export.folder import check_writable
 
@@ -116,6 +126,8 @@ def trace(
         from qkattr.analysis import trace as trace_prompt
 
         result = trace_prompt(bundle, given, progress=progress, **options)
+        if scan is not None:
+            result = result.with_scan(scan)
         progress("writing")
         page = result.save(out) if out is not None else None
     if json:
@@ -124,6 +136,14 @@ def trace(
         summarise(result)
         if page is not None:
             print(printable(f"Open {page.resolve()}"))
+
+
+def _check_scan(scan: str, *, written: bool) -> None:
+    from qkattr.export.viewers import check_scan
+
+    if not written:
+        raise InputError("--scan names the model in graph.json; give --out or --json with it")
+    check_scan(scan)
 
 
 def _place(score: str | None) -> tuple[int, int, str, str] | None:
