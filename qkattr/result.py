@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from qkattr.errors import printable
 from qkattr.features.cards import Card
 from qkattr.graph.paths import Route, strongest_routes
 from qkattr.graph.tables import Graph
@@ -64,14 +65,17 @@ class HeadLoadings:
 class Result:
     """An attribution graph with its prompt.
 
-    tokens: decoded; token_ids. bos: what was done about it. predictions: the next tokens, by
-    falling probability. graph: nodes and edges. sinks: positions by boundary. scores: `[X, 5]`
-    block, head, query, key, side (0 query, 1 key) of SCORE nodes. qk: by "L.H.query.key".
-    settings: all options. provenance: what made it. labels: of features, by (boundary, index).
-    vocabulary: the text of logit nodes, by token id. cards: of the features that the page shows.
+    tokens: decoded one by one; token_ids. prompt: the tokens decoded together, without the BOS
+    before them; their ids where there is no tokenizer. bos: what was done about it. predictions:
+    the next tokens, by falling probability. graph: nodes and edges. sinks: positions by boundary.
+    scores: `[X, 5]` block, head, query, key, side (0 query, 1 key) of SCORE nodes. qk: by
+    "L.H.query.key". settings: all options. provenance: what made it. labels: of features, by
+    (boundary, index). vocabulary: the text of logit nodes, by token id. cards: of the features that
+    the page shows.
     """
 
     tokens: list[str]
+    prompt: str
     token_ids: tuple[int, ...]
     bos: str
     predictions: list[dict[str, Any]]
@@ -243,5 +247,5 @@ class Result:
 
     def __repr__(self) -> str:
         graph = self.graph
-        said = json.dumps("".join(self.tokens))
+        said = printable(json.dumps(self.prompt, ensure_ascii=False))
         return f"Result({said}, {len(graph.nodes)} nodes, {len(graph.edges)} edges)"

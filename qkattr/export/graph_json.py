@@ -73,6 +73,7 @@ def header(result: Result) -> dict[str, Any]:
         "settings": result.settings,
         "provenance": result.provenance,
         "tokens": result.tokens,
+        "prompt": result.prompt,
         "token_ids": list(result.token_ids),
         "bos": result.bos,
         "predictions": result.predictions,
@@ -98,7 +99,7 @@ def _metadata(result: Result) -> dict[str, Any]:
         "transcoder_list": [scan] * (result.n_blocks + 1),  # whose features each layer has
         **known,
         "prompt_tokens": result.tokens,
-        "prompt": "".join(result.tokens),
+        "prompt": result.prompt,
         "schema_version": 1,
         "node_threshold": result.settings["keep"],
         "info": {"generator": {"name": "qkattr", "version": result.provenance["qkattr"]}},
