@@ -36,6 +36,7 @@ from qkattr.session import (
     Session,
     pad_tokens,
     prompt_labels,
+    prompt_text,
     start_session,
     token_id,
     token_text,
@@ -114,6 +115,7 @@ def trace(
     progress("QK attributions")
     result = Result(
         tokens=tokens,
+        prompt=prompt_text(bundle, ids),
         token_ids=ids,
         bos=bos,
         predictions=predictions,

@@ -15,10 +15,24 @@ class InputError(ValueError):
 
 
 def printable(text: str) -> str:
-    r"""Text with control characters, bidi overrides and lone surrogates written out, as `\x1b`."""
+    r"""Text with control characters, bidi overrides and lone surrogates written out, as `\x1b`.
+
+    Zero-width joiners stay between two characters that they may join, as in emoji and in Persian.
+    """
     if text.isprintable():
         return text
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return "".join(
+        c if c.isprintable() or _joins(text, i) else c.encode("unicode_escape").decode()
+        for i, c in enumerate(text)
+    )
+
+
+def _joins(text: str, i: int) -> bool:
+    """Whether it is a zero-width (non-)joiner with no ASCII and nothing unprintable beside it."""
+    if text[i] not in "\N{ZERO WIDTH NON-JOINER}\N{ZERO WIDTH JOINER}":
+        return False
+    beside = text[max(i - 1, 0) : i], text[i + 1 : i + 2]
+    return all(c.isprintable() and not c.isascii() for c in beside)
 
 
 def clipped(text: str, most: int) -> str:
@@ -27,5 +41,9 @@ def clipped(text: str, most: int) -> str:
 
 
 def quoted(text: str, most: int = 60) -> str:
-    """A token or a name between quotes, as Python writes it, clipped."""
-    return repr(clipped(text, most))
+    """A token or a name between quotes, clipped; as Python writes it, but for joiners, which stay
+    as in `printable`."""
+    text = clipped(text, most)
+    mark = '"' if "'" in text and '"' not in text else "'"
+    body = printable(text.replace("\\", r"\\"))
+    return mark + body.replace(mark, "\\" + mark) + mark

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from qkattr.errors import printable
 from qkattr.features.cards import Card
 from qkattr.graph.paths import Route, strongest_routes
 from qkattr.graph.tables import Graph
@@ -64,14 +65,17 @@ class HeadLoadings:
 class Result:
     """An attribution graph with its prompt.
 
-    tokens: decoded; token_ids. bos: what was done about it. predictions: the next tokens, by
-    falling probability. graph: nodes and edges. sinks: positions by boundary. scores: `[X, 5]`
-    block, head, query, key, side (0 query, 1 key) of SCORE nodes. qk: by "L.H.query.key".
-    settings: all options. provenance: what made it. labels: of features, by (boundary, index).
-    vocabulary: the text of logit nodes, by token id. cards: of the features that the page shows.
+    tokens: decoded one by one; token_ids. prompt: the tokens decoded together, without the BOS
+    before them; their ids where there is no tokenizer. bos: what was done about it. predictions:
+    the next tokens, by falling probability. graph: nodes and edges. sinks: positions by boundary.
+    scores: `[X, 5]` block, head, query, key, side (0 query, 1 key) of SCORE nodes. qk: by
+    "L.H.query.key". settings: all options. provenance: what made it. labels: of features, by
+    (boundary, index). vocabulary: the text of logit nodes, by token id. cards: of the features that
+    the page shows.
     """
 
     tokens: list[str]
+    prompt: str
     token_ids: tuple[int, ...]
     bos: str
     predictions: list[dict[str, Any]]
@@ -139,6 +143,16 @@ class Result:
         qk = {place: table.with_labels(labels) for place, table in self.qk.items()}
         return dataclasses.replace(self, labels=labels, qk=qk)
 
+    def with_scan(self, scan: str) -> Result:
+        """The result with this name of its model in the graph JSON, and in what is saved of it.
+
+        Raises:
+          InputError: graph viewers take no such name.
+        """
+        from qkattr.export.viewers import check_scan
+
+        return dataclasses.replace(self, settings={**self.settings, "scan": check_scan(scan)})
+
     def head_loadings(self, *, source: Ends, target: Ends) -> HeadLoadings:
         """Every head's loading between two ends, summed over the edges of the graph between them.
 
@@ -193,11 +207,15 @@ class Result:
         at = self.position(ends)
         return f"{self.tokens[at]!r} at {at}"
 
-    def save(self, folder: str | Path) -> Path:
-        """Write `graph.json`, `graph.npz` and `index.html`; what was there survives a failure."""
+    def save(self, folder: str | Path, *, scan: str | None = None) -> Path:
+        """Write `graph.json`, `graph.npz` and `index.html`; what was there survives a failure.
+
+        scan: see `with_scan`.
+        """
         from qkattr.export.folder import save_result
 
-        return save_result(self, Path(folder))
+        named = self if scan is None else self.with_scan(scan)
+        return save_result(named, Path(folder))
 
     def to_html(self, path: str | Path) -> Path:
         """Write the page alone."""
@@ -234,5 +252,5 @@ class Result:
 
     def __repr__(self) -> str:
         graph = self.graph
-        said = json.dumps("".join(self.tokens))
+        said = printable(json.dumps(self.prompt, ensure_ascii=False))
         return f"Result({said}, {len(graph.nodes)} nodes, {len(graph.edges)} edges)"

@@ -121,6 +121,16 @@ def token_texts(bundle: Bundle, ids: Sequence[int]) -> list[str]:
     return [token_text(bundle, i) for i in ids]
 
 
+def prompt_text(bundle: Bundle, ids: Sequence[int]) -> str:
+    """The text of a prompt: its tokens decoded together, without the BOS before them; its ids where
+    there is no tokenizer."""
+    tokenizer = bundle.tokenizer
+    if tokenizer is None:
+        return " ".join(map(str, ids))
+    begins = len(ids) > 1 and ids[0] == tokenizer.bos_id
+    return tokenizer.text(ids[1:] if begins else ids)
+
+
 def token_id(bundle: Bundle, token: str | int) -> int:
     """A vocabulary id from an id or from text that is exactly one token; without a tokenizer, text
     that reads as a whole number is an id."""

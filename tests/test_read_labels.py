@@ -13,7 +13,8 @@ import pytest
 import qkattr
 from qkattr.cli.main import main
 from qkattr.errors import InputError
-from qkattr.export.graph_json import cantor, graph_json
+from qkattr.export.graph_json import graph_json
+from qkattr.export.viewers import cantor
 from qkattr.load import explanations, labels, neuronpedia
 from qkattr.load.labels import labelled, read_given, read_labels
 from qkattr.load.registry import Source
@@ -258,7 +259,7 @@ def test_a_graph_says_where_its_cards_are(bundle, pre):
     again = Source.from_json(result.settings["neuronpedia"], bundle.config.n_blocks)
     assert sources.items() <= again.sources.items() and again.scan == "scan-x"
     plain = graph_json(qkattr.trace(bundle, IDS))
-    assert plain["metadata"]["scan"] == bundle.model
+    assert plain["metadata"]["scan"] == "model"  # the last part of its path
     assert "feature_details" not in plain["metadata"]
 
 

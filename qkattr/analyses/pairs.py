@@ -24,7 +24,7 @@ from qkattr.qk import weights as of_weights
 from qkattr.qk.table import describe
 from qkattr.result import Result
 from qkattr.scores import Labels, check_head, labeller, open_session
-from qkattr.session import Progress, Session
+from qkattr.session import Progress, Session, prompt_text
 from qkattr.sources.dictionary import Dictionary
 from qkattr.types import Kind
 
@@ -36,14 +36,15 @@ MOST = 4096
 class TopPairs:
     """The strongest terms of a prompt. Attributes are the keys of the JSON.
 
-    layers: the blocks that were searched. features: only pairs of two features were. searched: how
-    many terms. positive, negative: over all heads, the strongest first; each with `layer`, `head`,
-    `query` and `key` (components, with `position` and `token`), `value`, the head's `score` and
-    `probability` there. heads: the same of each head, by "L.H". error_share: how much of the sum of
-    |value| over both lists has an error slot on either side.
+    prompt: the text. layers: the blocks that were searched. features: only pairs of two features
+    were. searched: how many terms. positive, negative: over all heads, the strongest first; each
+    with `layer`, `head`, `query` and `key` (components, with `position` and `token`), `value`, the
+    head's `score` and `probability` there. heads: the same of each head, by "L.H". error_share: how
+    much of the sum of |value| over both lists has an error slot on either side.
     """
 
     tokens: list[str]
+    prompt: str
     layers: list[int]
     features: bool
     searched: int
@@ -158,6 +159,7 @@ def top_pairs(
     ]
     return TopPairs(
         tokens=session.tokens,
+        prompt=prompt_text(session.bundle, session.ids),
         layers=list(layers),
         features=features,
         searched=_searched(session, slots, layers) * len(heads),

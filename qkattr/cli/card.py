@@ -8,7 +8,7 @@ from rich.text import Text
 
 from qkattr.cli.show import bar, console, percent, say
 from qkattr.errors import printable, quoted
-from qkattr.export.summary import quality, visible
+from qkattr.export.summary import pieces, quality, visible
 from qkattr.features.cards import Card, Example
 
 
@@ -39,10 +39,9 @@ def show_card(card: Card) -> None:
 def context(example: Example, most: float) -> Text:
     """One line; the token it was found for is between angles."""
     line = Text(f"  {example.activation:8.3g}  ", end="\n")
-    pairs = zip(example.tokens, example.activations, strict=True)
-    for i, (token, activation) in enumerate(pairs):
+    for text, activation, at in pieces(example):
         shade = round(255 - 150 * min(activation / max(most, 1e-30), 1))
         style = f"black on rgb(255,{shade},{max(shade - 60, 40)})" if activation > 0 else ""
-        said = visible(token, 40)
-        line.append(f"‹{said}›" if i == example.at else said, style=style)
+        said = visible(text, 40)
+        line.append(f"‹{said}›" if at else said, style=style)
     return line

@@ -64,6 +64,14 @@ def trace(
         Option(help="Cards that name the features; --saes smollm2 has some.", show_default=False),
     ] = None,
     labels: common.Labels = None,
+    scan: Annotated[
+        str | None,
+        Option(
+            help="Name of the model in graph.json, as Neuronpedia has it. Default: the one of its "
+            "SAEs there, or the last part of --model.",
+            show_default=False,
+        ),
+    ] = None,
     reading: options.Subject = options.Subject(),
     precision: Annotated[str, Option(help="Of matmuls: default, high or highest.")] = "highest",
     json: common.Json = False,
@@ -93,6 +101,8 @@ def trace(
             **reading.components,
         )
         make_options(settings)
+        if scan is not None:
+            _check_scan(scan, written=json or out is not None)
         if out is not None:
             from qkattr.export.folder import check_writable
 
@@ -109,6 +119,8 @@ def trace(
         from qkattr.analysis import trace as trace_prompt
 
         result = trace_prompt(bundle, given, progress=progress, **settings)
+        if scan is not None:
+            result = result.with_scan(scan)
         progress("writing")
         page = result.save(out) if out is not None else None
     if json:
@@ -117,6 +129,14 @@ def trace(
         summarise(result)
         if page is not None:
             print(printable(f"Open {page.resolve()}"))
+
+
+def _check_scan(scan: str, *, written: bool) -> None:
+    from qkattr.export.viewers import check_scan
+
+    if not written:
+        raise InputError("--scan names the model in graph.json; give --out or --json with it")
+    check_scan(scan)
 
 
 def _place(score: str | None) -> tuple[int, int, str, str] | None:

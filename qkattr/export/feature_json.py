@@ -1,19 +1,20 @@
-"""Feature cards as JSON files that graph viewers read, `features/{model}/{feature}.json`.
+"""Feature cards as JSON files that graph viewers read, `features/{scan}/{feature}.json`.
 
-The file's number is the node's `feature` of `graph.json`: Cantor's pairing of the layer (boundary
-less 1) and the index. Keys are those of the common format, `qkattr` beside them.
+Folder and number are `metadata.scan` and the node's `feature` of `graph.json` (see
+`export.viewers`). Keys are those of the common format, `qkattr` beside them.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from qkattr.export.folder import encoded, write_files
-from qkattr.export.graph_json import cantor, dumps
+from qkattr.export.graph_json import dumps
+from qkattr.export.viewers import node_layer, node_number, scan_of, source_of
 from qkattr.features.cards import Card, Cards
+from qkattr.types import Kind
 
 
 def feature_json(card: Card) -> dict[str, Any]:
@@ -60,9 +61,10 @@ def feature_json(card: Card) -> dict[str, Any]:
     )
 
 
-def feature_number(boundary: int, index: int) -> int:
-    """The number of a feature's file; boundary 0 has numbers of its own, -1 less its index."""
-    return cantor(boundary - 1, index) if boundary else -1 - index
+def feature_number(boundary: int, index: int, *, pre: bool = False) -> int:
+    """The number of a feature's file. pre: layer L is boundary L, and not boundary L + 1."""
+    layer = node_layer(Kind.FEATURE, boundary, n_blocks=0, pre=pre)
+    return node_number(Kind.FEATURE, layer, index, 0)
 
 
 def export_features(
@@ -76,12 +78,12 @@ def export_features(
     Raises:
       InputError: the folder cannot be written; what was there is unchanged.
     """
-    name = re.sub(r"[^\w.-]", "_", Path(cards.meta["model"]).name) or "model"
-    into, boundaries = folder / "features" / name, list(boundaries)
+    into, boundaries = folder / "features" / scan_of(cards.meta), list(boundaries)
+    pre = source_of(cards.meta).get("pre", False)
     for done, b in enumerate(boundaries):
         progress("writing", done / len(boundaries))
         files = {
-            f"{feature_number(b, i)}.json": encoded(dumps(feature_json(cards.card(b, i))))
+            f"{feature_number(b, i, pre=pre)}.json": encoded(dumps(feature_json(cards.card(b, i))))
             for i in range(cards.width(b))
         }
         write_files(into, files)

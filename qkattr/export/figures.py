@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,6 +20,12 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#0
 DASHES = ("-", "--", "-.", ":")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 GREY = "#667085"
+#: Fonts with the characters of other scripts and emoji, those that a system has.
+FONTS = (
+    *("Noto Sans CJK SC", "Noto Sans CJK JP", "Source Han Sans SC", "WenQuanYi Micro Hei"),
+    *("PingFang SC", "Hiragino Sans", "Microsoft YaHei", "Yu Gothic", "Malgun Gothic"),
+    *("Droid Sans Fallback", "Arial Unicode MS", "Noto Emoji", "Segoe UI Emoji", "Symbola"),
+)
 #: Tokens of one figure: more lines than this cannot be told apart.
 LINES = 7
 
@@ -57,18 +65,30 @@ def check_figure(path: str | Path) -> Path:
 
 def save_figure(figure, path: Path) -> Path:
     """Write a figure whole or not at all."""
-    import io
-
     import matplotlib
 
     data = io.BytesIO()
     format = check_figure(path).suffix.removeprefix(".")
-    with matplotlib.rc_context({"svg.hashsalt": "qkattr", "svg.fonttype": "none"}):
+    _find_glyphs(figure)
+    settings = {"svg.hashsalt": "qkattr", "svg.fonttype": "none"}
+    with matplotlib.rc_context(settings), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from")  # boxes; an SVG has the text
         metadata = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(format)
         figure.savefig(data, format=format, dpi=170, facecolor="white", metadata=metadata)
     need_pyplot().close(figure)
     write_files(path.parent, {path.name: data.getvalue()})
     return path
+
+
+def _find_glyphs(figure) -> None:
+    """Let the figure's text fall back on the fonts that are there."""
+    from matplotlib.font_manager import fontManager
+    from matplotlib.text import Text
+
+    there = {font.name for font in fontManager.ttflist}
+    families = ["sans-serif", *(name for name in FONTS if name in there)]
+    for text in figure.findobj(Text):
+        text.set_family(families)
 
 
 def style(i: int) -> dict:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from qkattr.characters import joined
 from qkattr.errors import InputError
 from qkattr.export.graph_json import SCHEMA, dumps, graph_json
 from qkattr.export.html import page
@@ -156,6 +157,7 @@ def _build(header: dict[str, Any], columns: dict[str, np.ndarray]) -> Result:
     _check_columns(graph, n_tokens=len(header["tokens"]))
     return Result(
         tokens=header["tokens"],
+        prompt=_prompt(header),
         token_ids=tuple(header["token_ids"]),
         bos=header["bos"],
         predictions=header["predictions"],
@@ -169,6 +171,14 @@ def _build(header: dict[str, Any], columns: dict[str, np.ndarray]) -> Result:
         vocabulary={int(i): text for i, text in header["vocabulary"].items()},
         cards={(c.boundary, c.index): c for c in map(Card.from_json, header["cards"])},
     )
+
+
+def _prompt(header: dict[str, Any]) -> str:
+    """Its text; results of before it was kept have tokens alone."""
+    prompt = header["prompt"] if "prompt" in header else joined(header["tokens"])
+    if not isinstance(prompt, str):
+        raise TypeError("the prompt is no text")
+    return prompt
 
 
 def _check_columns(graph: Graph, *, n_tokens: int) -> None:

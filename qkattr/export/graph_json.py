@@ -1,9 +1,11 @@
-"""The graph as JSON: valid against Neuronpedia's graph schema, with qkattr's own keys beside it.
+"""The graph as JSON: valid against Neuronpedia's graph schema and in circuit-tracer's reader, with
+qkattr's own keys beside theirs.
 
 Per node `boundary`, `kind`, `index` (`ctx_idx` is its position); per link `resid`, `mlp` and
 `heads`; on top a `qkattr` object. Numbers are rounded to 6 significant digits; the columns beside
 it (`graph.npz`) hold them as computed. Where Neuronpedia has the SAEs, `scan` and
-`neuronpedia_source_set` say so, and a feature's `layer` is the layer of its source.
+`neuronpedia_source_set` say so, and a feature's `layer` is the layer of its source. What viewers
+make of the nodes is in `export.viewers`.
 """
 
 from __future__ import annotations
@@ -15,6 +17,8 @@ from typing import Any
 
 import numpy as np
 
+from qkattr.export.summary import name
+from qkattr.export.viewers import FEATURE_TYPES, node_layer, node_number, scan_of, source_of
 from qkattr.result import Result
 from qkattr.types import Kind
 
@@ -25,18 +29,6 @@ LINKS = 200_000
 
 #: Pairs and marginals listed of each QK attribution in the file.
 LISTED = 100
-
-_FEATURE_TYPES = {
-    Kind.FEATURE: "residual sae",
-    Kind.ERROR: "residual reconstruction error",
-    Kind.TOKEN: "embedding",
-    Kind.POSITION: "embedding",
-    Kind.LOGIT: "logit",
-    Kind.SCORE: "attention score",
-    Kind.BIAS: "bias",
-    Kind.CONST: "bias",
-    Kind.SINK: "attention sink",
-}
 
 
 def dumps(value: Any, *, ascii: bool = False) -> str:
@@ -81,6 +73,7 @@ def header(result: Result) -> dict[str, Any]:
         "settings": result.settings,
         "provenance": result.provenance,
         "tokens": result.tokens,
+        "prompt": result.prompt,
         "token_ids": list(result.token_ids),
         "bos": result.bos,
         "predictions": result.predictions,
@@ -98,15 +91,15 @@ def header(result: Result) -> dict[str, Any]:
 
 
 def _metadata(result: Result) -> dict[str, Any]:
-    source = _source(result)
-    source_set = source.get("source_set")
+    scan, source_set = scan_of(result.settings), source_of(result.settings).get("source_set")
     known = {"feature_details": {"neuronpedia_source_set": source_set}} if source_set else {}
     return {
         "slug": f"qkattr-{result.provenance['run']}",
-        "scan": source.get("scan") or result.settings["model"],
+        "scan": scan,
+        "transcoder_list": [scan] * (result.n_blocks + 1),  # whose features each layer has
         **known,
         "prompt_tokens": result.tokens,
-        "prompt": "".join(result.tokens),
+        "prompt": result.prompt,
         "schema_version": 1,
         "node_threshold": result.settings["keep"],
         "info": {"generator": {"name": "qkattr", "version": result.provenance["qkattr"]}},
@@ -118,66 +111,42 @@ def _metadata(result: Result) -> dict[str, Any]:
     }
 
 
-def _source(result: Result) -> dict[str, Any]:
-    """Where Neuronpedia has the SAEs; empty where that is not known."""
-    return result.settings.get("neuronpedia") or {}
-
-
-def _layer(kind: Kind, boundary: int, n_blocks: int, before: int) -> str:
-    """before: how many boundaries lie before that of layer 0: the SAE of a layer reads the stream
-    after its block (1), or before it (0)."""
-    if kind == Kind.LOGIT:
-        return str(n_blocks + 1)
-    if boundary < before or (boundary == 0 and kind != Kind.FEATURE):
-        return "E"
-    return str(boundary - before)
-
-
-def cantor(a: int, b: int) -> int:
-    return (a + b) * (a + b + 1) // 2 + b
-
-
 def _nodes(result: Result) -> list[dict[str, Any]]:
-    graph, n_blocks = result.graph.nodes, result.n_blocks
-    before = 0 if _source(result).get("pre") else 1
+    pre = source_of(result.settings).get("pre", False)
     probability = {p["id"]: p["probability"] for p in result.predictions}
-    nodes = []
-    for i in range(len(graph)):
-        kind, boundary, index = Kind(graph.kind[i]), int(graph.boundary[i]), int(graph.index[i])
-        node_id = result.node_id(i)
-        label = result.label(i)
-        node = {
-            "node_id": node_id,
-            "feature": _feature(kind, boundary, index, int(graph.position[i]), before),
-            "layer": _layer(kind, boundary, n_blocks, before),
-            "ctx_idx": int(graph.position[i]),
-            "feature_type": _FEATURE_TYPES[kind],
-            "jsNodeId": node_id,
-            "clerp": label,
-            "influence": _round(graph.share[i]),
-            "boundary": boundary,
-            "kind": kind.label,
-            "index": index if index >= 0 else None,
-            "raw_influence": _round(graph.influence[i]),
-        }
-        if kind == Kind.FEATURE:
-            node["activation"] = _round(graph.activation[i])
-        if kind == Kind.LOGIT:
-            node["token_prob"] = _round(probability[index])
-            node["is_target_logit"] = True
-            node["clerp"] = f'Output "{label}" (p={probability[index]:.3f})'
-        if np.isfinite(graph.absolute[i]):
-            node["total"] = _round(graph.total[i])
-            node["kept_share"] = _round(graph.kept[i] / max(graph.absolute[i], 1e-30))
-            node["error_share"] = _round(graph.error[i] / max(graph.absolute[i], 1e-30))
-        nodes.append(node)
-    return nodes
+    return [_node(result, i, pre, probability) for i in range(len(result.graph.nodes))]
 
 
-def _feature(kind: Kind, boundary: int, index: int, position: int, before: int) -> int | None:
-    if kind == Kind.FEATURE and boundary >= before:
-        return cantor(boundary - before, index)
-    return position if kind == Kind.TOKEN else None
+def _node(result: Result, i: int, pre: bool, probability: dict[int, float]) -> dict[str, Any]:
+    graph = result.graph.nodes
+    kind, boundary, index = Kind(graph.kind[i]), int(graph.boundary[i]), int(graph.index[i])
+    position, node_id, label = int(graph.position[i]), result.node_id(i), result.label(i)
+    layer = node_layer(kind, boundary, n_blocks=result.n_blocks, pre=pre)
+    node = {
+        "node_id": node_id,
+        "feature": node_number(kind, layer, index, position),
+        "layer": layer,
+        "ctx_idx": position,
+        "feature_type": FEATURE_TYPES[kind],
+        "jsNodeId": node_id,
+        "clerp": label if label or kind == Kind.FEATURE else name(result, i),
+        "influence": _round(graph.share[i]),
+        "boundary": boundary,
+        "kind": kind.label,
+        "index": index if index >= 0 else None,
+        "raw_influence": _round(graph.influence[i]),
+    }
+    if kind == Kind.FEATURE:
+        node["activation"] = _round(graph.activation[i])
+    if kind == Kind.LOGIT:
+        node["token_prob"] = _round(probability[index])
+        node["is_target_logit"] = True
+        node["clerp"] = f'Output "{label}" (p={probability[index]:.3f})'
+    if np.isfinite(graph.absolute[i]):
+        node["total"] = _round(graph.total[i])
+        node["kept_share"] = _round(graph.kept[i] / max(graph.absolute[i], 1e-30))
+        node["error_share"] = _round(graph.error[i] / max(graph.absolute[i], 1e-30))
+    return node
 
 
 def _links(result: Result) -> list[dict[str, Any]]:

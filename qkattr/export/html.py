@@ -10,6 +10,7 @@ from typing import Any
 
 import jinja2
 
+from qkattr.characters import joined
 from qkattr.errors import quoted
 from qkattr.export.summary import (
     MARGINALS_SHOWN,
@@ -17,6 +18,7 @@ from qkattr.export.summary import (
     carrying_heads,
     component,
     feature_in,
+    pieces,
     quality,
     route_hops,
     strongest_edges,
@@ -31,11 +33,13 @@ def page(result: Result) -> str:
     sinks = {s["position"]: len(s["boundaries"]) for s in result.sinks}
     leak = result.graph.leak
     return _template().render(
-        title="qkattr: " + visible("".join(result.tokens), 80),
+        title="qkattr: " + visible(result.prompt, 80),
         answer=_answer(result),
         bos=result.bos[:1].upper() + result.bos[1:],
         settings=result.settings,
         provenance=result.provenance,
+        prompt=result.prompt,
+        cut=joined(result.tokens) != "".join(result.tokens),
         tokens=[dict(text=t, sink=sinks.get(i)) for i, t in enumerate(result.tokens)],
         predictions=[{**p, "note": _note(result, p)} for p in result.predictions],
         routes=[dict(share=r.share, hops=route_hops(result, r)) for r in result.routes(8)],
@@ -127,10 +131,10 @@ def _card(card: Card) -> dict[str, Any]:
 def _context(example: Example, most: float) -> dict[str, Any]:
     """Runs of text of one shade: a context's inactive tokens are one run."""
     runs: list[dict[str, Any]] = []
-    for i, (token, activation) in enumerate(zip(example.tokens, example.activations, strict=True)):
-        if activation <= 0 and i != example.at and runs and not runs[-1]["shade"]:
-            runs[-1]["text"] += token
+    for piece in pieces(example):
+        if piece.activation <= 0 and not piece.at and runs and not runs[-1]["shade"]:
+            runs[-1]["text"] += piece.text
             continue
-        shade = min(max(activation, 0) / max(most, 1e-30), 1)
-        runs.append(dict(text=token, shade=round(100 * shade), at=i == example.at))
+        shade = min(max(piece.activation, 0) / max(most, 1e-30), 1)
+        runs.append(dict(text=piece.text, shade=round(100 * shade), at=piece.at))
     return dict(quantile=example.quantile, activation=example.activation, runs=runs)

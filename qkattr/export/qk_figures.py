@@ -112,7 +112,7 @@ def distance_figure(found: Distance, path: Path) -> Path:
 def pairs_figure(found: TopPairs, path: Path) -> Path:
     """The strongest pairs of a prompt, of either sign."""
     error = f"error slots {100 * found.error_share:.0f} % of the sum of |value|"
-    title = f"{safe(''.join(found.tokens), 70)}: {found.searched:,} terms, {error}"
+    title = f"{safe(found.prompt, 70)}: {found.searched:,} terms, {error}"
     return _two_signs(found.positive, found.negative, title, path)
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from qkattr.characters import whole
 from qkattr.errors import clipped, printable, quoted
-from qkattr.features.cards import Card, Cards
+from qkattr.features.cards import Card, Cards, Example
 from qkattr.graph.paths import Route, ranked_scores
 from qkattr.result import Result
 from qkattr.types import Kind
@@ -98,6 +99,23 @@ def quality(card: Card) -> str:
     if card.strong_auc is not None:
         said += f"; {card.strong_auc:.2f} for its strongest fifth ({card.strong_n})"
     return f"{said}. 0.5 is chance; of an unclear label, the best rule found."
+
+
+class Piece(NamedTuple):
+    """Part of a context in which no character is cut: its text, the strongest activation on it, and
+    whether the token that the context was found for is in it."""
+
+    text: str
+    activation: float
+    at: bool
+
+
+def pieces(example: Example) -> list[Piece]:
+    """A context, token by token where a character is not on several."""
+    return [
+        Piece(text, max(example.activations[i] for i in tokens), example.at in tokens)
+        for tokens, text in whole(example.tokens)
+    ]
 
 
 def route_hops(result: Result, route: Route) -> list[dict[str, Any]]:

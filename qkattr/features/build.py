@@ -196,6 +196,7 @@ def _meta(bundle: Bundle, found: Scan, text: str) -> dict[str, Any]:
         saes=bundle.saes,
         model_hash=bundle.model_hash,
         saes_hash=bundle.saes_hash,
+        neuronpedia=bundle.source and bundle.source.to_json(),
         dtype=bundle.dtype,
         qkattr=qkattr.__version__,
         text=text,

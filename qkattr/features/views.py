@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 from jaxtyping import Bool, Int
 
+from qkattr.characters import joined
 from qkattr.errors import quoted
 
 #: How far back "shortly after" looks.
@@ -99,8 +100,7 @@ def views_of(rows: Int[np.ndarray, "n T"], texts: Mapping[int, str]) -> list[Vie
         return " / ".join(quoted(names[i], 24) for i in ids)
 
     def two(table: np.ndarray, ids: Sequence[int]) -> str:
-        joined = (f"{names[table[i, 0]]} {names[table[i, 1]]}" for i in ids)
-        return " / ".join(quoted(text, 40) for text in joined)
+        return " / ".join(quoted(_phrase(*(names[j] for j in table[i])), 40) for i in ids)
 
     def tokens(ids: Sequence[int]) -> str:
         return " / ".join(quoted(said[i - 1], 24) for i in ids)
@@ -160,6 +160,12 @@ def _joined(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     key = np.where((a > 0) & (b > 0), a.astype(np.int64) * n + b, 0)
     distinct, of = np.unique(np.append(key.ravel(), 0), return_inverse=True)
     return np.stack([distinct // n, distinct % n], axis=1), of[:-1].reshape(a.shape)
+
+
+def _phrase(first: str, second: str) -> str:
+    """Two words; or the two parts of a character, as it is."""
+    text = joined([first, second])
+    return f"{first} {second}" if text == first + second else text
 
 
 def _word(text: str) -> str:

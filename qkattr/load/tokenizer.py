@@ -8,6 +8,7 @@ sandbox.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import re
 from collections.abc import Sequence
@@ -20,6 +21,7 @@ import jinja2.ext
 import jinja2.sandbox
 import tokenizers
 
+from qkattr.characters import joined
 from qkattr.errors import InputError, quoted
 from qkattr.load.files import read_text
 from qkattr.load.hf import read_json_object
@@ -133,6 +135,23 @@ class Tokenizer:
         if byte := _BYTE_TOKEN.fullmatch(text):
             return bytes.fromhex(byte[1]).decode(errors="backslashreplace")
         return text.replace(_SPACE, " ")
+
+    def text(self, ids: Sequence[int]) -> str:
+        """The text of some tokens, decoded together: a character may lie on several of them.
+        Special tokens are part of it."""
+        parts = []
+        for alone, run in itertools.groupby(ids, key=self._stands_alone):
+            run = [int(id) for id in run]
+            if alone:
+                parts.append(joined([self.token(id) for id in run]))
+            else:
+                parts.append(self.inner.decode(run, skip_special_tokens=False))
+        return "".join(parts)
+
+    def _stands_alone(self, id: int) -> bool:
+        """Whether the tokenizer's decoder would drop a token, or take its text for bytes."""
+        unknown = self.inner.decoder is None or self.inner.id_to_token(int(id)) is None
+        return unknown or (self._byte_level and id in self._added)
 
     def chat(self, messages: Sequence[Message]) -> str:
         """The text of a conversation up to the assistant's next words. Encode it with `bos=False`.

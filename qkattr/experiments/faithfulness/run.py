@@ -27,7 +27,7 @@ from qkattr.load.prompts import GivenPrompt
 from qkattr.options import TraceOptions, one_of
 from qkattr.result import Result, ranked_heads
 from qkattr.scores import attention_at
-from qkattr.session import find_position, start_session, token_text, token_texts
+from qkattr.session import find_position, prompt_text, start_session, token_text, token_texts
 
 MEASURES = ("qk", "heads", "edges", "nodes")
 #: Heads whose scores are looked at.
@@ -149,7 +149,7 @@ def faithfulness(
 
 
 def _text(bundle: Bundle, prompt: GivenPrompt, ids) -> str:
-    return prompt.prompt if isinstance(prompt.prompt, str) else "".join(token_texts(bundle, ids))
+    return prompt.prompt if isinstance(prompt.prompt, str) else prompt_text(bundle, ids)
 
 
 def _place(
