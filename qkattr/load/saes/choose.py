@@ -53,18 +53,22 @@ def matching(found: list[Found], root: Path, pattern: str | None) -> list[Found]
     """
     if pattern is None:
         return found
-    glob, _ = _split(pattern)
-    glob = glob if glob.startswith("/") else f"*{glob}*"
-    kept = [f for f in found if fnmatch.fnmatchcase(f"/{path_below(root, f.path)}", glob)]
+    glob, _ = split_nearest(pattern)
+    kept = [f for f in found if matches(path_below(root, f.path), glob)]
     if not kept:
         names = some([path_below(root, f.path) for f in found])
         raise InputError(f"no SAE below {root} matches {pattern!r:.60}; there are {names}")
     return kept
 
 
+def matches(path: str, glob: str) -> bool:
+    """Whether a path below the root matches, whole if the glob begins with a slash."""
+    return fnmatch.fnmatchcase(f"/{path}", glob if glob.startswith("/") else f"*{glob}*")
+
+
 def nearest(headers: list[Header], pattern: str | None) -> list[Header]:
     """With `GLOB@N`, at each boundary the SAE whose L0 is nearest to N, as its makers say."""
-    n = None if pattern is None else _split(pattern)[1]
+    n = None if pattern is None else split_nearest(pattern)[1]
     if n is None:
         return headers
     best: dict[int, Header] = {}
@@ -80,7 +84,7 @@ def nearest(headers: list[Header], pattern: str | None) -> list[Header]:
     return list(best.values())
 
 
-def _split(pattern: str) -> tuple[str, int | None]:
+def split_nearest(pattern: str) -> tuple[str, int | None]:
     """`GLOB@N`, split."""
     match = _NEAREST.fullmatch(pattern)
     return (match[1], int(match[2])) if match else (pattern, None)
