@@ -317,6 +317,8 @@ def _settings(bundle: Bundle, opts: TraceOptions) -> dict[str, Any]:
         dtype=bundle.dtype,
         neuronpedia=bundle.source and bundle.source.to_json(),
         missing=bundle.missing,
+        accepted=list(bundle.accepted),
+        notes=list(bundle.notes),
         n_blocks=config.n_blocks,
         n_heads=config.n_heads,
         windows=[None if w == NO_WINDOW else w for w in config.windows],

@@ -87,6 +87,11 @@ class Result:
     session: Session | None = dataclasses.field(default=None, repr=False)
 
     @property
+    def notes(self) -> tuple[str, ...]:
+        """What is to be known of the model and the SAEs."""
+        return tuple(self.settings.get("notes", ()))
+
+    @property
     def n_blocks(self) -> int:
         return self.settings["n_blocks"]
 

@@ -135,6 +135,24 @@ def test_only_what_is_needed_of_a_model_is_downloaded(cache, online, tmp_path):
     assert not any(name.endswith((".bin", ".py", ".pt")) for name in hub.MODEL_FILES)
 
 
+@pytest.mark.parametrize("reached", [True, False])
+def test_cached_weights_without_a_tokenizer_are_completed(cache, tmp_path, monkeypatch, reached):
+    """The hub is asked for the tokenizer; where it cannot be reached, the weights will do."""
+    part = folders.write_model(snapshot(cache, "user/small"))
+    whole = folders.write_model(tmp_path / "whole", tokenizer=True)
+    asked = []
+
+    def download(repo, *, local_files_only, **rest):
+        asked.append(local_files_only)
+        if not local_files_only and not reached:
+            raise errors.LocalEntryNotFoundError("no network")
+        return str(part if local_files_only else whole)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert (qkattr.load("user/small").tokenizer is not None) == reached
+    assert asked == [True, False]
+
+
 def test_only_the_chosen_saes_are_downloaded(cache, online, tmp_path, small):
     choice = registry.find_saes("small-res:snap")
     root = snapshot(cache, "user/saes")

@@ -2,7 +2,9 @@
 
 import hashlib
 import json
+import shutil
 
+import families
 import gguf
 import jax
 import jax.numpy as jnp
@@ -143,7 +145,8 @@ Q = "model.layers.1.self_attn.q_proj.weight"
         ),
         (lambda t: t[Q].__setitem__((0, 0), np.nan), f"{Q} holds NaN or infinite"),
         (lambda t: t[Q].__setitem__((0, 0), -np.inf), f"{Q} holds NaN or infinite"),
-        (lambda t: t.update({Q: t[Q].astype(np.float64)}), f"{Q} is F64, expected"),
+        (lambda t: t.update({Q: t[Q].astype(np.int32)}), f"{Q} is I32, expected F64, F32,"),
+        (lambda t: t.update({Q: t[Q] > 0}), f"{Q} is BOOL, expected"),
     ],
 )
 def test_tensors_that_do_not_fit(tmp_path, edit, message):
@@ -161,6 +164,44 @@ def test_tensors_that_follow_from_others_are_ignored(tmp_path):
     }
     change(tmp_path, lambda t: t.update({name: w.astype(np.float32) for name, w in rest.items()}))
     assert_same(load_hf(tmp_path)[1], tensors)
+
+
+#: What published checkpoints hold beside the weights, by the family whose files hold it.
+UNREAD = {
+    "pythia": {
+        "gpt_neox.layers.0.attention.bias": np.tri(8, dtype=bool)[None, None],
+        "gpt_neox.layers.1.attention.bias": np.tri(8, dtype=np.uint8)[None, None],
+        "gpt_neox.layers.0.attention.masked_bias": np.array(-np.inf, np.float32),
+        "gpt_neox.layers.1.attention.rotary_emb.inv_freq": np.full(4, np.nan, np.float16),
+    },
+    "gpt2": {
+        "transformer.h.0.attn.bias": np.tri(8, dtype=bool)[None, None],
+        "transformer.h.1.attn.masked_bias": np.array(-1e4, np.float32),
+        "lm_head.weight": np.zeros((2, 2), np.int8),
+    },
+    "llama2": {"model.layers.0.self_attn.rotary_emb.inv_freq": np.arange(3)},
+    "gemma3": {
+        "model.vision_tower.vision_model.embeddings.position_ids": np.arange(9),
+        "model.multi_modal_projector.scale": np.ones(2, np.int8),
+    },
+}
+
+
+@pytest.mark.parametrize("name", UNREAD)
+def test_nothing_is_asked_of_tensors_that_are_not_read(tmp_path, name):
+    """Neither their types, nor their shapes, nor that they are finite."""
+    folder = shutil.copytree(families.saved(name), tmp_path / name)
+    before = load_hf(folder)
+    change(folder, lambda t: t.update(UNREAD[name]))
+    jax.tree.map(np.testing.assert_array_equal, load_hf(folder)[1], before[1])
+
+
+@pytest.mark.parametrize("kind", [np.float64, np.float16])
+def test_all_float_types_are_read(tmp_path, kind):
+    write_folder(tmp_path)
+    change(tmp_path, lambda t: t.update({Q: t[Q].astype(kind)}))
+    q = load_file(tmp_path / "model.safetensors")[Q].astype(np.float32)
+    np.testing.assert_array_equal(load_hf(tmp_path)[1].blocks.wq_DNH[1, :, 1], q[H : 2 * H].T)
 
 
 def test_large_finite_weights_pass(tmp_path):

@@ -20,7 +20,7 @@ import pytest
 from tiny import within
 
 import qkattr
-from qkattr.cli import common
+from qkattr.cli import options
 from qkattr.cli.main import main
 
 #: Peak of resident memory while weights are read, in their size: the issue's 10 % over it.
@@ -140,7 +140,7 @@ def test_out_of_memory_is_one_line_that_names_what_to_change(
     """The error is XLA's own, of an array that no machine holds."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "t").write_text("text")
-    monkeypatch.setattr(common, "open_model", lambda *a, **k: jnp.zeros(2**48))
+    monkeypatch.setattr(options.Saes, "open", lambda self: jnp.zeros(2**48))
     assert main([*command, "-m", "m", "-s", "s"]) == 2
     out, err = capsys.readouterr()
     assert out == "" and err.count("\n") == 1

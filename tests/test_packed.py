@@ -362,7 +362,7 @@ def spoil(name, value):
         (put("W_enc.codes", np.zeros((32, 15), np.uint8)), "is U8 [32, 15], its config"),
         (put("W_enc.codes", np.zeros((32, 16), np.float32)), "is F32 [32, 16], its config"),
         (put("W_enc.scales", np.zeros((32, 1), np.float32)), "is F32 [32, 1], its config"),
-        (put("b_enc", np.zeros(32, np.int32)), "b_enc is I32, expected"),
+        (put("b_enc", np.zeros(32, np.int32)), "b_enc is I32 [32], its config calls for F32"),
         (put("b_dec", np.zeros(31, np.float32)), "b_dec is F32 [31], its config calls for F32"),
         (spoil("W_dec.scales", np.nan), "W_dec.scales holds NaN or infinite values"),
         (spoil("W_dec.scales", np.inf), "W_dec.scales holds NaN or infinite values"),

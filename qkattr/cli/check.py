@@ -7,13 +7,12 @@ from typing import Annotated
 
 import typer
 
-from qkattr.cli import common
+from qkattr.cli import common, options
 from qkattr.cli.text import cut_rows, read_text
 
 
 def check(
-    model: common.Model = None,
-    saes: common.Saes = None,
+    model: options.Saes = options.Saes(),
     text: Annotated[
         Path | None,
         typer.Option(
@@ -22,20 +21,19 @@ def check(
         ),
     ] = None,
     rows: Annotated[int, typer.Option(min=1, help="Rows of 128 tokens to read, at most.")] = 4,
-    bos: common.Bos = None,
-    dtype: common.Dtype = "float32",
-    missing: common.Missing = "error",
+    reading: options.Text = options.Text(),
     json: common.Json = False,
 ) -> None:
     """L0, unexplained variance, dead features and loss recovered, boundary by boundary."""
     with common.progress() as progress:
         passage = read_text(text)
-        bundle = common.open_model(common.need_model(model), common.need_saes(saes), dtype, missing)
+        model.check_both()
+        bundle = model.open()
         from qkattr.check import check_saes
 
-        report = check_saes(bundle, cut_rows(bundle, passage, bos, rows), progress=progress)
+        report = check_saes(bundle, cut_rows(bundle, passage, reading.bos, rows), progress=progress)
     if json:
-        common.print_json(report)
+        common.print_json(report, bundle.notes)
     else:
         show(report)
 

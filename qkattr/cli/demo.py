@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from qkattr.cli import trace
+from qkattr.cli import options, trace
 
 PROMPT = "I always loved visiting Aunt Sally. Whenever I was feeling sad, Aunt"
 
@@ -16,4 +16,4 @@ def demo(
     out: Annotated[Path, typer.Option(help="Folder for the page and its data.")] = Path("demo"),
 ) -> None:
     """Trace a sentence about Aunt Sally through smollm2, and write the page to open."""
-    trace.trace(PROMPT, model="smollm2", saes="smollm2", out=out)
+    trace.trace(PROMPT, options.Saes(model="smollm2", saes="smollm2"), out=out)

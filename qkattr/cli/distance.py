@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from qkattr.cli import common, place
+from qkattr.cli import common, options, place
 from qkattr.errors import printable, quoted
 
 if TYPE_CHECKING:
@@ -26,16 +26,11 @@ def distance(
             "--max", help="Distances, from 0 on. Default: 256, or the window.", show_default=False
         ),
     ] = None,
-    model: common.Model = None,
-    saes: common.Saes = None,
+    model: options.Saes = options.Saes(),
     top: Annotated[int, typer.Option(min=1, max=4096, help="Pairs to list.")] = 12,
     figure: place.Figure = None,
     labels: common.Labels = None,
-    sink: common.Sink = True,
-    bos: common.Bos = None,
-    ids: common.Ids = False,
-    dtype: common.Dtype = "float32",
-    missing: common.Missing = "error",
+    reading: options.Subject = options.Subject(),
     json: common.Json = False,
 ) -> None:
     """A score and its strongest pairs as functions of distance, all else held."""
@@ -45,13 +40,13 @@ def distance(
     check_distances(distances)
     place.check_figure(figure)
     with common.progress() as progress:
-        subject, given, options = place.open_subject(
-            context, prompt, (layer, head, query, key), model=model, saes=saes, dtype=dtype,
-            missing=missing, ids=ids, sink=sink, bos=bos, labels=labels, progress=progress,
+        subject, given, components = place.open_subject(
+            context, prompt, (layer, head, query, key), model=model, reading=reading,
+            labels=labels, progress=progress,
         )  # fmt: skip
         found = profile(
             subject, given, layer=layer, head=head, query=query, key=key, distances=distances,
-            top=top, progress=progress, **options,
+            top=top, progress=progress, **components,
         )  # fmt: skip
         if figure is not None:
             from qkattr.export.qk_figures import distance_figure
@@ -59,7 +54,7 @@ def distance(
             progress("drawing")
             distance_figure(found, figure)
     if json:
-        common.print_json(found.to_json())
+        common.print_json(found.to_json(), subject.notes)
         return
     show(found)
     if figure is not None:

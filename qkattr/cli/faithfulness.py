@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from qkattr.cli import common
+from qkattr.cli import common, options
 from qkattr.errors import InputError, printable, quoted
 
 if TYPE_CHECKING:
@@ -21,8 +21,7 @@ def faithfulness(
     prompts: Annotated[
         str, typer.Argument(metavar="PROMPT|FILE", help="Text, or a .txt or .toml of prompts.")
     ],
-    model: common.Model = None,
-    saes: common.Saes = None,
+    model: options.Saes = options.Saes(),
     out: Annotated[
         Path | None,
         Option(
@@ -36,9 +35,7 @@ def faithfulness(
     ),
     draws: Annotated[int, Option(help="Random heads that are tried.")] = 20,
     seed: Annotated[int, Option(min=0, help="Of all draws.")] = 0,
-    dtype: common.Dtype = "float32",
-    missing: common.Missing = "error",
-    ids: common.Ids = False,
+    reading: options.Subject = options.Subject(),
     json: common.Json = False,
 ) -> None:
     """Are the explanations true? Scores, heads, edges, nodes against the model, with controls."""
@@ -48,27 +45,33 @@ def faithfulness(
     given: list[Any]
     if _is_file(prompts):
         given = [
-            dataclasses.replace(one, prompt=common.read_prompt(one.prompt, ids))
+            dataclasses.replace(one, prompt=reading.read(one.prompt))
             for one in read_prompts(prompts)
         ]
     else:
-        given = [common.read_prompt(prompts, ids)]
-    common.need_model(model)
-    common.need_saes(saes)
+        given = [reading.read(prompts)]
+    model.check_both()
     if out is not None:
         from qkattr.export.folder import check_writable
 
         check_writable(out)
     with common.progress() as progress:
-        bundle = common.open_model(model, saes, dtype, missing)
+        bundle = model.open()
         from qkattr.experiments.faithfulness import faithfulness as test_prompts
 
         report = test_prompts(
-            bundle, given, measures=chosen, draws=draws, seed=seed, folder=out, progress=progress
+            bundle,
+            given,
+            measures=chosen,
+            draws=draws,
+            seed=seed,
+            **reading.components,
+            folder=out,
+            progress=progress,
         )
         written = None if out is None else _write(report, out)
     if json:
-        common.print_json(report.to_json())
+        common.print_json(report.to_json(), bundle.notes)
         return
     _show(report)
     if written:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from qkattr.cli import common
+from qkattr.cli import common, options
 from qkattr.errors import InputError, printable
 
 if TYPE_CHECKING:
@@ -22,8 +22,7 @@ Option = typer.Option
 
 def features(
     context: typer.Context,
-    model: common.Model = None,
-    saes: common.Saes = None,
+    model: options.Saes = options.Saes(),
     text: Annotated[
         Path | None,
         Option(help="Make cards from this text, or .npy of token rows.", show_default=False),
@@ -54,9 +53,7 @@ def features(
     export: Annotated[
         Path | None, Option(help="Write a JSON file a feature here.", show_default=False)
     ] = None,
-    bos: common.Bos = None,
-    dtype: common.Dtype = "float32",
-    missing: common.Missing = "error",
+    reading: options.Text = options.Text(),
     json: common.Json = False,
 ) -> None:
     """What features do on a text: contexts, density, logits, and labels with their quality."""
@@ -69,18 +66,15 @@ def features(
     _check(text, cards, boundary, index, resid_pre and labels is None, asked)
     _check_strays(context, making=text is not None, imports=labels is not None)
     if text is not None:
-        into = _need_out(out, model, saes)
+        into = _need_out(out, model)
         _make(
             model,
-            saes,
             text,
             into,
             rows=rows,
             length=length,
             batch=batch,
-            bos=bos,
-            dtype=dtype,
-            missing=missing,
+            bos=reading.bos,
         )
         return
     from qkattr.features.cards import Cards
@@ -119,7 +113,10 @@ def _check(text, cards, boundary, index, stray_pre, asked: dict[str, bool]) -> N
 
 
 #: Options that say how cards are made, and those that say what of them is shown.
-_MAKING = ("model", "saes", "rows", "length", "batch", "bos", "dtype", "missing")
+_MAKING = (
+    *("model", "saes", "dtype", "missing", "accept", "bos", "bos_token"),
+    *("rows", "length", "batch"),
+)
 _SHOWING = ("boundary", "json")
 
 
@@ -140,9 +137,8 @@ def _check_strays(context: typer.Context, *, making: bool, imports: bool) -> Non
             raise InputError(f"{name} goes with --text or --labels; give one of them")
 
 
-def _need_out(out: Path | None, model: str | None, saes: str | None) -> Path:
-    common.need_model(model)
-    common.need_saes(saes)
+def _need_out(out: Path | None, model: options.Saes) -> Path:
+    model.check_both()
     if out is None:
         raise InputError("--out is missing; give the .npz file to write the cards to")
     if out.is_dir():
@@ -153,10 +149,10 @@ def _need_out(out: Path | None, model: str | None, saes: str | None) -> Path:
     return out
 
 
-def _make(model, saes, text: Path, out: Path, *, rows, length, batch, bos, dtype, missing) -> None:
+def _make(model: options.Saes, text: Path, out: Path, *, rows, length, batch, bos) -> None:
     with _bar() as progress:
         progress("loading", 0.0)
-        bundle = common.open_model(model, saes, dtype, missing)
+        bundle = model.open()
         from qkattr.features import ScanConfig, make_cards
         from qkattr.load.corpus import read_rows
 

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from qkattr.cli import common
+from qkattr.cli import common, options
 
 
 def heads(
@@ -18,40 +18,35 @@ def heads(
         str, typer.Option("--from", help='Source position: index, or token text (" Aunt#2").')
     ],
     target: Annotated[str, typer.Option("--to", help="Target position.")],
-    model: common.Model = None,
-    saes: common.Saes = None,
+    model: options.Saes = options.Saes(),
     top: Annotated[
         int | None,
         typer.Option(
             min=1, help="Heads to list. Default: 20, all with --json.", show_default=False
         ),
     ] = None,
-    sink: common.Sink = True,
-    bos: common.Bos = None,
-    ids: common.Ids = False,
-    dtype: common.Dtype = "float32",
-    missing: common.Missing = "error",
+    reading: options.Subject = options.Subject(),
     json: common.Json = False,
 ) -> None:
     """Which heads carried information between two positions, and how strongly they looked."""
     with common.progress() as progress:
         if common.is_result(prompt):
-            result = common.open_saved(prompt, context)
+            result = options.open_saved(prompt, context)
             _ends(result.tokens, source, target)
             progress("loading the model")
-            result = common.with_model(result, model, saes)
+            result = options.with_model(result, model)
         else:
             from qkattr.analysis import trace
             from qkattr.session import token_texts
 
-            given = common.read_prompt(prompt, ids)
-            bundle = common.open_model(model, saes, dtype, missing)
-            tokens = token_texts(bundle, bundle.tokenize(given, bos)[0])
+            given = reading.read(prompt)
+            bundle = model.open()
+            tokens = token_texts(bundle, bundle.tokenize(given, reading.bos)[0])
             _ends(tokens, source, target)
-            result = trace(bundle, given, progress=progress, qk=0, sinks=sink, bos=bos)
+            result = trace(bundle, given, progress=progress, qk=0, **reading.components)
         report = heads_between(result, source, target)
     if json:
-        common.print_json({**report, "heads": report["heads"][:top]})
+        common.print_json({**report, "heads": report["heads"][:top]}, result.notes)
     else:
         _show(report, top or 20)
 

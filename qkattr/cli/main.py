@@ -32,6 +32,7 @@ from qkattr.cli import (
     train,
     why,
 )
+from qkattr.cli.options import expanded
 from qkattr.errors import InputError, clipped, printable, quoted
 
 #: Characters of an error message that are printed, at most.
@@ -75,7 +76,7 @@ for command in (
     features.features,
     models.models,
 ):
-    app.command()(command)
+    app.command()(expanded(command))
 
 
 @app.callback(invoke_without_command=True)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from qkattr.cli import common, place
+from qkattr.cli import common, options, place
 from qkattr.errors import printable, quoted
 
 if TYPE_CHECKING:
@@ -27,8 +27,7 @@ def marginals(
     key: Annotated[
         str | None, typer.Option(help="Only this key position.", show_default=False)
     ] = None,
-    model: common.Model = None,
-    saes: common.Saes = None,
+    model: options.Saes = options.Saes(),
     limit: Annotated[int, typer.Option(min=1, help="Places to list, at most.")] = 30,
     top: Annotated[int, typer.Option(min=1, help="Marginals a side of each place.")] = 5,
     sinks_too: Annotated[
@@ -36,11 +35,7 @@ def marginals(
     ] = False,
     figure: place.Figure = None,
     labels: common.Labels = None,
-    sink: common.Sink = True,
-    bos: common.Bos = None,
-    ids: common.Ids = False,
-    dtype: common.Dtype = "float32",
-    missing: common.Missing = "error",
+    reading: options.Subject = options.Subject(),
     json: common.Json = False,
 ) -> None:
     """Every place of a prompt at which a head looks, with the components that make it look."""
@@ -50,13 +45,12 @@ def marginals(
     check_attention(attention)
     place.check_head_of(layer, head)
     with common.progress() as progress:
-        subject, given, options = place.open_subject(
-            context, prompt, None, model=model, saes=saes, dtype=dtype, missing=missing, ids=ids,
-            sink=sink, bos=bos, labels=labels, progress=progress,
-        )  # fmt: skip
+        subject, given, components = place.open_subject(
+            context, prompt, None, model=model, reading=reading, labels=labels, progress=progress,
+            )  # fmt: skip
         found = looks(
             subject, given, attention=attention, layer=layer, head=head, query=query, key=key,
-            limit=limit, top=top, sinks_too=sinks_too, progress=progress, **options,
+            limit=limit, top=top, sinks_too=sinks_too, progress=progress, **components,
         )  # fmt: skip
         if figure is not None:
             from qkattr.export.qk_figures import looks_figure
@@ -64,7 +58,7 @@ def marginals(
             progress("drawing")
             looks_figure(found, figure)
     if json:
-        common.print_json(found.to_json())
+        common.print_json(found.to_json(), subject.notes)
         return
     show(found)
     if figure is not None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from qkattr.cli import common, place
+from qkattr.cli import common, options, place
 from qkattr.errors import InputError, printable, quoted
 
 if TYPE_CHECKING:
@@ -31,16 +31,11 @@ def mechanisms(
     features: Annotated[
         bool, typer.Option("--features", help="Only pairs of two features.")
     ] = False,
-    model: common.Model = None,
-    saes: common.Saes = None,
+    model: options.Saes = options.Saes(),
     top: Annotated[int, typer.Option(min=1, max=4096, help="Mechanisms, and components.")] = 6,
     figure: place.Figure = None,
     labels: common.Labels = None,
-    sink: common.Sink = True,
-    bos: common.Bos = None,
-    ids: common.Ids = False,
-    dtype: common.Dtype = "float32",
-    missing: common.Missing = "error",
+    reading: options.Subject = options.Subject(),
     json: common.Json = False,
 ) -> None:
     """The singular value decomposition of a head's terms: its parallel reasons to look there."""
@@ -50,11 +45,11 @@ def mechanisms(
     others = [] if more is None else _prompts(more, prompt)
     where = dict(layer=layer, head=head, query=query, key=key)
     with common.progress() as progress:
-        subject, given, options = place.open_subject(
-            context, prompt, tuple(where.values()), model=model, saes=saes, dtype=dtype,
-            missing=missing, ids=ids, sink=sink, bos=bos, labels=labels, progress=progress,
+        subject, given, components = place.open_subject(
+            context, prompt, tuple(where.values()), model=model, reading=reading,
+            labels=labels, progress=progress,
         )  # fmt: skip
-        how = dict(top=top, features=features, progress=progress) | where | options
+        how = dict(top=top, features=features, progress=progress) | where | components
         if others:
             found = analyses.mechanisms_over(subject, [given, *others], **how)
         else:
@@ -65,7 +60,7 @@ def mechanisms(
             progress("drawing")
             mechanisms_figure(found, figure)
     if json:
-        common.print_json(found.to_json())
+        common.print_json(found.to_json(), subject.notes)
         return
     show(found, top)
     if figure is not None:

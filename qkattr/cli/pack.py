@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from qkattr.cli import common
+from qkattr.cli import common, options
 from qkattr.cli.text import cut_rows, read_text
 from qkattr.errors import InputError, printable
 
@@ -20,7 +20,7 @@ def pack(
     context: typer.Context,
     saes: Annotated[Path, typer.Argument(help="Folder of SAELens SAEs, one after every block.")],
     out: Annotated[Path, Option(help="File to write, .safetensors.", show_default=False)],
-    model: common.Model = None,
+    model: options.Model = options.Model(),
     bits: Annotated[int, Option(help="Of a weight: 4 or 8.")] = 4,
     block: Annotated[int, Option(help="Weights of a feature that share a scale.")] = 32,
     wide: Annotated[
@@ -35,21 +35,22 @@ def pack(
         ),
     ] = None,
     rows: Annotated[int, Option(min=1, help="Rows of the text to read, at most.")] = 4,
-    bos: common.Bos = None,
-    missing: common.Missing = "error",
+    reading: options.Text = options.Text(),
+    missing: options.Missing = "error",
     json: common.Json = False,
 ) -> None:
     """Pack a folder of SAEs into one file of blockwise integers, for --saes."""
     if saes.is_file():
         raise InputError(f"{str(saes)!r} is a file; give the folder of SAEs that is to be packed")
-    for name in common.given(context, "rows", "bos") if text is None else ():
+    for name in common.given(context, "rows", "bos", "bos_token") if text is None else ():
         raise InputError(f"{name} says what of --text is measured; give --text, or leave it out")
+    model.check()
     with common.progress() as progress:
         passage = None if text is None else read_text(text)
-        common.need_model(model)
         _check_out(out)
-        bundle = common.open_model(model, str(saes), missing=missing)
-        wanted = None if passage is None else cut_rows(bundle, passage, bos, rows)
+        named = options.Saes(**vars(model), saes=str(saes), missing=missing)
+        bundle = named.open()
+        wanted = None if passage is None else cut_rows(bundle, passage, reading.bos, rows)
         from qkattr.load.packed import pack_saes
 
         errors = pack_saes(saes, out, bits=bits, block=block, wide=wide or (), progress=progress)
@@ -59,7 +60,7 @@ def pack(
             report |= _measure(bundle, out, wanted, boundaries, progress)
     report["boundaries"] = list(boundaries.values())
     if json:
-        common.print_json(report)
+        common.print_json(report, bundle.notes)
     else:
         _show(report)
 

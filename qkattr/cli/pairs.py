@@ -7,14 +7,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from qkattr.cli import common, place
+from qkattr.cli import common, options, place
 from qkattr.errors import InputError, printable, quoted
 
 if TYPE_CHECKING:
     from qkattr.analyses.pairs import TopPairs, WeightPairs
+    from qkattr.load.bundle import Bundle
 
 #: Options of one of the two uses.
-_PROMPT = ("features", "sink", "bos", "ids")
+_PROMPT = ("features", "sink", "bos", "bos_token", "ids")
 _WEIGHTS = ("distance", "typical", "text")
 #: Rows of a text that are read, at most; norm scales are medians over 128 of them.
 ROWS = 4096
@@ -36,8 +37,7 @@ def pairs(
     head: Annotated[
         int | None, typer.Option(help="Query head, of --layer.", show_default=False)
     ] = None,
-    model: common.Model = None,
-    saes: common.Saes = None,
+    model: options.Saes = options.Saes(),
     top: Annotated[int, typer.Option(help="Pairs of either sign.")] = 20,
     features: Annotated[
         bool, typer.Option("--features", help="With a prompt: only pairs of two features.")
@@ -62,11 +62,7 @@ def pairs(
     ] = None,
     figure: place.Figure = None,
     labels: common.Labels = None,
-    sink: common.Sink = True,
-    bos: common.Bos = None,
-    ids: common.Ids = False,
-    dtype: common.Dtype = "float32",
-    missing: common.Missing = "error",
+    reading: options.Subject = options.Subject(),
     json: common.Json = False,
 ) -> None:
     """The strongest terms over all heads and places of a prompt; or, without one, the strongest
@@ -83,16 +79,15 @@ def pairs(
     how = dict(layer=layer, head=head, top=top)
     with common.progress() as progress:
         if prompt is None:
-            found = _of_weights(how, model, saes, dtype, missing, labels, text, distance, typical,
-                                progress)  # fmt: skip
+            subject, found = _of_weights(how, model, labels, text, distance, typical, progress)
             draw, say = "weights_figure", show_weights
         else:
-            subject, given, options = place.open_subject(
-                context, prompt, None, model=model, saes=saes, dtype=dtype, missing=missing,
-                ids=ids, sink=sink, bos=bos, labels=labels, progress=progress,
+            subject, given, components = place.open_subject(
+                context, prompt, None, model=model, reading=reading,
+                labels=labels, progress=progress,
             )  # fmt: skip
             found = analyses.top_pairs(
-                subject, given, **how, features=features, progress=progress, **options
+                subject, given, **how, features=features, progress=progress, **components
             )
             draw, say = "pairs_figure", show
         if figure is not None:
@@ -101,7 +96,7 @@ def pairs(
             progress("drawing")
             getattr(qk_figures, draw)(found, figure)
     if json:
-        common.print_json(found.to_json())
+        common.print_json(found.to_json(), subject.notes)
         return
     say(found)
     if figure is not None:
@@ -109,8 +104,9 @@ def pairs(
 
 
 def _of_weights(
-    how: dict[str, Any], model, saes, dtype, missing, labels, text, distance, typical, progress
-) -> WeightPairs:
+    how: dict[str, Any], model: options.Saes, labels, text, distance, typical, progress
+) -> tuple[Bundle, WeightPairs]:
+    """The bundle and what was found."""
     from qkattr.analyses.pairs import check_weight_place, weight_pairs
 
     if how["layer"] is None or how["head"] is None:
@@ -118,7 +114,8 @@ def _of_weights(
             "without a prompt, pairs looks at the weights of one head; give --layer and --head, or "
             "a prompt"
         )
-    bundle = common.open_model(model, common.need_saes(saes), dtype, missing)
+    model.check_both()
+    bundle = model.open()
     check_weight_place(bundle, how["layer"], how["head"], distance)
     if labels:
         from qkattr.load.labels import labelled
@@ -134,8 +131,9 @@ def _of_weights(
         progress("norm scales")
         norms = norm_scales(bundle, np.array(cut_rows(bundle, read_text(text), None, ROWS)))
     progress("pairs")
-    return weight_pairs(bundle, **how, distance=distance, typical=typical, norms=norms,
-                        source=None if text is None else str(text))  # fmt: skip
+    source = None if text is None else str(text)
+    how |= dict(distance=distance, typical=typical, norms=norms, source=source)
+    return bundle, weight_pairs(bundle, **how)
 
 
 def show(found: TopPairs) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from qkattr.cli import common
+from qkattr.cli import common, options
 from qkattr.errors import InputError
 
 if TYPE_CHECKING:
@@ -49,13 +49,8 @@ def open_subject(
     prompt: str,
     place: tuple | None,
     *,
-    model,
-    saes,
-    dtype,
-    missing,
-    ids,
-    sink,
-    bos,
+    model: options.Saes,
+    reading: options.Subject,
     progress,
     labels: list[str] | None = None,
 ) -> tuple[Result | Bundle, Prompt | None, dict[str, Any]]:
@@ -64,26 +59,26 @@ def open_subject(
     if common.is_result(prompt):
         from qkattr.scores import place_in
 
-        result = common.open_saved(prompt, context)
+        result = options.open_saved(prompt, context)
         if place is not None:
             place_in(result, place)
         if labels:
             result = relabelled(result, labels)
         progress("loading the model")
-        return common.with_model(result, model, saes), None, {}
+        return options.with_model(result, model), None, {}
     from qkattr.scores import find_place_in
     from qkattr.session import token_texts
 
-    given = common.read_prompt(prompt, ids)
-    bundle = common.open_model(model, saes, dtype, missing)
-    ids_ = bundle.tokenize(given, bos)[0]
+    given = reading.read(prompt)
+    bundle = model.open()
+    ids_ = bundle.tokenize(given, reading.bos)[0]
     if place is not None:
         find_place_in(bundle.config, token_texts(bundle, ids_), place)
     if labels:
         from qkattr.load.labels import labelled
 
         bundle = labelled(bundle, labels, progress)
-    return bundle, given, dict(sinks=sink, bos=bos)
+    return bundle, given, reading.components
 
 
 def relabelled(result: Result, labels: list[str]) -> Result:

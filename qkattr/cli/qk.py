@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from qkattr.cli import common, place
+from qkattr.cli import common, options, place
 from qkattr.errors import quoted
 
 if TYPE_CHECKING:
@@ -27,8 +27,7 @@ def qk(
         str, Option(help='Position: index, negative index, or token text (" Aunt#2").')
     ],
     key: Annotated[str, Option(help="Position that it looked at.")],
-    model: common.Model = None,
-    saes: common.Saes = None,
+    model: options.Saes = options.Saes(),
     top: Annotated[
         int | None,
         Option(
@@ -49,11 +48,7 @@ def qk(
         ),
     ] = None,
     labels: common.Labels = None,
-    sink: common.Sink = True,
-    bos: common.Bos = None,
-    ids: common.Ids = False,
-    dtype: common.Dtype = "float32",
-    missing: common.Missing = "error",
+    reading: options.Subject = options.Subject(),
     json: common.Json = False,
 ) -> None:
     """A head's attention score as a sum over pairs of query-side and key-side components."""
@@ -65,16 +60,16 @@ def qk(
         if common.is_result(prompt):
             from qkattr.scores import place_in, qk_attribution, stored_in_full
 
-            result = common.open_saved(prompt, context)
+            subject = result = options.open_saved(prompt, context)
             if labels:
                 result = place.relabelled(result, labels)
             if stored_in_full(result, place_in(result, (layer, head, query, key))) is None:
                 progress("loading the model")
-                result = common.with_model(result, model, saes)
+                result = options.with_model(result, model)
             table = qk_attribution(result, layer=layer, head=head, query=query, key=key)
         else:
-            given = common.read_prompt(prompt, ids)
-            bundle = common.open_model(model, saes, dtype, missing)
+            given = reading.read(prompt)
+            subject = bundle = model.open()
             if labels:
                 from qkattr.load.labels import labelled
 
@@ -89,12 +84,12 @@ def qk(
                 query=query,
                 key=key,
                 progress=progress,
-                sinks=sink,
-                bos=bos,
+                **reading.components,
             )
     sums = grouped(table, named, label or ()) if named or label else None
     if json:
-        common.print_json(table.to_json(top) | ({} if sums is None else dict(groups=sums)))
+        found = table.to_json(top) | ({} if sums is None else dict(groups=sums))
+        common.print_json(found, subject.notes)
         return
     show(table, top or 20)
     if sums is not None:

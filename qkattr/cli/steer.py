@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
-from qkattr.cli import common
+from qkattr.cli import common, options
 from qkattr.errors import InputError, printable, quoted
 
 if TYPE_CHECKING:
@@ -79,13 +79,8 @@ def steer(
     figure: Annotated[
         Path | None, Option(help="Draw it: a .svg, .png or .pdf.", show_default=False)
     ] = None,
-    model: common.Model = None,
-    saes: common.Saes = None,
-    sink: common.Sink = True,
-    bos: common.Bos = None,
-    ids: common.Ids = False,
-    dtype: common.Dtype = "float32",
-    missing: common.Missing = "error",
+    model: options.Saes = options.Saes(),
+    reading: options.Subject = options.Subject(),
     json: common.Json = False,
 ) -> None:
     """Scale features inside the QK circuit of chosen heads only, and see what the model says."""
@@ -114,9 +109,9 @@ def steer(
             check_asked(bundle, tokens, edits, ablated, track or (), query)
 
     with common.progress() as progress:
-        subject, given, options = _open(
-            prompt, model, saes, context=context, check=check, trace=source is not None, ids=ids,
-            dtype=dtype, missing=missing, sink=sink, bos=bos, progress=progress,
+        subject, given, components = _open(
+            prompt, model, reading, context=context, check=check, trace=source is not None,
+            progress=progress,
         )  # fmt: skip
         if source is not None:
             progress("choosing heads and features")
@@ -135,7 +130,7 @@ def steer(
             query=query,
             labels=known,
             progress=progress,
-            **options,
+            **components,
         )
         needed = None
         if hydra:
@@ -147,7 +142,7 @@ def steer(
             steering.figure(figure)
     if json:
         extra = {} if needed is None else dict(hydra=needed.to_json())
-        common.print_json(steering.to_json() | extra)
+        common.print_json(steering.to_json() | extra, subject.notes)
         return
     _show(steering)
     if needed is not None:
@@ -212,27 +207,27 @@ def _check_figure(figure: Path | None) -> None:
         check_writable(figure.parent)
 
 
-def _open(prompt, model, saes, *, context, check, trace: bool, ids, dtype, missing, sink, bos,
+def _open(prompt, model: options.Saes, reading: options.Subject, *, context, check, trace: bool,
           progress):  # fmt: skip
     """What `qkattr.steer` takes: a result, or a bundle with a prompt and its options."""
     if common.is_result(prompt):
-        result = common.open_saved(prompt, context)
+        result = options.open_saved(prompt, context)
         check(result.tokens, (result.settings["n_blocks"], result.settings["n_heads"]))
         progress("loading the model")
-        return common.with_model(result, model, saes), None, {}
-    given = common.read_prompt(prompt, ids)
+        return options.with_model(result, model), None, {}
+    given = reading.read(prompt)
     if trace:
-        common.need_model(model)
-        common.need_saes(saes)
-    bundle = common.open_model(model, saes, dtype, missing)
+        model.check_both()
+    bundle = model.open()
     if not trace:
-        return bundle, given, dict(sinks=sink, bos=bos)
+        return bundle, given, reading.components
     from qkattr.analysis import trace as trace_prompt
     from qkattr.session import token_texts
 
-    tokens = token_texts(bundle, bundle.tokenize(given, bos)[0])
+    tokens = token_texts(bundle, bundle.tokenize(given, reading.bos)[0])
     check(tokens, bundle.config.head_grid, bundle)
-    return trace_prompt(bundle, given, progress=progress, qk=0, sinks=sink, bos=bos), None, {}
+    result = trace_prompt(bundle, given, progress=progress, qk=0, **reading.components)
+    return result, None, {}
 
 
 def _hydra(result: Result, source: str, target: str, edits, **how) -> Hydra:

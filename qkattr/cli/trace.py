@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from qkattr.cli import common
+from qkattr.cli import common, options
 from qkattr.errors import InputError, printable, quoted
 
 if TYPE_CHECKING:
@@ -18,8 +18,7 @@ Option = typer.Option
 
 def trace(
     prompt: Annotated[str, typer.Argument(help="The text to explain.")],
-    model: common.Model = None,
-    saes: common.Saes = None,
+    model: options.Saes = options.Saes(),
     out: Annotated[
         Path | None,
         Option(help="Folder for graph.json, graph.npz and index.html.", show_default=False),
@@ -65,22 +64,17 @@ def trace(
         Option(help="Cards that name the features; --saes smollm2 has some.", show_default=False),
     ] = None,
     labels: common.Labels = None,
-    sink: common.Sink = True,
-    bos: common.Bos = None,
-    ids: common.Ids = False,
+    reading: options.Subject = options.Subject(),
     precision: Annotated[str, Option(help="Of matmuls: default, high or highest.")] = "highest",
-    dtype: common.Dtype = "float32",
-    missing: common.Missing = "error",
     json: common.Json = False,
 ) -> None:
     """Trace the next token of PROMPT back to its tokens, with head loadings and QK attributions."""
     with common.progress() as progress:
-        common.need_model(model)
-        common.need_saes(saes)
-        given = common.read_prompt(prompt, ids)
+        model.check_both()
+        given = reading.read(prompt)
         from qkattr.options import make_options
 
-        options = dict(
+        settings = dict(
             target=tuple(target or ()),
             contrast=contrast,
             score=_place(score),
@@ -95,16 +89,15 @@ def trace(
             max_logits=max_logits,
             logit_mass=logit_mass,
             qk=qk,
-            sinks=sink,
-            bos=bos,
             precision=precision,
+            **reading.components,
         )
-        make_options(options)
+        make_options(settings)
         if out is not None:
             from qkattr.export.folder import check_writable
 
             check_writable(out)
-        bundle = common.open_model(model, saes, dtype, missing)
+        bundle = model.open()
         if cards is not None:
             from qkattr.features import with_cards
 
@@ -115,7 +108,7 @@ def trace(
             bundle = labelled(bundle, labels, progress)
         from qkattr.analysis import trace as trace_prompt
 
-        result = trace_prompt(bundle, given, progress=progress, **options)
+        result = trace_prompt(bundle, given, progress=progress, **settings)
         progress("writing")
         page = result.save(out) if out is not None else None
     if json:

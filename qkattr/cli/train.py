@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from qkattr.cli import common
+from qkattr.cli import common, options
 from qkattr.errors import InputError, printable, quoted
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ Option = typer.Option
 
 def train(
     config: Annotated[Path, typer.Argument(metavar="CONFIG.toml", help="What to train.")],
-    model: common.Model = None,
+    model: options.Model = options.Model(),
     text: Annotated[
         Path | None,
         Option(help=".txt, .jsonl, .jsonl.gz, .parquet, or .npy of token ids.", show_default=False),
@@ -44,8 +44,7 @@ def train(
     distributed: Annotated[
         bool, Option("--distributed", help="One process of several: jax.distributed.initialize().")
     ] = False,
-    bos: common.Bos = None,
-    dtype: common.Dtype = "float32",
+    reading: options.Text = options.Text(),
 ) -> None:
     """Train a sparse autoencoder after every block, all of them in one pass over the text."""
     from qkattr.train import need_libraries
@@ -55,17 +54,17 @@ def train(
     if distributed:
         _join_others(mesh)
     cfg = read_config(config, **_changes(set_ or []))
-    common.need_model(model)
+    model.check()
     path, folder = _need(text, "--text", "a text file"), _need(out, "--out", "a folder")
     from qkattr.export.folder import check_writable
 
     check_writable(folder)
     devices = _mesh(mesh)
-    bundle = common.open_model(model, None, dtype)
+    bundle = model.open()
     from qkattr.load.corpus import read_rows
 
     rows = read_rows(
-        path, tokenizer=bundle.tokenizer, length=cfg.row, vocab=bundle.config.vocab, bos=bos
+        path, tokenizer=bundle.tokenizer, length=cfg.row, vocab=bundle.config.vocab, bos=reading.bos
     )
     from qkattr.train.run import measure
     from qkattr.train.run import train as run

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from qkattr.cli import common, place
+from qkattr.cli import common, options, place
 from qkattr.errors import printable, quoted
 
 if TYPE_CHECKING:
@@ -23,16 +23,11 @@ def why(
     form: Annotated[
         str, typer.Option(help="What is decomposed: odds, log(A / (1 - A)), or log, log A.")
     ] = "odds",
-    model: common.Model = None,
-    saes: common.Saes = None,
+    model: options.Saes = options.Saes(),
     top: Annotated[int, typer.Option(min=1, max=4096, help="Rows of each list.")] = 12,
     figure: place.Figure = None,
     labels: common.Labels = None,
-    sink: common.Sink = True,
-    bos: common.Bos = None,
-    ids: common.Ids = False,
-    dtype: common.Dtype = "float32",
-    missing: common.Missing = "error",
+    reading: options.Subject = options.Subject(),
     json: common.Json = False,
 ) -> None:
     """Why a head looked at one key and not at the others, term by term."""
@@ -42,13 +37,13 @@ def why(
     check_form(form)
     place.check_figure(figure)
     with common.progress() as progress:
-        subject, given, options = place.open_subject(
-            context, prompt, (layer, head, query, key), model=model, saes=saes, dtype=dtype,
-            missing=missing, ids=ids, sink=sink, bos=bos, labels=labels, progress=progress,
+        subject, given, components = place.open_subject(
+            context, prompt, (layer, head, query, key), model=model, reading=reading,
+            labels=labels, progress=progress,
         )  # fmt: skip
         found = decompose(
             subject, given, layer=layer, head=head, query=query, key=key, form=form, top=top,
-            progress=progress, **options,
+            progress=progress, **components,
         )  # fmt: skip
         if figure is not None:
             from qkattr.export.qk_figures import why_figure
@@ -56,7 +51,7 @@ def why(
             progress("drawing")
             why_figure(found, figure)
     if json:
-        common.print_json(found.to_json())
+        common.print_json(found.to_json(), subject.notes)
         return
     show(found, top)
     if figure is not None:

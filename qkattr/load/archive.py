@@ -73,6 +73,8 @@ class Archive:
         """A read-only view of one tensor, or a copy if it lies in the file compressed."""
         try:
             return self.tensors[name].get()
+        except InputError:
+            raise
         except (zlib.error, ValueError) as e:
             raise damaged(self.where, f"{clipped(name, 60)}: {e}") from e
 

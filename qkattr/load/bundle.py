@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,11 +36,13 @@ class Bundle:
 
     tokenizer: None when the model's files hold none; prompts are token ids then. dictionaries: one
     a boundary, or None without SAEs. model, saes, missing: as they were asked for. model_hash,
-    saes_hash: see `fingerprint`. bos: whether text gets a BOS, as the SAEs say; None: as the
-    tokenizer does, also when the SAEs disagree. read_cards: the cards of the SAEs' features, which
+    saes_hash: see `fingerprint`. bos: whether text gets a BOS, and why; None: as the tokenizer
+    does, also when the SAEs disagree. accepted: attributes of the model's config that are not known
+    and that the user accepts. read_cards: the cards of the SAEs' features, which
     label what is traced: those that come with "smollm2", or see `qkattr.features.with_cards`.
     labels: of features, by (boundary, index); they go before the cards'. source: where Neuronpedia
-    has cards of the SAEs. notes: what to know about the SAEs, and what of it is not verified.
+    has cards of the SAEs. notes: what to know about the model and the SAEs, and what of it is not
+    verified.
     """
 
     config: ModelConfig
@@ -52,6 +54,8 @@ class Bundle:
     model_hash: str
     saes_hash: str | None
     bos: bool | None = None
+    bos_why: str = "as the SAEs were trained"
+    accepted: tuple[str, ...] = ()
     dtype: str = "float32"
     missing: str = "error"
     read_cards: Callable[[], Cards] | None = dataclasses.field(default=None, repr=False)
@@ -131,11 +135,14 @@ class Bundle:
             if bos is not None
             else "as the tokenizer does"
             if asked is None
-            else "as the SAEs were trained"
+            else self.bos_why
         )
         ids = tokenizer.encode(text, bos=asked)
         first = tokenizer.bos is not None and ids[:1] == [tokenizer.bos_id]
-        return ids, f"BOS {tokenizer.bos} first, {by}" if first else f"no BOS, {by}"
+        if not first:
+            return ids, f"no BOS, {by}"
+        named = f" ({tokenizer.named_by})" if "_token_id" in tokenizer.named_by else ""
+        return ids, f"BOS {tokenizer.bos}{named} first, {by}"
 
     def _need_tokenizer(self) -> Tokenizer:
         if self.tokenizer is None:
@@ -158,11 +165,16 @@ class _Model:
     checkpoint: Checkpoint
     root: Path
     files: tuple[Path, ...]
+    notes: tuple[str, ...] = ()
 
 
-def _open_model(model: str) -> _Model:
+def _open_model(model: str, accept: Collection[str]) -> _Model:
     """Find out what `model` is, and read everything of it but the weights."""
     path = Path(model)
+    if accept and (model == smollm2.NAME or path.suffix == ".gguf"):
+        raise InputError(
+            f"accept names attributes of config.json, and {model} has none; leave it out"
+        )
     if model == smollm2.NAME:
         file, tokenizer = smollm2.open_smollm2()
         return _Model(file.config, tokenizer, file, file.path.parent, (file.path,))
@@ -171,9 +183,13 @@ def _open_model(model: str) -> _Model:
         return _Model(file.config, tokenizer_from_gguf(file.reader), file, path.parent, (path,))
     folder = path if path.is_dir() else named.model_folder(model)
     if folder is not None:
-        config, tokenizer = hf.read_config(folder), Tokenizer.from_folder(folder)
+        config, tokenizer = hf.read_config(folder, accept), Tokenizer.from_folder(folder)
         files = (folder / "config.json", *hf.weight_files(folder))
-        return _Model(config, tokenizer, hf.open_checkpoint(folder), folder, files)
+        notes = tuple(
+            f"config.json has {attribute}, which qkattr does not implement and was told to accept"
+            for attribute in hf.attributes(folder, accept)
+        )
+        return _Model(config, tokenizer, hf.open_checkpoint(folder), folder, files, notes)
     accepted = (
         f"{smollm2.NAME!r}, a Hugging Face folder (config.json and safetensors), a .gguf file, "
         "user/repo of the hub, or a name that `qkattr models` lists"
@@ -223,6 +239,37 @@ def _read_saes(saes: str, config: ModelConfig, missing: str) -> _Saes:
     )
 
 
+@dataclasses.dataclass(frozen=True)
+class _Beginning:
+    """The tokenizer with the BOS that is used; whether text gets one, why, what to say of it."""
+
+    tokenizer: Tokenizer | None
+    bos: bool | None
+    why: str = "as the SAEs were trained"
+    notes: tuple[str, ...] = ()
+
+
+def _beginning(
+    model: str, tokenizer: Tokenizer | None, saes: _Saes | None, bos_token: str | int | None
+) -> _Beginning:
+    """With which token a text begins. Where SAEs were trained with a BOS and the tokenizer has
+    none, it is the EOS, which TransformerLens puts there."""
+    if bos_token is not None:
+        if tokenizer is None:
+            raise InputError(f"{model} has no tokenizer, which bos_token needs; leave it out")
+        return _Beginning(tokenizer.with_bos(str(bos_token)), True, "as asked")
+    bos = None if saes is None else _prepend_bos(saes.dictionaries)
+    if bos is None and model == smollm2.NAME:
+        return _Beginning(tokenizer, True, "as the SAEs in the package were trained")
+    if bos and tokenizer is not None and tokenizer.bos is None and tokenizer.eos is not None:
+        note = (
+            f"the SAEs were trained with a BOS and the tokenizer has none; its EOS, "
+            f"{tokenizer.eos}, stands for it, as in TransformerLens (--bos-token names another)"
+        )
+        return _Beginning(tokenizer.with_bos(tokenizer.eos), bos, notes=(note,))
+    return _Beginning(tokenizer, bos)
+
+
 def _prepend_bos(dictionaries: tuple[Dictionary | None, ...]) -> bool | None:
     """What the SAEs say about a BOS, if they say one thing."""
     said = {d.config.prepend_bos for d in dictionaries if d is not None} - {None}
@@ -235,6 +282,8 @@ def load(
     *,
     dtype: str = "float32",
     missing: str = "error",
+    bos_token: str | int | None = None,
+    accept: Collection[str] = (),
 ) -> Bundle:
     """Load a model and its SAEs.
 
@@ -244,11 +293,16 @@ def load(
     block, a file that `qkattr pack` made of one; or user/repo, a folder in it, or a name of the
     registry, with choices, as in NAME:262k,big. dtype: of the weight matrices, "float32" or
     "bfloat16". missing: "error", or "raw": a boundary without an SAE is one error component.
+    bos_token: the token, by its text or id, that stands for a BOS, which text then begins with.
+    accept: attributes of config.json that qkattr does not know and that the user knows to change
+    nothing; every output names them.
 
     Raises:
       InputError: something is missing, damaged, not implemented, or does not belong together.
     """
-    bundle = open_bundle(model, saes, dtype=dtype, missing=missing)
+    bundle = open_bundle(
+        model, saes, dtype=dtype, missing=missing, bos_token=bos_token, accept=accept
+    )
     _ = bundle.params
     return bundle
 
@@ -259,31 +313,35 @@ def open_bundle(
     *,
     dtype: str = "float32",
     missing: str = "error",
+    bos_token: str | int | None = None,
+    accept: Collection[str] = (),
 ) -> Bundle:
     """`load`, but with the model's weights still on disk: the config, the tokenizer, the names and
     shapes of all tensors and the SAEs are read and checked, so that a wrong pairing or prompt fails
     at once."""
     if dtype not in DTYPES:
         raise InputError(f"dtype {dtype!r} is not known; expected {' or '.join(DTYPES)}")
-    opened = _open_model(str(model))
+    opened = _open_model(str(model), accept)
     check_tensors(opened.checkpoint, opened.config)
     read = None if saes is None else _read_saes(str(saes), opened.config, missing)
-    bos = None if read is None else _prepend_bos(read.dictionaries)
+    begins = _beginning(str(model), opened.tokenizer, read, bos_token)
     return Bundle(
         config=opened.config,
         read_params=functools.partial(read_params, opened.checkpoint, opened.config, dtype=dtype),
-        tokenizer=opened.tokenizer,
+        tokenizer=begins.tokenizer,
         dictionaries=read and read.dictionaries,
         model=str(model),
         saes=None if saes is None else str(saes),
         model_hash=fingerprint(opened.root, opened.files),
         saes_hash=read and read.hash,
-        bos=True if bos is None and model == smollm2.NAME else bos,
+        bos=begins.bos,
+        bos_why=begins.why,
+        accepted=tuple(accept),
         dtype=dtype,
         missing=missing,
         read_cards=_packaged_cards if str(saes) == smollm2.NAME else None,
         source=read and read.source,
-        notes=read.notes if read else (),
+        notes=(*opened.notes, *begins.notes, *(read.notes if read else ())),
     )
 
 

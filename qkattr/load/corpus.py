@@ -58,7 +58,7 @@ def read_rows(
         raise InputError(f"{path} has {len(ids)} tokens, expected at least {body}; give more text")
     rows = ids[: n * body].reshape(n, body)
     if with_bos:
-        rows = np.concatenate([np.full((n, 1), tokenizer.bos_id, rows.dtype), rows], axis=1)
+        rows = np.concatenate([np.full((n, 1), tokenizer.need_bos(), rows.dtype), rows], axis=1)
     return _within(rows, vocab, path)
 
 
@@ -120,7 +120,7 @@ def _join(texts: Iterator[str], tokenizer: Tokenizer, with_bos: bool) -> np.ndar
     parts = []
     for text in texts:
         ids = tokenizer.encode(text, bos=False)
-        between = [tokenizer.bos_id] if with_bos and parts else []
+        between = [tokenizer.need_bos()] if with_bos and parts else []
         parts.append(np.array([*between, *ids], np.int64))
     return np.concatenate(parts) if parts else np.zeros(0, np.int64)
 

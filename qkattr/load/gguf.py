@@ -156,6 +156,10 @@ class GGUF:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: _shape(tensor) for name, tensor in self._tensors.items()}
 
+    def type(self, name: str) -> str:
+        """Of what `read` gives, as safetensors calls it: every tensor is dequantised."""
+        return "F32"
+
     def read(self, name: str) -> np.ndarray:
         """One tensor, dequantised to float32, its rows and gains as Hugging Face has them."""
         tensor = self._tensors[name]

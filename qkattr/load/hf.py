@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Collection
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import msgspec
 import numpy as np
 
 from qkattr.config import ModelConfig
-from qkattr.errors import InputError
+from qkattr.errors import InputError, clipped
 from qkattr.load.families import from_hf
 from qkattr.load.mapped import MappedTensors, open_mapped
 from qkattr.load.weights import read_params
@@ -34,8 +35,8 @@ def read_json_object(path: Path) -> dict[str, Any]:
     return value
 
 
-def read_config(folder: str | Path) -> ModelConfig:
-    """The `ModelConfig` of a model folder."""
+def read_config(folder: str | Path, accept: Collection[str] = ()) -> ModelConfig:
+    """The `ModelConfig` of a model folder. accept: see `from_hf`."""
     folder = Path(folder)
     if not folder.is_dir():
         raise InputError(
@@ -45,7 +46,14 @@ def read_config(folder: str | Path) -> ModelConfig:
         raise InputError(
             f"{folder} has no config.json; give the folder that a Hugging Face model was saved to"
         )
-    return from_hf(read_json_object(folder / "config.json"))
+    return from_hf(read_json_object(folder / "config.json"), accept)
+
+
+def attributes(folder: str | Path, names: Collection[str]) -> tuple[str, ...]:
+    """`name=value` of some attributes of a model folder's config, or of its text part."""
+    raw = read_json_object(Path(folder) / "config.json")
+    found = raw | (raw["text_config"] if isinstance(raw.get("text_config"), dict) else {})
+    return tuple(f"{name}={clipped(repr(found[name]), 40)}" for name in names)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +69,9 @@ class Shards:
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: shape for file in self.files for name, shape in file.shapes().items()}
+
+    def type(self, name: str) -> str:
+        return self._owner[name].type(name)
 
     def read(self, name: str) -> np.ndarray:
         return self._owner[name].read(name)

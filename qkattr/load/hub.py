@@ -16,9 +16,11 @@ from pathlib import Path
 
 from qkattr.errors import InputError
 
-#: The files of a model: config, tokenizer, safetensors weights.
+#: The files of a model: configs, tokenizer, safetensors weights.
 MODEL_FILES = (
     "config.json",
+    "generation_config.json",
+    "special_tokens_map.json",
     "tokenizer.json",
     "tokenizer_config.json",
     "chat_template.jinja",
@@ -53,11 +55,18 @@ def parse_repo(name: str) -> Repo | None:
     return Repo(match[1], match[3], match[2].strip("/"))
 
 
-def fetch(repo: Repo, patterns: Sequence[str], complete: Callable[[Path], bool]) -> Path:
+def fetch(
+    repo: Repo,
+    patterns: Sequence[str],
+    complete: Callable[[Path], bool],
+    enough: Callable[[Path], bool] | None = None,
+) -> Path:
     """The folder of a snapshot that holds the files matching `patterns`.
 
     Args:
-      complete: whether a folder has what is needed; if a cached one has, nothing is downloaded.
+      complete: whether a folder has everything; if a cached one has, nothing is downloaded.
+      enough: whether a cached one will do where the hub cannot be asked for the rest; None: as
+        `complete`.
 
     Raises:
       InputError: no such repository or revision, it is gated, there is no network or no space.
@@ -71,6 +80,7 @@ def fetch(repo: Repo, patterns: Sequence[str], complete: Callable[[Path], bool])
         )
         return Path(str(folder))
 
+    cached = None
     try:
         cached = snapshot(local=True)
         if complete(cached):
@@ -82,6 +92,8 @@ def fetch(repo: Repo, patterns: Sequence[str], complete: Callable[[Path], bool])
     try:
         return snapshot(local=False)
     except Exception as e:
+        if cached is not None and enough is not None and enough(cached):
+            return cached
         raise _refusal(repo, e) from e
 
 

@@ -18,8 +18,14 @@ from safetensors import SafetensorError, safe_open
 
 from qkattr.errors import InputError
 
-_FLOATS = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype(ml_dtypes.bfloat16)}
-_DTYPES = _FLOATS | {"U8": np.dtype("u1")}
+#: The types that weights may have, as safetensors names them.
+FLOATS = {
+    "F64": np.dtype("<f8"),
+    "F32": np.dtype("<f4"),
+    "F16": np.dtype("<f2"),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+}
+_DTYPES = FLOATS | {"U8": np.dtype("u1")}
 _LENGTH_BYTES = 8  # the header's length, little-endian, opens the file
 
 
@@ -43,16 +49,19 @@ class MappedTensors:
         return {name: entry.shape for name, entry in self._entries.items()}
 
     def type(self, name: str) -> str:
-        """A tensor's type as the file names it: F32, F16, BF16 or U8."""
+        """A tensor's type as the file names it: F32, BOOL, I64, ..."""
         return self._entries[name].dtype
 
     def read(self, name: str) -> np.ndarray:
         """A read-only view of one tensor, in the file's own type.
 
         Raises:
-          InputError: the file has been taken away or cut short since it was opened.
+          InputError: the tensor is neither of floats nor of uint8, or the file has been taken away
+            or cut short since it was opened.
         """
         entry = self._entries[name]
+        if entry.dtype not in _DTYPES:
+            raise not_floats(self.where, name, entry.dtype)
         (start, stop), dtype = entry.data_offsets, _DTYPES[entry.dtype]
         if start == stop:  # nothing cannot be mapped
             return np.empty(entry.shape, dtype)
@@ -69,12 +78,12 @@ def header_bytes(path: Path) -> int:
         return _LENGTH_BYTES + int.from_bytes(file.read(_LENGTH_BYTES), "little")
 
 
-def open_mapped(path: Path, where: str | None = None, *, codes: bool = False) -> MappedTensors:
-    """Map a safetensors file. codes: whether it may hold uint8 beside floats.
+def open_mapped(path: Path, where: str | None = None) -> MappedTensors:
+    """Map a safetensors file, which may hold tensors of any type: only those that are read must be
+    of floats or uint8.
 
     Raises:
-      InputError: there is no such file, it is cut short or corrupt, or a tensor is not float32,
-        float16 or bfloat16.
+      InputError: there is no such file, or it is cut short or corrupt.
     """
     where = where or path.name
     try:
@@ -89,13 +98,14 @@ def open_mapped(path: Path, where: str | None = None, *, codes: bool = False) ->
         header = msgspec.json.decode(file.read(length)[_LENGTH_BYTES:])
     metadata = header.pop("__metadata__", None) or {}
     entries = msgspec.convert(header, dict[str, _Entry])
-    for name, entry in entries.items():
-        if entry.dtype not in (_DTYPES if codes else _FLOATS):
-            raise InputError(
-                f"{where}: {name} is {entry.dtype}, expected F32, F16 or BF16; convert the file "
-                "to one of them"
-            )
     return MappedTensors(where, metadata, entries, path, length)
+
+
+def not_floats(where: str, name: str, kind: str) -> InputError:
+    """What to say of a tensor that should hold weights and is of another type."""
+    return InputError(
+        f"{where}: {name} is {kind}, expected {', '.join(FLOATS)}; convert the file to one of them"
+    )
 
 
 def check_finite(tensor: np.ndarray, name: str, where: str) -> None:

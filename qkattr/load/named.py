@@ -42,7 +42,12 @@ def model_folder(name: str) -> Path | None:
     repo = hub.Repo(entry.repo, revision or None) if entry else hub.parse_repo(name)
     if repo is None or repo.folder:
         return None
-    return hub.fetch(repo, hub.MODEL_FILES, is_model)
+    return hub.fetch(repo, hub.MODEL_FILES, _is_whole, enough=is_model)
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether a folder has a model and its tokenizer."""
+    return is_model(folder) and (folder / "tokenizer.json").is_file()
 
 
 def is_model(folder: Path) -> bool:

@@ -15,16 +15,17 @@ from numpy.lib import format as npy
 from qkattr.errors import InputError, clipped
 from qkattr.load.archive import Archive, Lazy, Member, damaged, open_members
 
-_TYPES = {"f4": "F32", "f2": "F16", "f8": "F64"}
+_TYPES = {"<f4": "F32", "<f2": "F16", "<f8": "F64"}
 _HEADER = 2**14  # bytes; NumPy writes 128
 
 
 def open_npz(path: Path, where: str) -> Archive:
-    """Map an npz file of float arrays.
+    """Map an npz file. Arrays that are not of floats are listed, by NumPy's name of their type, and
+    cannot be read: one of objects would be a pickle.
 
     Raises:
-      InputError: the file is cut short or no npz, an array is not of floats, or its shape is not
-        what its member has bytes for.
+      InputError: the file is cut short or no npz, or the shape of an array of floats is not what
+        its member has bytes for.
     """
     tensors = {}
     for name, member in open_members(path, where).items():
@@ -38,11 +39,9 @@ def _tensor(member: Member, where: str) -> Lazy:
         shape, fortran, dtype, length = _header(member.head(_HEADER))
     except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError) as e:
         raise damaged(where, f"{name}: {e}") from e
-    kind = _TYPES.get(dtype.str[1:])
-    if kind is None or dtype.str[0] != "<":
-        raise InputError(
-            f"{where}: {name} is {dtype.str!r:.40}, expected little-endian floats; convert the file"
-        )
+    kind = _TYPES.get(dtype.str)
+    if kind is None:
+        return Lazy(dtype.str, shape, partial(_refuse, where, name, dtype.str))
     count = 1
     for n in shape:
         count *= n  # of Python's integers: NumPy's would overflow on a lying shape
@@ -52,6 +51,12 @@ def _tensor(member: Member, where: str) -> Lazy:
             "that many; copy or download it again"
         )
     return Lazy(kind, shape, partial(_read, member, length, dtype, shape, "F" if fortran else "C"))
+
+
+def _refuse(where: str, name: str, kind: str) -> np.ndarray:
+    raise InputError(
+        f"{where}: {name} is {kind!r:.40}, expected little-endian floats; convert the file"
+    )
 
 
 def _header(head: bytes) -> tuple[tuple[int, ...], bool, np.dtype, int]:

@@ -276,7 +276,7 @@ def _check_config(sae: _Config, name: str) -> None:
 
 def _open(path: Path, config: ModelConfig, missing: str = "error") -> dict[int, _Packed]:
     """Every SAE by its boundary, all but the values checked."""
-    file = open_mapped(path, where=str(path), codes=True)
+    file = open_mapped(path, where=str(path))
     saes = _read_metadata(file)
     for sae in saes:
         _check_config(sae, f"{path}: {clipped(sae.hook_name, 60)}")

@@ -20,9 +20,10 @@ import jinja2.ext
 import jinja2.sandbox
 import tokenizers
 
-from qkattr.errors import InputError
+from qkattr.errors import InputError, quoted
 from qkattr.load.files import read_text
 from qkattr.load.hf import read_json_object
+from qkattr.load.special import CONFIG, special_tokens
 
 Message = dict[str, Any]  # {"role": ..., "content": ...}
 
@@ -32,20 +33,24 @@ _SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # a space in a SentencePiece vocabulary
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Tokenizer:
-    """A tokenizer, its special tokens and its chat template; None is what the files do not give."""
+    """A tokenizer, its special tokens and its chat template; None is what the files do not give.
+
+    named_by: what names the BOS, see `special_tokens`.
+    """
 
     inner: tokenizers.Tokenizer
     bos: str | None = None
     eos: str | None = None
     template: str | None = None
+    named_by: str = ""
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> Tokenizer | None:
-        """Read tokenizer.json, its config and chat_template.jinja; None without the first."""
+        """Read tokenizer.json, its config, chat_template.jinja and what names special tokens; None
+        without the first."""
         folder = Path(folder)
         path, config_path, template_path = (
-            folder / name
-            for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+            folder / name for name in ("tokenizer.json", CONFIG, "chat_template.jinja")
         )
         if not path.is_file():
             return None
@@ -53,9 +58,30 @@ class Tokenizer:
         template = _template(config.get("chat_template"))
         if template_path.is_file():
             template = read_text(template_path)
-        return cls(
-            _read(path), _special(config, "bos_token"), _special(config, "eos_token"), template
-        )
+        inner = _read(path)
+        special = special_tokens(folder, inner)
+        (bos, named_by), (eos, _) = special["bos"], special["eos"]
+        return cls(inner, bos, eos, template, named_by)
+
+    def with_bos(self, token: str) -> Tokenizer:
+        """The tokenizer with another BOS. token: its id in digits, or its text.
+
+        Raises:
+          InputError: the vocabulary has no such token.
+        """
+        if token.isdecimal() and len(token) < 10:
+            ids = [int(token)]
+        elif (id := self.inner.token_to_id(token)) is not None:
+            ids = [id]
+        else:
+            ids = self.encode(token, bos=False)
+        known = self.inner.id_to_token(ids[0]) if len(ids) == 1 else None
+        if known is None:
+            raise InputError(
+                f"the BOS should be one token of the vocabulary, got {quoted(token, 40)}; give its "
+                "text or its id"
+            )
+        return dataclasses.replace(self, bos=known, named_by="")
 
     @property
     def vocab(self) -> int:
@@ -78,14 +104,22 @@ class Tokenizer:
                 "the text is not valid Unicode (it holds half of a surrogate pair); pass UTF-8 text"
             )
         ids = self.inner.encode(text, add_special_tokens=bos is None).ids
-        if not bos or ids[:1] == [self.bos_id]:
+        if not bos or ids[:1] == [self.need_bos()]:
             return ids
+        return [self.need_bos(), *ids]
+
+    def need_bos(self) -> int:
+        """The id of the BOS.
+
+        Raises:
+          InputError: there is none.
+        """
         if self.bos_id is None:
             raise InputError(
-                "a BOS was asked for, but the tokenizer names none (bos_token); ask for no BOS, "
-                "or name one"
+                "a BOS was asked for, but the tokenizer names none (bos_token); name a token with "
+                "--bos-token (bos_token=...), or ask for no BOS"
             )
-        return [self.bos_id, *ids]
+        return self.bos_id
 
     def token(self, id: int) -> str:
         """What one token adds to a text. Bytes that are no UTF-8 by themselves read as `\\xe2`."""
@@ -151,17 +185,6 @@ def _read(path: Path) -> tokenizers.Tokenizer:
     inner.no_truncation()  # a prompt is never cut or filled up in silence
     inner.no_padding()
     return inner
-
-
-def _special(config: dict[str, Any], name: str) -> str | None:
-    """A special token, written as a string or as `{"content": ...}`."""
-    value = config.get(name)
-    value = value.get("content") if isinstance(value, dict) else value
-    if value is not None and not isinstance(value, str):
-        raise InputError(
-            f"tokenizer_config.json: {name} should be a string, got {value!r:.40}; restore the file"
-        )
-    return value
 
 
 def _template(value: Any) -> str | None:

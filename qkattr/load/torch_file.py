@@ -3,7 +3,7 @@
 The file is a zip: `data.pkl`, a pickle that describes containers and tensors, and the bytes of each
 storage. A pickle is a program; here `pickletools` splits it into instructions and the few that
 build plain containers and tensors are carried out on plain values. A name that it would import is
-looked up in a table of three, never imported, and anything else is refused before it means
+looked up in a small table, never imported, and anything else is refused before it means
 anything. Storages stay in the mapped file.
 """
 
@@ -32,6 +32,10 @@ _STORAGES = {
     "DoubleStorage": ("F64", np.dtype("<f8")),
     "LongStorage": ("I64", np.dtype("<i8")),
     "IntStorage": ("I32", np.dtype("<i4")),
+    "ShortStorage": ("I16", np.dtype("<i2")),
+    "CharStorage": ("I8", np.dtype("i1")),
+    "ByteStorage": ("U8", np.dtype("u1")),
+    "BoolStorage": ("BOOL", np.dtype("?")),
 }
 _ADMITTED = {
     "collections.OrderedDict",

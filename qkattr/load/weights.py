@@ -21,7 +21,7 @@ from qkattr.config import ModelConfig
 from qkattr.errors import InputError
 from qkattr.load.families import FAMILIES
 from qkattr.load.families.tables import Row, sizes_of
-from qkattr.load.mapped import check_finite, some
+from qkattr.load.mapped import FLOATS, check_finite, not_floats, some
 from qkattr.types import BlockWeights, Norm, Params
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
@@ -36,14 +36,17 @@ class Checkpoint(Protocol):
 
     def shapes(self) -> dict[str, tuple[int, ...]]: ...
 
+    def type(self, name: str) -> str: ...
+
     def read(self, name: str) -> np.ndarray: ...
 
 
 def check_tensors(checkpoint: Checkpoint, config: ModelConfig) -> None:
-    """Compare names and shapes with what the config calls for; reads no data.
+    """Compare names, types and shapes with what the config calls for; reads no data. Of tensors
+    that the family knows and does not read (causal masks, say) nothing is asked.
 
     Raises:
-      InputError: a tensor is missing, is not used, or has another shape.
+      InputError: a tensor is missing, is not used, is not of floats, or has another shape.
     """
     family, sizes = FAMILIES[config.family], sizes_of(config)
     found = checkpoint.shapes()
@@ -64,6 +67,8 @@ def check_tensors(checkpoint: Checkpoint, config: ModelConfig) -> None:
             f"{checkpoint.where} holds {some(extra)}, for which its config has no use; {remedy}"
         )
     for name, shape in expected.items():
+        if checkpoint.type(name) not in FLOATS:
+            raise not_floats(checkpoint.where, name, checkpoint.type(name))
         if tuple(found[name]) != shape:
             got, want = list(found[name]), list(shape)
             raise InputError(

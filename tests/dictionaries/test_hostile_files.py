@@ -244,12 +244,18 @@ def test_sizes_that_lie(tmp_path):
         refused(tmp_path, "is not a whole file")
 
 
+WHOLE = dict(
+    W_enc=np.ones((D, M)), W_dec=np.ones((M, D)), b_enc=np.ones(M), b_dec=np.ones(D),
+    threshold=np.ones(M),
+)  # fmt: skip
+
+
 @pytest.mark.parametrize(
     "arrays, message",
     [
-        (dict(W_enc=np.array([{}], object)), "expected little-endian floats"),
-        (dict(W_enc=np.zeros((D, M), ">f4")), "expected little-endian floats"),
-        (dict(W_enc=np.zeros((D, M), np.int32)), "expected little-endian floats"),
+        (dict(WHOLE, b_dec=np.array([{}] * D, object)), r"b_dec is \|O, expected floats"),
+        (dict(WHOLE, b_dec=np.zeros(D, ">f4")), "b_dec is >f4, expected floats"),
+        (dict(WHOLE, W_enc=np.zeros((D, M), np.int32)), "W_enc is <i4, expected floats"),
         (dict(W_enc=np.zeros(3)), r"has no W_enc \[d_in, d_sae\]"),
         (dict(other=np.zeros(3)), r"has no W_enc \[d_in, d_sae\]"),
         (dict(W_enc=np.zeros((D, M))), "lacks W_dec"),
@@ -258,6 +264,19 @@ def test_sizes_that_lie(tmp_path):
 def test_arrays_that_are_refused(tmp_path, arrays, message):
     npz(tmp_path, **arrays)
     refused(tmp_path, message)
+
+
+def test_arrays_that_cannot_be_read_are_listed_only(tmp_path):
+    """One of objects is a pickle: it is never made."""
+    np.savez(tmp_path / "x.npz", a=np.ones(2), seen=np.array([{}], object), step=np.arange(3))
+    file = open_npz(tmp_path / "x.npz", "x.npz")
+    assert file.shapes() == {"a": (2,), "seen": (1,), "step": (3,)}
+    np.testing.assert_array_equal(file.read("a"), [1, 1])
+    for name in ("seen", "step"):
+        with pytest.raises(
+            InputError, match=f"x.npz: {name}.npy is .*, expected little-endian floats"
+        ):
+            file.read(name)
 
 
 def test_compressed_arrays_are_read_whole(tmp_path):

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 import qkattr
-from qkattr.cli.common import with_model
 from qkattr.cli.main import main
+from qkattr.cli.options import Saes, with_model
 from qkattr.types import Kind
 
 
@@ -40,7 +40,7 @@ def test_raw_makes_it_one_error_node(root, tmp_path, monkeypatch):
     kinds = {b: set(np.asarray(nodes.kind)[np.asarray(nodes.boundary) == b]) for b in (1, 2, 3)}
     assert Kind.FEATURE in kinds[1] and Kind.FEATURE in kinds[3]
     assert Kind.ERROR in kinds[2] and not kinds[2] & {Kind.FEATURE, Kind.BIAS}
-    again = with_model(result, None, None)  # its settings open the same set
+    again = with_model(result, Saes())  # its settings open the same set
     assert [d is None for d in again.session.bundle.dictionaries] == [True, False, True, False]
 
 

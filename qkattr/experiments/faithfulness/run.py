@@ -78,6 +78,8 @@ def faithfulness(
     measures: Sequence[str] = MEASURES,
     draws: int = 20,
     seed: int = 0,
+    bos: bool | None = None,
+    sinks: bool = True,
     folder: str | Path | None = None,
     progress: Callable[[str], None] = lambda stage: None,
 ) -> Report:
@@ -90,6 +92,7 @@ def faithfulness(
       measures: which, of "qk", "heads", "edges", "nodes".
       draws: random heads; a quarter as many controls of features.
       seed: of all draws.
+      bos, sinks: of the prompts and their components, see `TraceOptions`.
       folder: keep each prompt's measures here, and take those that are there already.
       progress: called with what is being measured.
 
@@ -107,11 +110,12 @@ def faithfulness(
     if draws < 4:
         raise InputError(f"draws should be at least 4, got {draws}; give more")
     given = [p if isinstance(p, GivenPrompt) else GivenPrompt(p) for p in prompts]
-    placed = [_place(bundle, prompt, i, len(given)) for i, prompt in enumerate(given)]
+    placed = [_place(bundle, prompt, bos, i, len(given)) for i, prompt in enumerate(given)]
     settings = dict(
         model=bundle.model, saes=bundle.saes, model_hash=bundle.model_hash,
         saes_hash=bundle.saes_hash, dtype=bundle.dtype, qkattr=qkattr.__version__,
-        measures=[name for name in MEASURES if name in measures], draws=draws, seed=seed,
+        measures=[name for name in MEASURES if name in measures], draws=draws, seed=seed, bos=bos,
+        sinks=sinks,
     )  # fmt: skip
     done, graphs = [], defaultdict(list)
     for i, (prompt, (ids, source, target)) in enumerate(zip(given, placed, strict=True)):
@@ -123,11 +127,11 @@ def faithfulness(
         result = None
         measured = kept.read()
         if measured is None:
-            result = trace(bundle, ids, qk=0, progress=said)
+            result = trace(bundle, ids, qk=0, sinks=sinks, progress=said)
             measured = _measure(bundle, result, source, target, settings, said)
             kept.write(measured)
         if prompt.group and "edges" in measures:
-            result = result or trace(bundle, ids, qk=0, progress=said)
+            result = result or trace(bundle, ids, qk=0, sinks=sinks, progress=said)
             graphs[prompt.group].append(result.graph)
         done.append(measured | dict(text=_text(bundle, prompt, ids), group=prompt.group))
     groups = [
@@ -149,12 +153,12 @@ def _text(bundle: Bundle, prompt: GivenPrompt, ids) -> str:
 
 
 def _place(
-    bundle: Bundle, given: GivenPrompt, i: int, n: int
+    bundle: Bundle, given: GivenPrompt, bos: bool | None, i: int, n: int
 ) -> tuple[tuple[int, ...], int | None, int]:
     """The ids of prompt i of n, and the positions to look between; the source may be left to the
     graph."""
     try:
-        ids, _ = bundle.tokenize(given.prompt)
+        ids, _ = bundle.tokenize(given.prompt, bos)
         tokens = token_texts(bundle, ids)
         target = find_position(tokens, -1 if given.target is None else given.target)
         source = None if given.source is None else find_position(tokens, given.source)
@@ -195,11 +199,14 @@ def _measure(bundle: Bundle, result: Result, source, target, settings, progress)
         out["heads"] = measure_heads(session, heads, looking, draws=settings["draws"], rng=rng)
     if "edges" in measures:
         progress("edges")
-        reading = start_session(bundle, result.token_ids, TraceOptions(read="encoder"))
+        reading = start_session(
+            bundle, result.token_ids, TraceOptions(read="encoder", sinks=settings["sinks"])
+        )
         out["edges"] = measure_edges(reading, result.graph)
     if "nodes" in measures:
         progress("nodes")
-        leaves = trace(bundle, result.token_ids, qk=0, through_errors=False).graph
+        how = dict(qk=0, through_errors=False, sinks=settings["sinks"])
+        leaves = trace(bundle, result.token_ids, **how).graph
         n_blocks = bundle.config.n_blocks
         boundaries = sorted({max(1, round(depth * n_blocks)) for depth in DEPTHS})
         graphs = dict(through=result.graph, leaves=leaves)

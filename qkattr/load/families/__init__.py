@@ -7,7 +7,7 @@ None.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from qkattr.config import ModelConfig
@@ -34,8 +34,10 @@ FAMILIES: dict[str, Family] = {
 }
 
 
-def from_hf(raw: Mapping[str, Any]) -> ModelConfig:
+def from_hf(raw: Mapping[str, Any], accept: Collection[str] = ()) -> ModelConfig:
     """The `ModelConfig` of a Hugging Face `config.json`.
+
+    accept: attributes to pass over although they are not known to change nothing.
 
     Raises:
       InputError: the family is not known, an attribute is missing or of the wrong type, or one is
@@ -51,4 +53,4 @@ def from_hf(raw: Mapping[str, Any]) -> ModelConfig:
         raise InputError(
             f"config.json: model_type is {family!r:.60}; qkattr implements {', '.join(FAMILIES)}"
         )
-    return FAMILIES[family].config(raw)
+    return FAMILIES[family].config(raw, accept)

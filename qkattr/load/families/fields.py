@@ -6,7 +6,7 @@ An attribute that is passed over in silence is a model that computes something e
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from qkattr.errors import InputError
@@ -50,10 +50,12 @@ class Fields:
         *,
         defaults: Mapping[str, Any] | None = None,
         aliases: Mapping[str, str] | None = None,
+        accept: Collection[str] = (),
     ):
         self.left = {**(defaults or {}), **raw}
         self.family = self.left.pop("model_type", None)
         self.aliases = aliases or {}
+        self.accept = accept
 
     def pop(self, name: str) -> Any:
         """An attribute as it is; None where it is absent."""

@@ -117,7 +117,7 @@ def _multimodal(fields: Fields) -> ModelConfig:
             "restore the model's own config"
         )
     text.setdefault("bos_token_id", fields.left.get("bos_token_id"))
-    config = GEMMA3_TEXT.config({"model_type": "gemma3_text"} | text)
+    config = GEMMA3_TEXT.config({"model_type": "gemma3_text"} | text, fields.accept)
     return dataclasses.replace(config, family=fields.family)
 
 

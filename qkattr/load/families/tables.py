@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -130,9 +130,10 @@ class Family:
     fixed: Mapping[str, tuple] = dataclasses.field(default_factory=dict)
     scaled_embedding: bool = False
 
-    def config(self, raw: Mapping[str, Any]) -> ModelConfig:
-        """Read a config; `InputError` if an attribute is missing, wrong or not handled."""
-        fields = Fields(raw, defaults=self.defaults, aliases=self.aliases)
+    def config(self, raw: Mapping[str, Any], accept: Collection[str] = ()) -> ModelConfig:
+        """Read a config; `InputError` if an attribute is missing, wrong or not handled and not one
+        of `accept`."""
+        fields = Fields(raw, defaults=self.defaults, aliases=self.aliases, accept=accept)
         config = self.read(fields)
         fields.refuse_the_rest(inert=self.inert, fixed=self.fixed)
         return config
