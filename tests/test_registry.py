@@ -135,7 +135,7 @@ def test_what_is_unsure_is_said():
     missing = registry.find_saes("gemma-2-9b-res-matryoshka-dc").notes()
     assert missing == ("gemma-2-9b-res-matryoshka-dc: there is no SAE at boundary 42",)
     notes = registry.find_saes("llama_scope_lxr_8x").notes()
-    assert any("not verified: whether the JumpReLU threshold" in note for note in notes)
+    assert any("not verified: the unit of the JumpReLU threshold" in note for note in notes)
 
 
 def test_a_misspelt_field_is_refused():

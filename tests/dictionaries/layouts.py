@@ -135,7 +135,6 @@ def linear(w):
 
 def llama_scope(folder, rng, saelens=False, site="R", layer=1, into=HOOK, out=None):
     w, norm = weights(rng), 5.0
-    w["threshold"] = np.full(M, 0.7)
     at = folder / f"Llama3_1-8B-Base-L{layer}{site}-8x"
     put(at, "checkpoints/final.safetensors", linear(w))
     put_json(at, "hyperparams.json", dict(
@@ -144,10 +143,22 @@ def llama_scope(folder, rng, saelens=False, site="R", layer=1, into=HOOK, out=No
         dataset_average_activation_norm={"in": norm, "out": norm}, use_decoder_bias=True,
         apply_decoder_bias_to_pre_encoder=False, sparsity_include_decoder_norm=True,
     ))  # fmt: skip
-    if not saelens:
-        return open_moss(w, norm=norm)
-    (folder / "qkattr.toml").write_text('llama_scope_threshold = "saelens"\n')
-    return open_moss(w, norm=norm, by_norm=False, scale=math.sqrt(D) / norm)
+    c = math.sqrt(D) / norm
+    if saelens:
+        (folder / "qkattr.toml").write_text('llama_scope_threshold = "saelens"\n')
+        w["threshold"] = np.full(M, 0.7)
+        return open_moss(w, norm=norm, by_norm=False, scale=c)
+    w = wide(w)
+    sizes = np.linalg.norm(w["W_dec"], axis=1)
+
+    def pipeline(x):
+        """`standardize_parameters_of_dataset_norm`, `transform_to_unit_decoder_norm`, and then the
+        threshold, which is to the features what multiplies rows of norm 1."""
+        hidden = (x @ w["W_enc"] + w["b_enc"] / c) * sizes
+        written = hidden * (hidden > 0.7)
+        return written / sizes * c, written @ (w["W_dec"].T / sizes).T + w["b_dec"] / c
+
+    return pipeline
 
 
 def r1_distill(folder, rng):

@@ -8,9 +8,11 @@
     p = y @ W_E + b_E            minus b_D first, only with apply_decoder_bias_to_pre_encoder
     a = p where p * |W_D| > threshold      |W_D| only with sparsity_include_decoder_norm
 
-The threshold of Llama Scope's own code applies to y, as here. SAELens multiplies it by
-sqrt(d) / norm and leaves |W_D| out; `Options.llama_scope_threshold = "saelens"` does the same.
-Which one a release meant shows in its L0, which `qkattr check` compares with `top_k`.
+Llama Scope's one threshold t is in units of the output: its authors fold the norms into the weights
+and the norms of the decoder's rows into the encoder, and only then turn a topk SAE into a jumprelu
+one. So threshold is t * sqrt(d) / norm. SAELens has the same number and leaves |W_D| out, as
+`Options.llama_scope_threshold = "saelens"` does. Thresholds of single features are those of
+training, in units of y.
 """
 
 from __future__ import annotations
@@ -89,7 +91,9 @@ def _normalisation(fields: Fields) -> str:
     return kind
 
 
-def _config(fields: Fields, *, subtract: bool, by_norm: bool) -> DictionaryConfig:
+def _config(
+    fields: Fields, *, subtract: bool, by_norm: bool, prepend_bos: bool | None
+) -> DictionaryConfig:
     activation = _activation(fields)
     k = None
     if activation == "topk":
@@ -100,7 +104,7 @@ def _config(fields: Fields, *, subtract: bool, by_norm: bool) -> DictionaryConfi
         subtract_b_dec=subtract,
         normalize="constant_norm_rescale" if _normalisation(fields) == "token-wise" else "none",
         rescale_by_decoder_norm=by_norm and activation != "relu",
-        prepend_bos=True,
+        prepend_bos=prepend_bos,
     )
 
 
@@ -160,11 +164,11 @@ def _read_1(fields: Fields, options: Options) -> Header:
         fields,
         subtract=fields.typed(bool, "apply_decoder_bias_to_pre_encoder", default=False),
         by_norm=not saelens and fields.typed(bool, "sparsity_include_decoder_norm", default=True),
+        prepend_bos=True,
     )
     constants = _norm_factor(fields, norm_in, options) | release_l0(fields.get("top_k"))
     if config.activation == "jumprelu":
-        threshold = fields.positive("jump_relu_threshold")
-        threshold *= float(constants.get("factor", 1.0)) if saelens else 1.0
+        threshold = fields.positive("jump_relu_threshold") * float(constants.get("factor", 1.0))
         constants["threshold_M"] = np.full(_width(fields), threshold, np.float32)
     file = open_mapped(folder / FINAL, where=f"SAE {folder.name}: {FINAL}")
     return _header(fields, config, file, HYPERPARAMS, FINAL, dict(_LINEAR), constants)
@@ -181,12 +185,12 @@ def _read_2(fields: Fields, options: Options) -> Header:
         fields,
         subtract=fields.typed(bool, "apply_decoder_bias_to_pre_encoder", default=False),
         by_norm=fields.typed(bool, "sparsity_include_decoder_norm", default=True),
+        prepend_bos=None,
     )
     if config.activation == "jumprelu":
         name = next((n for n in _LOG_THRESHOLDS if n in found), _LOG_THRESHOLDS[-1])
         parts["threshold"] = Part(name, apply=exponential)
     constants = _norm_factor(fields, _stored_norm(fields, file), options)
-    constants |= release_l0(fields.get("top_k"))
     return _header(fields, config, file, CONFIG, WEIGHTS, parts, constants)
 
 
