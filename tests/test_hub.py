@@ -346,6 +346,10 @@ def test_the_files_of_an_sae_in_every_layout(pattern):
 def test_a_pattern_with_an_l0_takes_all_where_names_say_none():
     files = ["layer_0_width_16k_l0_big/params.safetensors", "layer_0_width_16k_l0_small/cfg.json"]
     assert hub_saes.choose_files(files, hub.Repo("u/r"), "16k@50") == files[:1]
+    files = [f"layer_{i}/width_16k/{a}/params.npz" for i in (0, 1) for a in ("canonical", "x")]
+    named = [file.replace("/x/", "/average_l0_7/") for file in files]
+    assert hub_saes.choose_files(named, hub.Repo("u/r"), "16k@50") == named[1::2]
+    assert hub_saes.choose_files(files, hub.Repo("u/r"), "16k@50") == files
 
 
 def test_an_incomplete_set_is_refused(cache, online, small, tmp_path):

@@ -104,16 +104,15 @@ def _place(name: str) -> str:
 
 
 def _nearest(places: list[str], n: int) -> list[str]:
-    """Of each layer the one whose L0 is nearest, if all names say one."""
-    l0s = {at: match for at in places if (match := _L0.search(at))}
-    if len(l0s) < len(places):
-        return places
-    best: dict[int | None, str] = {}
+    """Of each layer the one whose L0 is nearest; all of a layer where no name says an L0."""
+    of_layer: dict[int | None, list[str]] = {}
     for at in places:
-        layer, off = layer_of(Path(at)), abs(int(l0s[at][1]) - n)
-        if layer not in best or off < abs(int(l0s[best[layer]][1]) - n):
-            best[layer] = at
-    return list(best.values())
+        of_layer.setdefault(layer_of(Path(at)), []).append(at)
+    chosen = []
+    for several in of_layer.values():
+        off = {at: abs(int(match[1]) - n) for at in several if (match := _L0.search(at))}
+        chosen += [min(off, key=lambda at: off[at])] if off else several
+    return chosen
 
 
 def _listing(repo: hub.Repo) -> Listing | None:

@@ -88,6 +88,28 @@ def test_patterns_choose(tmp_path):
         load_saes(f"{tmp_path}/absent:width_16k", MODEL)
 
 
+def test_copies_that_say_no_l0_are_passed_over(tmp_path):
+    """As Gemma Scope's `canonical` folders, beside those that they are copies of."""
+    copies = [f"layer_{layer}/width_65k/canonical" for layer in L0S]
+    gemma(tmp_path, *TREE, *copies)
+    at_70 = {1: "layer_0/width_65k/average_l0_70", 2: "layer_1/width_65k/average_l0_90"}
+    assert chosen(tmp_path, "width_65k@75") == at_70
+    assert set(chosen(tmp_path, "65k/canonical").values()) == set(copies)
+    with pytest.raises(InputError, match="does not say its L0, so that @75 cannot choose"):
+        chosen(tmp_path, "65k/canonical@75")
+
+
+def test_hidden_folders_are_passed_over(tmp_path):
+    """As macOS and the hub's downloads leave them."""
+    gemma(tmp_path, TREE[0])
+    for name in ("._saes/resid_post_layer_3/trainer_0", ".cache/huggingface/download"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "cfg.json").write_bytes(b"\0\5\x16\7")
+    assert list(find_saes(tmp_path).headers) == [1]
+    hidden = gemma(tmp_path / ".mine", TREE[0])
+    assert list(find_saes(hidden).headers) == [1]
+
+
 def test_a_folder_with_a_colon_is_a_folder(tmp_path):
     root = gemma(tmp_path / "a:width_1m", *TREE[:1])
     assert 1 in find_saes(root).headers

@@ -148,7 +148,8 @@ def test_hooks_of_dictionary_learning(tmp_path, said, hook):
         (dict(submodule_name="somewhere"), "but 1 of somewhere;"),
         (dict(submodule_name="attn_1"), r"but 1 of blocks.N.attn \(attention\);"),
         (dict(submodule_name="resid_post", layer=None, at="x/y"), "has no layer, nor has a folder"),
-        (dict(submodule_name=None, layer=None, at="x/y"), "name its folder as in resid_post_laye"),
+        (dict(submodule_name=None, layer=None, at="x/y"), "has no submodule_name, nor do the fol"),
+        (dict(submodule_name=None, at="x/y"), 'give hook = "resid_post" in qkattr.toml if that is'),
         (dict(submodule_name=3), "submodule_name should be str, got 3"),
         (dict(layer="1"), "layer should be int, got '1'"),
         (dict(trainer_class="CrossCoderTrainer", dict_class=None), "but 1 crosscoder;"),
@@ -158,6 +159,13 @@ def test_hooks_of_dictionary_learning(tmp_path, said, hook):
 def test_dictionary_learning_that_is_refused(tmp_path, said, message):
     layouts.dictionary_learning(tmp_path, RNG(0), "AutoEncoder", **said)
     refused(tmp_path, message)
+
+
+def test_a_submodule_may_be_stated(tmp_path):
+    layouts.dictionary_learning(tmp_path, RNG(0), "AutoEncoder", submodule_name=None, at="x/y")
+    (tmp_path / "qkattr.toml").write_text('hook = "resid_pre"\n')
+    assert list(find_saes(tmp_path).headers) == [1]
+    assert one(tmp_path, 'hook = "resid_post"\n') is not None
 
 
 # Two linear layers in a file
@@ -221,6 +229,42 @@ def test_a_skip_connection_is_a_transcoders(tmp_path):
     layouts.saelens(tmp_path, RNG(0))
     skipping(tmp_path)
     refused(tmp_path, "holds W_skip, which only a transcoder has")
+
+
+# OpenMOSS
+
+
+def test_what_the_defaults_of_llamascopium_leave_over_is_not_said(tmp_path):
+    """Its top_k is 50 in every jumprelu config; nothing says whether text had a BOS."""
+    layouts.r1_distill(tmp_path, RNG(0))
+    path = next(tmp_path.rglob("config.json"))
+    path.write_text(json.dumps(json.loads(path.read_text()) | dict(top_k=50)))
+    sae = one(tmp_path)
+    assert sae.l0 is None and sae.config.prepend_bos is None
+    layouts.llama_scope(tmp_path / "1", RNG(0))
+    first = one(tmp_path / "1")
+    assert float(first.l0) == 50 and first.config.prepend_bos is True
+
+
+def test_topks_of_llamascopium_say_their_l0(tmp_path):
+    layouts.llamascopium(tmp_path, RNG(0), act="topk", norm="token-wise")
+    assert find_saes(tmp_path).headers[2].l0 == layouts.K
+
+
+# sparsify
+
+
+def test_a_config_of_another_program_is_refused(tmp_path):
+    for said in (dict(hook_name="blocks.1.hook_resid_post"), dict(apply_b_dec_to_input=False)):
+        layouts.sparsify(tmp_path, RNG(0), **said)
+        refused(tmp_path, "has SAELens's fields and the weights are sparsify's; the two disagree")
+
+
+def test_a_misleading_folder_may_be_overruled(tmp_path):
+    root = tmp_path / "transcoders"
+    layouts.sparsify(root, RNG(0), transcode=None)
+    refused(root, "but 1 transcoder;")
+    assert one(root, 'hook = "resid_post"\n') is not None
 
 
 # Normalisation that only a registry knows

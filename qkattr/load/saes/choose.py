@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
+import math
 import re
 from pathlib import Path
 
@@ -73,14 +74,14 @@ def nearest(headers: list[Header], pattern: str | None) -> list[Header]:
         return headers
     best: dict[int, Header] = {}
     for header in headers:
-        if header.l0 is None:
-            raise InputError(
-                f"{header.name} does not say its L0, so that @{n} cannot choose; give a pattern "
-                "without @"
-            )
         other = best.setdefault(boundary_of(header), header)
         if _distance(header, n) < _distance(other, n):
             best[boundary_of(header)] = header
+    if unsaid := [header for header in best.values() if header.l0 is None]:
+        raise InputError(
+            f"{unsaid[0].name} does not say its L0, so that @{n} cannot choose; give a pattern "
+            "without @"
+        )
     return list(best.values())
 
 
@@ -91,7 +92,8 @@ def split_nearest(pattern: str) -> tuple[str, int | None]:
 
 
 def _distance(header: Header, n: int) -> float:
-    return abs((header.l0 or 0.0) - n)
+    """How far its L0 is; an SAE that says none is a copy of one that does, or all say none."""
+    return math.inf if header.l0 is None else abs(header.l0 - n)
 
 
 def path_below(root: Path, path: Path) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from qkattr.config import ModelConfig
@@ -125,14 +125,20 @@ def sae_folders(path: str | Path) -> tuple[Path, ...]:
             f"no such folder: {path}; give a folder of SAEs, one after every block, or a packed "
             "file"
         )
-    below = sorted(Path(folder) for folder, _, _ in os.walk(path))
-    folders = tuple(folder for folder in below if recognise(folder) is not None)
+    folders = tuple(folder for folder in sorted(_below(path)) if recognise(folder) is not None)
     if not folders:
         raise InputError(
             f"{path} holds no SAE (no {saelens.CONFIG} in it or below it, nor any other format's "
             "files); give a folder of SAEs, see docs/saes.md"
         )
     return folders
+
+
+def _below(path: Path) -> Iterator[Path]:
+    """A folder and those below it, but for hidden ones: what other programs keep."""
+    for folder, below, _ in os.walk(path):
+        below[:] = [name for name in below if not name.startswith(".")]
+        yield Path(folder)
 
 
 def find_saes(path: str | Path, options: Options | None = None) -> SaeSet:

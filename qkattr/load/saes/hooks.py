@@ -98,18 +98,25 @@ def by_name(name: str, layer: int | None) -> str | None:
     return meant and meant.format(number)
 
 
-def by_names(path: Path, layer: int | None, *, stated: str | None = None) -> str:
+def by_names(
+    path: Path,
+    layer: int | None,
+    *,
+    stated: str | None = None,
+    default: str | None = "resid_post",
+) -> str | None:
     """The hook of an SAE whose config does not name it: what the names of its folder and of those
-    above it mean, and the output of the block if they mean nothing.
+    above it mean.
 
     layer: None: the names say it. stated: "resid_post" or "resid_pre", what the user says of it.
+    default: what it is where names mean nothing; None: nothing is known then.
     """
     layer = layer_of(path) if layer is None else layer
-    if stated is None:
-        meant = (by_name(name, layer) for name in names(path))
-        if (hook := next((m for m in meant if m is not None), None)) is not None:
-            return hook
-    return "" if layer is None else f"blocks.{layer}.hook_{stated or 'resid_post'}"
+    meant = (by_name(name, layer) for name in names(path) if stated is None)
+    if (hook := next((m for m in meant if m is not None), None)) is not None:
+        return hook
+    stated = stated or default
+    return stated and ("" if layer is None else f"blocks.{layer}.hook_{stated}")
 
 
 def other_by_names(path: Path) -> str | None:

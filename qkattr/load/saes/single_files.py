@@ -68,7 +68,7 @@ def _config(folder: Path) -> Fields | None:
 def _qwen_hook(fields: Fields | None, path: Path, layer: int, options: Options) -> str:
     point = fields and fields.typed(str, "hook_point", default=None)
     if not point:
-        return by_names(path, layer, stated=options.hook)
+        return by_names(path, layer, stated=options.hook) or ""
     return by_name(point, layer) or point
 
 

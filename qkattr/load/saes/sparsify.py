@@ -33,16 +33,17 @@ _REFUSED = ("transcode", "skip_connection", "embed_skip", "gram_lookup", "signed
 def find(folder: Path, options: Options) -> list[Found]:
     """The SAE of a hookpoint, its config and names looked at."""
     fields = Fields(folder, CONFIG)
-    hook = _other(fields) or canonical(folder.absolute().name)
+    hook = _other(fields, options) or canonical(folder.absolute().name)
     return [Found(folder, hook, partial(_read, fields, hook, options))]
 
 
-def _other(fields: Fields) -> str | None:
+def _other(fields: Fields, options: Options) -> str | None:
     """What it is instead of an SAE; configs before `transcode` leave that to the set's name."""
     said = [fields.get(name) for name in ("transcode", "skip_connection")]
     if any(value is True for value in said):
         return "transcoder"
-    return None if said[0] is False else other_by_names(fields.folder)
+    known = said[0] is False or options.hook is not None
+    return None if known else other_by_names(fields.folder)
 
 
 def _read(fields: Fields, hook: str, options: Options) -> Header:
@@ -56,6 +57,11 @@ def _read(fields: Fields, hook: str, options: Options) -> Header:
     if used := [name for name in _REFUSED if fields.get(name, default=False) is not False]:
         raise fields.refuse(
             f"{used[0]} is not implemented; load SAEs that reconstruct what they read"
+        )
+    if fields.get("hook_name", "apply_b_dec_to_input") is not None:
+        raise fields.refuse(
+            f"{CONFIG} has SAELens's fields and the weights are sparsify's; the two disagree on "
+            f"when b_dec is subtracted; restore its own {CONFIG}"
         )
     d_in = fields.size("d_in")
     d_sae = fields.get("num_latents", default=0)

@@ -80,10 +80,13 @@ def _hook(fields: Fields, options: Options) -> str:
         return "crosscoder"
     layer = fields.typed(int, "layer", default=layer_of(fields.folder))
     module = fields.typed(str, "submodule_name", default=None)
-    if module is None:
-        hook = by_names(fields.folder, layer, stated=options.hook)
-    else:
+    if module is not None:
         hook = by_name(module, layer)
+    elif (hook := by_names(fields.folder, layer, stated=options.hook, default=None)) is None:
+        raise fields.refuse(
+            f"{fields.config} has no submodule_name, nor do the folders' names say what it read; "
+            'give hook = "resid_post" in qkattr.toml if that is so'
+        )
     if hook == "":
         raise fields.refuse(
             f"{fields.config} has no layer, nor has a folder's name; name its folder as in "
