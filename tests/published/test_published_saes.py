@@ -26,15 +26,6 @@ FEATURES = 128
 #: Formats without a config.
 BARE = ("gemma-scope", "goodfire", "qresearch")
 FILLED = {"W": "16k", "N": "100", "i": "0", "...": "x"}
-#: What qkattr does not do yet.
-UNMET = {
-    "saelens-on-transformers": "hooks named by the module's path",
-    "sae-pythia-70m-32k": "SAEs of other hooks beside those of the residual stream",
-    "goodfire-llama-3.1-8b": "a single PyTorch file",
-    "deepseek-r1-qresearch": "a single PyTorch file",
-    "gemma-scope-2b-pt-mlp": "what only the repository's name tells",
-    "gemma-scope-2b-pt-transcoders": "what only the repository's name tells",
-}
 
 
 def whole(facts):
@@ -126,9 +117,7 @@ def outcome(root, facts):
 
 
 @pytest.mark.parametrize("name", LAID_OUT)
-def test_a_published_set_does_what_is_expected(name, tmp_path, request):
-    if name in UNMET:
-        request.applymarker(pytest.mark.xfail(reason=UNMET[name], strict=True))
+def test_a_published_set_does_what_is_expected(name, tmp_path):
     facts = SETS[name]
     root = tmp_path / (facts["set"] or name).split("/")[-1]
     lay_out(root, facts)

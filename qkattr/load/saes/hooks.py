@@ -149,7 +149,7 @@ def _meant(name: str) -> str | None:
 
 def counts(hooks: Iterable[str]) -> str:
     """`6 of layers.N.mlp (the MLP), 2 transcoders`: hooks by kind, the most frequent first."""
-    kinds = collections.Counter(h if h in OTHERS else _DIGITS.sub("N", h) for h in hooks)
+    kinds = collections.Counter(h if h in OTHERS else _DIGITS.sub("N", h, count=1) for h in hooks)
     most = sorted(kinds.items(), key=lambda item: (-item[1], item[0]))
     return some([_counted(kind, n) for kind, n in most], 8)
 
