@@ -163,8 +163,20 @@ def test_prepend_bos_is_read(tmp_path):
     "config, message",
     [
         (
-            v6(architecture="temporal"),
-            "architecture 'temporal' is not implemented; known are standard, topk, jumprelu, gated",
+            v6(architecture="abstopk"),
+            "architecture 'abstopk' is not implemented; known are standard, topk, jumprelu, gated",
+        ),
+        (v6(architecture="matching_pursuit"), "architecture 'matching_pursuit' is not implemented"),
+        (v6(architecture="temporal"), "holds a temporal SAE; load SAEs, which reconstruct"),
+        (v6(architecture="skip_transcoder"), "holds a transcoder; load SAEs, which reconstruct"),
+        (v6(architecture="jumprelu_transcoder"), "holds a transcoder; load SAEs"),
+        (
+            v6(metadata={"hook_name_out": "blocks.0.hook_mlp_out"}),
+            "holds a transcoder; load SAEs",
+        ),
+        (
+            v6(normalize_activations="constant_scalar_rescale"),
+            "normalize_activations 'constant_scalar_rescale' is not implemented",
         ),
         (v6(activation_fn="tanh-relu"), "activation function 'tanh-relu' is not implemented"),
         (v6(normalize_activations="expected_average_only_in"), "whose factor is not in the file"),
@@ -285,9 +297,12 @@ def test_one_folder_is_a_set(tmp_path):
         ),
         (["hook_embed"], "no SAE for boundary 1, 2"),
         (["blocks.2.hook_resid_post"], "is for boundary 3, the model has 2 blocks"),
-        (["blocks.0.hook_mlp_out"], "was trained at blocks.0.hook_mlp_out; expected"),
-        (["blocks.0.hook_resid_mid"], "was trained at blocks.0.hook_resid_mid; expected"),
-        ([""], "was trained at a hook that it does not name"),
+        (
+            ["blocks.0.hook_mlp_out"],
+            r"stream, but 1 of blocks.N.hook_mlp_out \(the MLP\); expected",
+        ),
+        (["blocks.0.hook_resid_mid"], "stream, but 1 of blocks.N.hook_resid_mid; expected"),
+        ([""], "but 1 of a hook that it does not name"),
     ],
 )
 def test_sets_that_are_refused(tmp_path, hooks, message):

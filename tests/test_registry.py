@@ -34,7 +34,10 @@ def test_saes(name):
     known = {"layer", *entry.choices} | ({"l0"} if entry.l0_of_layer else set())
     patterns = [entry.repo, entry.folder, *entry.files, *entry.optional]
     assert set().union(*map(fields, patterns)) <= known
-    assert set(entry.choices) <= set().union(*map(fields, [*patterns, entry.source_set or ""]))
+    named = set().union(*map(fields, [*patterns, entry.source_set or ""]))
+    asked = {e.choice for e in entry.extra} - {None}
+    for axis, of_axis in entry.choices.items():
+        assert axis in named or set(of_axis[1:]) <= asked and of_axis[0] not in asked
     values = [value for choice in entry.choices.values() for value in choice]
     assert len(values) == len(set(values))
     for width, l0 in entry.l0_of_layer.items():
@@ -74,10 +77,46 @@ def test_choices():
     assert set(choice.files()) == set(range(13))
     assert choice.source().sources[0] == "0-res-jb" and choice.source().pre
     assert choice.source().sources[12] == "12-res-jb"
+    choice = registry.find_saes("gemma-scope-2b-pt-res:65k,embedding-44")
+    assert choice.files()[0] == ("embedding/width_4k/average_l0_44/params.npz",)
+    assert choice.files()[1] == ("layer_0/width_65k/average_l0_73/params.npz",)
+    assert 0 not in registry.find_saes("gemma-scope-2b-pt-res:65k").files()
     with pytest.raises(InputError, match="no choice '1m'; give one of its own: width 16k or 262k"):
         registry.find_saes("gemma-scope-2-270m-pt-res:1m")
     with pytest.raises(InputError, match="give gpt2-small-res-jb alone"):
         registry.find_saes("gpt2-small-res-jb:x")
+
+
+#: As SAELens 6.54 lists them.
+EMBEDDINGS = {"2b": {6, 21, 44, 111}, "9b": {7, 14, 22, 80}}
+
+
+@pytest.mark.parametrize("size", EMBEDDINGS)
+def test_embeddings_of_gemma_scope(size):
+    entry = SAES[f"gemma-scope-{size}-pt-res"]
+    said = {int(value.split("-")[1]) for value in entry.choices["embedding"][1:]}
+    assert said == EMBEDDINGS[size]
+
+
+@pytest.mark.parametrize("name", ["70m", "70m-deduped", "160m", "160m-deduped"])
+def test_sparsify_sets_of_pythia(name):
+    choice = registry.find_saes(f"EleutherAI/sae-pythia-{name}-32k")
+    assert choice.name == f"sae-pythia-{name}-32k" and choice.entry.model == f"pythia-{name}"
+    assert choice.files()[3] == ("layers.2/cfg.json", "layers.2/sae.safetensors")
+    assert len(choice.files()) == MODELS[f"pythia-{name}"].blocks
+
+
+def test_qwens_configs_are_wished_for():
+    for name in (name for name in SAES if name.startswith("qwen-scope")):
+        wished = registry.find_saes(name).files(optional=True)
+        assert set(wished.values()) == {("config.json",)}
+
+
+def test_what_is_a_choice():
+    assert registry.is_choice("google/gemma-scope-2b-pt-res", "65k,embedding-6")
+    assert registry.is_choice("google/gemma-scope-2b-pt-res", "65k@main")
+    assert not registry.is_choice("google/gemma-scope-2b-pt-res", "width_65k@50")
+    assert not registry.is_choice("user/repo", "65k")
 
 
 def test_repositories_stand_for_their_set():
@@ -96,7 +135,7 @@ def test_what_is_unsure_is_said():
     missing = registry.find_saes("gemma-2-9b-res-matryoshka-dc").notes()
     assert missing == ("gemma-2-9b-res-matryoshka-dc: there is no SAE at boundary 42",)
     notes = registry.find_saes("llama_scope_lxr_8x").notes()
-    assert any("not verified: whether the JumpReLU threshold" in note for note in notes)
+    assert any("not verified: the unit of the JumpReLU threshold" in note for note in notes)
 
 
 def test_a_misspelt_field_is_refused():

@@ -228,14 +228,14 @@ def _read_saes(saes: str, config: ModelConfig, missing: str) -> _Saes:
     on_disk = find_saes(path)
     check_set(on_disk.headers, path, config, missing)
     dictionaries = on_disk.read(config.n_blocks)
-    read = _Saes(dictionaries, fingerprint(on_disk.root, on_disk.files))
+    read = _Saes(dictionaries, fingerprint(on_disk.root, on_disk.files), notes=on_disk.notes)
     if choice is None:
         return read
     return dataclasses.replace(
         read,
         dictionaries=named.informed(dictionaries, choice),
         source=choice.source(),
-        notes=choice.notes(),
+        notes=(*choice.notes(), *on_disk.notes),
     )
 
 

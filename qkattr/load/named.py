@@ -15,19 +15,12 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from qkattr.errors import InputError
-from qkattr.load import hf, hub
-from qkattr.load.registry import SaeChoice, find_model, find_saes
+from qkattr.load import hf, hub, hub_saes
+from qkattr.load.registry import SaeChoice, find_model, find_saes, is_choice
+from qkattr.load.saes.choose import split_pattern
 from qkattr.load.smollm2 import cache_folder
 from qkattr.load.writing import replacing
 from qkattr.sources.dictionary import Dictionary
-
-#: The files of SAEs in a repository that the registry does not know.
-_SAE_FILES = (
-    *("*cfg.json", "*config.json", "*hyperparams.json"),
-    *("*sae_weights.safetensors", "*sae.safetensors", "*params.safetensors", "*final.safetensors"),
-    *("*params.npz", "*.sae.pt", "*ae.pt"),
-)
-_WEIGHTS = tuple(pattern for pattern in _SAE_FILES if not pattern.endswith(".json"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,30 +58,39 @@ def is_model(folder: Path) -> bool:
 
 
 def sae_source(name: str) -> SaeSource | None:
-    """SAEs that the registry or the hub knows; None where neither may.
+    """SAEs that the registry or the hub knows; None where neither may, or a folder has the name.
+
+    name: a name of the registry or a repository, with choices of the registry or, of a repository,
+    with a pattern: see `hub_saes`.
 
     Raises:
-      InputError: the choice is not one of the set's; or see `hub.fetch`.
+      InputError: the choice is not one of the set's, or nothing matches; or see `hub.fetch`.
     """
+    if split_pattern(name)[1] is not None:
+        return None
+    base, _, pattern = name.partition(":")
+    repo = hub.parse_repo(base)
+    if pattern and repo is not None and not (repo.id == base and is_choice(base, pattern)):
+        folder = hub_saes.fetch_matching(repo, pattern) / repo.folder
+        return SaeSource(Path(f"{_with_saes(folder, name)}:{pattern}"))
     short, _, revision = name.partition("@")
     choice = find_saes(short)
     if choice is not None:
         return SaeSource(_chosen(choice, revision or None), choice)
-    repo = hub.parse_repo(name)
-    if repo is None:
+    if repo is None or pattern:
         return None
     below = f"{repo.folder}/" if repo.folder else ""
-    patterns = [below + pattern for pattern in _SAE_FILES]
-    folder = hub.fetch(repo, patterns, lambda found: _has_saes(found / repo.folder))
-    if not _has_saes(folder / repo.folder):
+    patterns = [below + file for file in hub_saes.SAE_FILES]
+    folder = hub.fetch(repo, patterns, lambda found: hub_saes.has_saes(found / repo.folder))
+    return SaeSource(_with_saes(folder / repo.folder, name))
+
+
+def _with_saes(folder: Path, name: str) -> Path:
+    if not hub_saes.has_saes(folder):
         raise InputError(
             f"{name} holds no SAEs that qkattr reads; give another repository, or user/repo/folder"
         )
-    return SaeSource(folder / repo.folder)
-
-
-def _has_saes(folder: Path) -> bool:
-    return any(True for pattern in _WEIGHTS for _ in folder.rglob(pattern))
+    return folder
 
 
 def _chosen(choice: SaeChoice, revision: str | None) -> Path:

@@ -40,11 +40,13 @@ class ModelEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Extra(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """An SAE that does not follow its set's pattern."""
+    """An SAE that does not follow its set's pattern. choice: the value that asks for it; None: it
+    is always one of the set."""
 
     folder: str
     boundary: int
     source: str | None = None
+    choice: str | None = None
 
 
 class SaeEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -123,7 +125,7 @@ class SaeChoice:
         files = {
             b + shift: _paths(self._fill(self.entry.folder, b), names, b) for b in self._layers
         }
-        return files | {e.boundary: _paths(e.folder, names, 0) for e in self.entry.extra}
+        return files | {e.boundary: _paths(e.folder, names, 0) for e in self._extra}
 
     def source(self) -> Source | None:
         """What Neuronpedia calls them; None where that is not known."""
@@ -135,7 +137,7 @@ class SaeChoice:
         name = entry.source_set.format(**self.chosen)
         layers = self._layers if entry.sourced is None else entry.sourced
         sources = {layer + (not pre): f"{layer}-{name}" for layer in layers}
-        sources |= {e.boundary: e.source for e in entry.extra if e.source}
+        sources |= {e.boundary: e.source for e in self._extra if e.source}
         return Source(entry.scan, name, sources, pre)
 
     def notes(self) -> tuple[str, ...]:
@@ -147,6 +149,11 @@ class SaeChoice:
         missing = f"there is no SAE at boundary {', '.join(gaps)}" if gaps else ""
         texts = (entry.note, missing, unsure)
         return tuple(f"{self.name}: {text}" for text in texts if text)
+
+    @property
+    def _extra(self) -> list[Extra]:
+        chosen = (None, *self.chosen.values())
+        return [extra for extra in self.entry.extra if extra.choice in chosen]
 
     @property
     def _layers(self) -> range:
@@ -186,6 +193,15 @@ def find_saes(name: str) -> SaeChoice | None:
         return None
     entry = registry().saes[known]
     return SaeChoice(known, entry, _chosen(known, entry, choice))
+
+
+def is_choice(name: str, choice: str) -> bool:
+    """Whether a text is a choice of variants of a set that is known by its own or its
+    repository's name, with or without a revision after it."""
+    try:
+        return find_saes(f"{name}:{choice.partition('@')[0]}") is not None
+    except InputError:
+        return False
 
 
 def near(name: str, known: Iterable[str]) -> str:

@@ -90,13 +90,15 @@ def gemma_scope(folder, rng, lower=False, save=np.savez, at="layer_1/width_16k/a
     return jumprelu(w, 1 / root, root) if at.startswith("embedding") else jumprelu(w)
 
 
-def gemma_scope_2(folder, rng, config=True):
-    w, at = weights(rng), folder / "resid_post_all" / "layer_1_width_16k_l0_small"
+def gemma_scope_2(folder, rng, config=True, site="resid_post_all", layer=1, **said):
+    w, at = weights(rng), folder / site / f"layer_{layer}_width_16k_l0_small"
     put(at, "params.safetensors", {n.lower(): t for n, t in w.items()})
     if config:
-        point = "model.layers.1.output"
-        put_json(at, "config.json", dict(architecture="jump_relu", model_name="google/gemma-3-1b",
-                                         hf_hook_point_in=point, l0=20))  # fmt: skip
+        point = f"model.layers.{layer}.output"
+        put_json(at, "config.json", dict(
+            width=16384, model_name="google/gemma-3-270m-pt", architecture="jump_relu", l0=20,
+            affine_connection=False, hf_hook_point_in=point, hf_hook_point_out=point, type="sae",
+        ) | said)  # fmt: skip
     return jumprelu(w)
 
 
@@ -131,21 +133,32 @@ def linear(w):
             "decoder.weight": w["W_dec"].T, "decoder.bias": w["b_dec"]}  # fmt: skip
 
 
-def llama_scope(folder, rng, saelens=False):
+def llama_scope(folder, rng, saelens=False, site="R", layer=1, into=HOOK, out=None):
     w, norm = weights(rng), 5.0
-    w["threshold"] = np.full(M, 0.7)
-    at = folder / "Llama3_1-8B-Base-L1R-8x"
+    at = folder / f"Llama3_1-8B-Base-L{layer}{site}-8x"
     put(at, "checkpoints/final.safetensors", linear(w))
     put_json(at, "hyperparams.json", dict(
-        d_model=D, d_sae=M, hook_point_in=HOOK, hook_point_out=HOOK, act_fn="jumprelu",
+        d_model=D, d_sae=M, hook_point_in=into, hook_point_out=out or into, act_fn="jumprelu",
         jump_relu_threshold=0.7, norm_activation="dataset-wise", top_k=50,
         dataset_average_activation_norm={"in": norm, "out": norm}, use_decoder_bias=True,
         apply_decoder_bias_to_pre_encoder=False, sparsity_include_decoder_norm=True,
     ))  # fmt: skip
-    if not saelens:
-        return open_moss(w, norm=norm)
-    (folder / "qkattr.toml").write_text('llama_scope_threshold = "saelens"\n')
-    return open_moss(w, norm=norm, by_norm=False, scale=math.sqrt(D) / norm)
+    c = math.sqrt(D) / norm
+    if saelens:
+        (folder / "qkattr.toml").write_text('llama_scope_threshold = "saelens"\n')
+        w["threshold"] = np.full(M, 0.7)
+        return open_moss(w, norm=norm, by_norm=False, scale=c)
+    w = wide(w)
+    sizes = np.linalg.norm(w["W_dec"], axis=1)
+
+    def pipeline(x):
+        """`standardize_parameters_of_dataset_norm`, `transform_to_unit_decoder_norm`, and then the
+        threshold, which is to the features what multiplies rows of norm 1."""
+        hidden = (x @ w["W_enc"] + w["b_enc"] / c) * sizes
+        written = hidden * (hidden > 0.7)
+        return written / sizes * c, written @ (w["W_dec"].T / sizes).T + w["b_dec"] / c
+
+    return pipeline
 
 
 def r1_distill(folder, rng):
@@ -180,7 +193,7 @@ def llamascopium(folder, rng, act="jumprelu", norm="dataset-wise", by_norm=True,
 # sparsify
 
 
-def sparsify(folder, rng, hookpoint="layers.1", latents=M):
+def sparsify(folder, rng, hookpoint="layers.1", latents=M, **said):
     w = weights(rng)
     stored = {"encoder.weight": w["W_enc"].T, "encoder.bias": w["b_enc"],
               "W_dec": w["W_dec"], "b_dec": w["b_dec"]}  # fmt: skip
@@ -188,7 +201,7 @@ def sparsify(folder, rng, hookpoint="layers.1", latents=M):
     put_json(folder / hookpoint, "cfg.json", dict(
         activation="topk", expansion_factor=M // D, normalize_decoder=True, num_latents=latents,
         k=K, multi_topk=False, skip_connection=False, transcode=False, d_in=D,
-    ))  # fmt: skip
+    ) | said)  # fmt: skip
     w = wide(w)
 
     def pipeline(x):
@@ -202,7 +215,9 @@ def sparsify(folder, rng, hookpoint="layers.1", latents=M):
 # dictionary_learning
 
 
-def dictionary_learning(folder, rng, kind, dtype=np.float32):
+def dictionary_learning(
+    folder, rng, kind, dtype=np.float32, at="resid_post_layer_1/trainer_0", layer=1, **said
+):
     w = {n: t.astype(dtype) for n, t in weights(rng).items()}
     rest = {n: rng.normal(size=M).astype(dtype) for n in ("gate_bias", "mag_bias", "r_mag")}
     linear = {"encoder.weight": w["W_enc"].T, "decoder.weight": w["W_dec"].T}
@@ -217,13 +232,11 @@ def dictionary_learning(folder, rng, kind, dtype=np.float32):
         "BatchTopKSAE": linear | {"encoder.bias": w["b_enc"], "b_dec": w["b_dec"]} | one,
         "MatryoshkaBatchTopKSAE": plain | one | {"group_sizes": np.array([M // 2, M // 2])},
     }[kind]
-    at = folder / "resid_post_layer_1" / "trainer_0"
-    put_torch(at, "ae.pt", stored)
-    put_json(at, "config.json", dict(
-        trainer=dict(dict_class=kind, activation_dim=D, dict_size=M, k=K, layer=1, lm_name="tiny",
-                     submodule_name="resid_post_layer_1"),
-        buffer=dict(ctx_len=128),
-    ))  # fmt: skip
+    put_torch(folder / at, "ae.pt", stored)
+    trainer = dict(dict_class=kind, activation_dim=D, dict_size=M, k=K, layer=layer,
+                   lm_name="tiny", submodule_name=at.split("/")[0]) | said  # fmt: skip
+    trainer = {n: v for n, v in trainer.items() if v is not None}
+    put_json(folder / at, "config.json", dict(trainer=trainer, buffer=dict(ctx_len=128)))
     w, rest = wide(w), wide(rest)
 
     def pipeline(x):
@@ -246,15 +259,56 @@ def dictionary_learning(folder, rng, kind, dtype=np.float32):
     return pipeline
 
 
-def qwen_scope(folder, rng, dtype=np.float32):
+def qwen_scope(folder, rng, dtype=np.float32, at=f"SAE-Res-Qwen3-1.7B-Base-W32K-L0_{K}", **said):
+    """`said`: the set's config.json, which is left out where it is empty."""
     w = {n: t.astype(dtype) for n, t in weights(rng).items()}
-    at = folder / f"SAE-Res-Qwen3-1.7B-Base-W32K-L0_{K}"
     stored = dict(W_enc=w["W_enc"].T, W_dec=w["W_dec"].T, b_enc=w["b_enc"], b_dec=w["b_dec"])
-    put_torch(at, "layer1.sae.pt", stored)
+    put_torch(folder / at, "layer1.sae.pt", stored)
+    if said:
+        put_json(folder / at, "config.json", said)
     w = wide(w)
 
     def pipeline(x):
         a = top(x @ w["W_enc"] + w["b_enc"], K)
+        return a, a @ w["W_dec"] + w["b_dec"]
+
+    return pipeline
+
+
+def saelens(folder, rng, hook="blocks.1.hook_resid_post", at=None, **said):
+    """A ReLU SAE of SAELens 6; `said` goes into its config, None taking out."""
+    w = weights(rng)
+    w.pop("threshold")
+    at = folder / (at or hook)
+    put(at, "sae_weights.safetensors", w)
+    config = dict(architecture="standard", d_in=D, d_sae=M, normalize_activations="none",
+                  metadata=dict(hook_name=hook, model_name="tiny"))  # fmt: skip
+    put_json(at, "cfg.json", {n: v for n, v in (config | said).items() if v is not None})
+    w = wide(w)
+
+    def pipeline(x):
+        a = relu((x - w["b_dec"]) @ w["W_enc"] + w["b_enc"])
+        return a, a @ w["W_dec"] + w["b_dec"]
+
+    return pipeline
+
+
+QWEN = dict(model_type="topk_sae", base_model="Qwen/Qwen3-1.7B-Base", d_model=D, d_sae=M, k=K,
+            num_layers=28, hook_point="resid_post", dtype="float32")  # fmt: skip
+
+
+def two_layers(folder, rng, name="Llama-3.1-8B-Instruct-SAE-l1.pth", tail="_linear", half=False):
+    """Goodfire's, or without the tail qresearch's."""
+    kind = ml_dtypes.bfloat16 if half else np.float32
+    w = {n: t.astype(kind) for n, t in weights(rng).items()}
+    put_torch(folder, name, {
+        f"encoder{tail}.weight": w["W_enc"].T, f"encoder{tail}.bias": w["b_enc"],
+        f"decoder{tail}.weight": w["W_dec"].T, f"decoder{tail}.bias": w["b_dec"],
+    })  # fmt: skip
+    w = wide(w)
+
+    def pipeline(x):
+        a = relu(x @ w["W_enc"] + w["b_enc"])
         return a, a @ w["W_dec"] + w["b_dec"]
 
     return pipeline
@@ -267,6 +321,8 @@ def case(write, **how):
 CLASSES = ("AutoEncoder", "AutoEncoderNew", "GatedAutoEncoder", "JumpReluAutoEncoder",
            "AutoEncoderTopK", "BatchTopKSAE", "MatryoshkaBatchTopKSAE")  # fmt: skip
 CASES = {
+    "saelens": saelens,
+    "saelens, of transformers": case(saelens, hook="model.layers.1"),
     "gemma scope": gemma_scope,
     "gemma scope, lowercase": case(gemma_scope, lower=True),
     "gemma scope, compressed": case(gemma_scope, save=np.savez_compressed),
@@ -287,5 +343,10 @@ CASES = {
         dictionary_learning, kind="BatchTopKSAE", dtype=ml_dtypes.bfloat16
     ),
     "qwen scope": qwen_scope,
+    "qwen scope, config": case(qwen_scope, at="here", **QWEN),
+    "goodfire": two_layers,
+    "qresearch": case(
+        two_layers, name="DeepSeek-R1-Distill-Llama-8B-SAE-l1.pt", tail="", half=True
+    ),
     "qwen scope, float16": case(qwen_scope, dtype=np.float16),
 }

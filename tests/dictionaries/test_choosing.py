@@ -88,6 +88,28 @@ def test_patterns_choose(tmp_path):
         load_saes(f"{tmp_path}/absent:width_16k", MODEL)
 
 
+def test_copies_that_say_no_l0_are_passed_over(tmp_path):
+    """As Gemma Scope's `canonical` folders, beside those that they are copies of."""
+    copies = [f"layer_{layer}/width_65k/canonical" for layer in L0S]
+    gemma(tmp_path, *TREE, *copies)
+    at_70 = {1: "layer_0/width_65k/average_l0_70", 2: "layer_1/width_65k/average_l0_90"}
+    assert chosen(tmp_path, "width_65k@75") == at_70
+    assert set(chosen(tmp_path, "65k/canonical").values()) == set(copies)
+    with pytest.raises(InputError, match="does not say its L0, so that @75 cannot choose"):
+        chosen(tmp_path, "65k/canonical@75")
+
+
+def test_hidden_folders_are_passed_over(tmp_path):
+    """As macOS and the hub's downloads leave them."""
+    gemma(tmp_path, TREE[0])
+    for name in ("._saes/resid_post_layer_3/trainer_0", ".cache/huggingface/download"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "cfg.json").write_bytes(b"\0\5\x16\7")
+    assert list(find_saes(tmp_path).headers) == [1]
+    hidden = gemma(tmp_path / ".mine", TREE[0])
+    assert list(find_saes(hidden).headers) == [1]
+
+
 def test_a_folder_with_a_colon_is_a_folder(tmp_path):
     root = gemma(tmp_path / "a:width_1m", *TREE[:1])
     assert 1 in find_saes(root).headers
@@ -170,10 +192,16 @@ def edit(root, name, **fields):
     "case, name, fields, message",
     [
         ("gemma scope 2", "config.json", dict(architecture="gated"), "'gated' is not implemented"),
-        ("gemma scope 2", "config.json", dict(hf_hook_point_in="model.layers.1.mlp.output"),
-         "was trained at model.layers.1.mlp.output"),
+        ("gemma scope 2", "config.json", dict(type="crosscoder"), "but 1 crosscoder;"),
+        ("gemma scope 2", "config.json", dict(type="clt"), "but 1 cross-layer transcoder;"),
+        ("gemma scope 2", "config.json", dict(hf_hook_point_in="model.layers.1.mlp.input"),
+         "but 1 transcoder;"),
+        ("gemma scope 2", "config.json", dict(type="new"), "but 1 of new;"),
+        ("gemma scope 2", "config.json",
+         dict(hf_hook_point_in="model.layers.1.mlp.output", hf_hook_point_out=None),
+         r"1 of model.layers.N.mlp.output \(the MLP\)"),
         ("llama scope", "hyperparams.json", dict(hook_point_out="blocks.1.hook_mlp_out"),
-         "a transcoder"),
+         "but 1 transcoder;"),
         ("llama scope", "hyperparams.json",
          dict(dataset_average_activation_norm={"in": 2.0, "out": 3.0}), "a transcoder"),
         ("llama scope", "hyperparams.json", dict(dataset_average_activation_norm=None),
@@ -183,16 +211,16 @@ def edit(root, name, **fields):
         ("llama scope", "hyperparams.json", dict(norm_activation="batch-wise"),
          "depends on what else is in the batch"),
         ("llama scope", "hyperparams.json", dict(use_glu_encoder=True), "use_glu_encoder"),
-        ("llamascopium", "config.json", dict(sae_type="crosscoder"), "'crosscoder' is not"),
+        ("llamascopium", "config.json", dict(sae_type="crosscoder"), "but 1 crosscoder;"),
         ("llamascopium", "config.json", dict(act_fn="batchtopk"), "batchtopk depends on the batch"),
-        ("sparsify", "cfg.json", dict(transcode=True), "transcode is not implemented"),
-        ("sparsify", "cfg.json", dict(skip_connection=True), "skip_connection is not"),
+        ("sparsify", "cfg.json", dict(transcode=True), "but 1 transcoder;"),
+        ("sparsify", "cfg.json", dict(skip_connection=True), "but 1 transcoder;"),
         ("sparsify", "cfg.json", dict(activation="groupmax"), "'groupmax' is not implemented"),
         ("sparsify", "cfg.json", dict(k=99), r"needs k in 1..d_sae=24, got 99"),
         ("dictionary_learning, AutoEncoder", "config.json", dict(dict_class="CrossCoder"),
-         "dict_class 'CrossCoder' is not implemented"),
+         "but 1 crosscoder;"),
         ("dictionary_learning, AutoEncoder", "config.json", dict(submodule_name="mlp_out_layer_1"),
-         "was trained at mlp_out_layer_1"),
+         r"but 1 of blocks.N.mlp \(the MLP\)"),
         ("dictionary_learning, AutoEncoder", "config.json", dict(activation_dim=9),
          r"encoder.weight has shape \[24, 8\], config.json \(d_in=9"),
     ],
@@ -206,5 +234,7 @@ def test_what_is_not_implemented_is_named(tmp_path, case, name, fields, message)
 
 def test_submodules_are_no_residual_stream(tmp_path):
     layouts.sparsify(tmp_path, RNG(0), hookpoint="layers.1.mlp")
-    with pytest.raises(InputError, match="was trained at layers.1.mlp; expected"):
+    with pytest.raises(
+        InputError, match=r"holds no SAE of the residual stream, but 1 of layers.N.mlp \(the MLP\);"
+    ):
         load_saes(tmp_path, MODEL, missing="raw")

@@ -371,7 +371,8 @@ def places(config, *above):
 
 
 CONFIGURED = ("gemma scope 2", "llama scope", "llamascopium", "sparsify", "saelens",
-              "dictionary_learning, BatchTopKSAE")  # fmt: skip
+              "dictionary_learning, BatchTopKSAE", "dictionary_learning, AutoEncoderTopK",
+              "qwen scope, config")  # fmt: skip
 
 
 @pytest.mark.parametrize("case", CONFIGURED)

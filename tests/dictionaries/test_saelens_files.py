@@ -96,7 +96,8 @@ def theirs(tmp_path_factory):
 def test_equals_saelens(theirs, kind, norm, b_dec):
     root, x, computed = theirs
     name = f"{kind}-{norm}-{b_dec}"
-    options = Options(norm_factors={"blocks.1.hook_resid_post": FACTOR})
+    scaled = norm == "expected_average_only_in"
+    options = Options(norm_factors={"blocks.1.hook_resid_post": FACTOR} if scaled else {})
     sae = load_saes(root / name, MODEL, missing="raw", options=options)[2]
     acts, out = reconstruct(sae, x)
     assert (computed[f"{name}.acts"] > 0).any()

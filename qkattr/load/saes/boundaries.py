@@ -1,12 +1,11 @@
 """Which boundary an SAE belongs to, and whether a set of them fits a model.
 
-`blocks.{i}.hook_resid_post` is boundary i + 1, `blocks.{i}.hook_resid_pre` boundary i, `hook_embed`
-boundary 0.
+`hooks.boundary` says which one a hook is. Boundary 0 is what enters block 0, which in some models
+is not what the embedding gives.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Protocol, TypeVar
@@ -14,8 +13,16 @@ from typing import Protocol, TypeVar
 from qkattr.config import ModelConfig
 from qkattr.errors import InputError, clipped
 from qkattr.load.mapped import some
+from qkattr.load.saes.hooks import EMBEDDING
+from qkattr.load.saes.hooks import boundary as hook_boundary
 
-_RESIDUAL_HOOK = re.compile(r"blocks\.(\d{1,4})\.hook_resid_(pre|post)|hook_embed")
+#: By family, hooks at the embedding that may not be boundary 0, and why.
+_BEFORE_0 = {
+    ("gpt2", "hook_embed"): "the position embedding comes after it",
+    ("gpt2", EMBEDDING): "the position embedding comes after it",
+    ("gemma2", EMBEDDING): "older versions of transformers multiply by sqrt(d_model) after it; "
+    f"for such SAEs give norm_factors.{EMBEDDING} = 1 / sqrt(d_model) in qkattr.toml, else 1",
+}
 
 
 class SaeHeader(Protocol):
@@ -33,14 +40,14 @@ Checked = TypeVar("Checked", bound=SaeHeader)
 
 
 def boundary_of(header: SaeHeader) -> int:
-    match = _RESIDUAL_HOOK.fullmatch(header.hook)
-    if not match:
+    boundary = hook_boundary(header.hook)
+    if boundary is None:
         at = clipped(header.hook, 80) or "a hook that it does not name"
         raise InputError(
             f"{header.name} was trained at {at}; expected blocks.N.hook_resid_pre, "
             "blocks.N.hook_resid_post or hook_embed; load residual-stream SAEs"
         )
-    return 0 if match[1] is None else int(match[1]) + (match[2] == "post")
+    return boundary
 
 
 def by_boundary(headers: Iterable[Checked], choice: str = "move one away") -> dict[int, Checked]:
@@ -82,10 +89,20 @@ def check_set(
                 f"SAE at boundary {boundary} has d_in={header.d_in}, the model has "
                 f"d_model={config.d_model}; load the SAEs trained on this model"
             )
+    _check_embedding(headers.get(0), config)
     absent = [str(b) for b in range(1, config.n_blocks + 1) if b not in headers]
     if absent and missing == "error":
         raise InputError(
             f"{path} has no SAE for boundary {some(absent, 12)}; expected one after every "
             f"block, 1..{config.n_blocks}; --missing raw (missing='raw') makes such a boundary one "
             "error component"
+        )
+
+
+def _check_embedding(header: SaeHeader | None, config: ModelConfig) -> None:
+    """Raise `InputError` if what an SAE read may not be what enters block 0."""
+    if header and (why := _BEFORE_0.get((config.family, header.hook))):
+        raise InputError(
+            f"{header.name} was trained at the embedding, which in {config.family} models is not "
+            f"boundary 0: {why}. Or leave it out with FOLDER:PATTERN"
         )

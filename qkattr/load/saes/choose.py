@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
+import math
 import re
 from pathlib import Path
 
@@ -13,7 +14,8 @@ from qkattr.errors import InputError
 from qkattr.load.files import read_toml
 from qkattr.load.mapped import some
 from qkattr.load.saes.boundaries import boundary_of
-from qkattr.load.saes.header import Header, Options
+from qkattr.load.saes.header import Found, Header, Options
+from qkattr.load.saes.hooks import canonical
 
 #: What the files do not say, beside them: the fields of `Options`.
 SETTINGS = "qkattr.toml"
@@ -44,39 +46,67 @@ def read_options(root: Path) -> tuple[Options, tuple[Path, ...]]:
         raise InputError(f"{path}: {e}; see docs/saes.md") from e
 
 
-def choose(headers: list[Header], root: Path, pattern: str | None) -> list[Header]:
-    """The SAEs whose path below the root matches a pattern, anywhere in it.
+def matching(found: list[Found], root: Path, pattern: str | None) -> list[Found]:
+    """The SAEs whose path below the root matches a pattern.
 
-    pattern: a glob, whose `*` goes across folders; or `GLOB@N`: of those that match, the one
-    at each boundary whose L0 is nearest to N, as its makers say. None: all.
+    pattern: a glob, whose `*` goes across folders, to be found anywhere in the path; one that
+    begins with a slash is the whole path. Or `GLOB@N`, see `nearest`. None: all.
     """
     if pattern is None:
-        return headers
-    nearest = _NEAREST.fullmatch(pattern)
-    glob = f"*{nearest[1] if nearest else pattern}*"
-    kept = [h for h in headers if fnmatch.fnmatchcase(path_below(root, h), glob)]
+        return found
+    glob, _ = split_nearest(pattern)
+    kept = [f for f in found if matches(path_below(root, f.path), glob)]
     if not kept:
-        names = some([path_below(root, h) for h in headers])
+        names = some([path_below(root, f.path) for f in found])
         raise InputError(f"no SAE below {root} matches {pattern!r:.60}; there are {names}")
-    if not nearest:
-        return kept
+    return kept
+
+
+def matches(path: str, glob: str) -> bool:
+    """Whether a path below the root matches, whole if the glob begins with a slash."""
+    return fnmatch.fnmatchcase(f"/{path}", glob if glob.startswith("/") else f"*{glob}*")
+
+
+def nearest(headers: list[Header], pattern: str | None) -> list[Header]:
+    """With `GLOB@N`, at each boundary the SAE whose L0 is nearest to N, as its makers say."""
+    n = None if pattern is None else split_nearest(pattern)[1]
+    if n is None:
+        return headers
     best: dict[int, Header] = {}
-    for header in kept:
-        if header.l0 is None:
-            raise InputError(
-                f"{header.name} does not say its L0, so that @{nearest[2]} cannot "
-                "choose; give a pattern without @"
-            )
+    for header in headers:
         other = best.setdefault(boundary_of(header), header)
-        if _distance(header, nearest[2]) < _distance(other, nearest[2]):
+        if _distance(header, n) < _distance(other, n):
             best[boundary_of(header)] = header
+    if unsaid := [header for header in best.values() if header.l0 is None]:
+        raise InputError(
+            f"{unsaid[0].name} does not say its L0, so that @{n} cannot choose; give a pattern "
+            "without @"
+        )
     return list(best.values())
 
 
-def _distance(header: Header, n: str) -> float:
-    return abs((header.l0 or 0.0) - float(n))
+def split_nearest(pattern: str) -> tuple[str, int | None]:
+    """`GLOB@N`, split."""
+    match = _NEAREST.fullmatch(pattern)
+    return (match[1], int(match[2])) if match else (pattern, None)
 
 
-def path_below(root: Path, header: Header) -> str:
+def _distance(header: Header, n: int) -> float:
+    """How far its L0 is; an SAE that says none is a copy of one that does, or all say none."""
+    return math.inf if header.l0 is None else abs(header.l0 - n)
+
+
+def path_below(root: Path, path: Path) -> str:
     """An SAE's path below the root of its set, as patterns see it."""
-    return header.folder.relative_to(root).as_posix()
+    below = path.relative_to(root).as_posix()
+    return "" if below == "." else below
+
+
+def check_factors(options: Options, found: list[Found]) -> None:
+    """Raise `InputError` if a norm factor is of a hook that no SAE of the set has."""
+    there = {f.hook for f in found}
+    if unknown := [name for name in options.norm_factors if canonical(name) not in there]:
+        raise InputError(
+            f"norm_factors has {some(unknown)}, where no SAE was trained (qkattr.toml); there are "
+            f"SAEs at {some(sorted(there))}"
+        )

@@ -1,53 +1,72 @@
 """A tree of SAEs, in any of the formats, to one `Dictionary` a boundary.
 
-`recognise` says what a folder holds by the files in it, `choose` takes one where a tree has several
-SAEs of a boundary, `check_set` compares the set with the model.
+`recognise` says what a folder holds by the files in it; SAEs of other hooks are left out; `choose`
+has what takes one of several SAEs of a boundary; `check_set` compares the set with the model.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from qkattr.config import ModelConfig
 from qkattr.errors import InputError, clipped
-from qkattr.load.saes import gemma_scope, llama_scope, saelens, sparsify, torch_saes
+from qkattr.load.saes import (
+    gemma_scope,
+    llama_scope,
+    others,
+    saelens,
+    single_files,
+    sparsify,
+    torch_saes,
+)
 from qkattr.load.saes.boundaries import by_boundary, check_set
-from qkattr.load.saes.choose import choose, path_below, read_options, split_pattern
-from qkattr.load.saes.header import Header, Options, map_sae
+from qkattr.load.saes.choose import (
+    check_factors,
+    matching,
+    nearest,
+    path_below,
+    read_options,
+    split_pattern,
+)
+from qkattr.load.saes.header import Found, Header, Options, map_sae, stated
+from qkattr.load.saes.hooks import OTHERS, boundary, counts
 from qkattr.sources.dictionary import Dictionary
 
 
 @dataclasses.dataclass(frozen=True)
 class Reader:
-    """One format: the files that a folder of it has, and what reads it."""
+    """One format: whether a folder is of it, and what finds its SAEs."""
 
     name: str
-    files: tuple[str, ...]
-    read: Callable[[Path, Options], list[Header]]
+    here: Callable[[Path], object]
+    find: Callable[[Path, Options], list[Found]]
 
 
-#: The first whose files are all there reads a folder.
+def _files(*names: str) -> Callable[[Path], bool]:
+    return lambda folder: all((folder / name).is_file() for name in names)
+
+
+#: The first that a folder is of reads it.
 READERS = (
-    Reader("sparsify", (sparsify.CONFIG, sparsify.WEIGHTS), sparsify.read),
-    Reader("SAELens", (saelens.CONFIG,), saelens.read),
-    Reader("Llama Scope", (llama_scope.HYPERPARAMS,), llama_scope.read_1),
-    Reader("llamascopium", (llama_scope.CONFIG, llama_scope.WEIGHTS), llama_scope.read_2),
-    Reader("dictionary_learning", (torch_saes.CONFIG, torch_saes.WEIGHTS), torch_saes.read),
-    Reader("Gemma Scope", (gemma_scope.NPZ,), gemma_scope.read_1),
-    Reader("Gemma Scope 2", (gemma_scope.SAFETENSORS,), gemma_scope.read_2),
+    Reader("sparsify", _files(sparsify.CONFIG, sparsify.WEIGHTS), sparsify.find),
+    Reader("SAELens", _files(saelens.CONFIG), saelens.find),
+    Reader("Llama Scope", _files(llama_scope.HYPERPARAMS), llama_scope.find_1),
+    Reader("llamascopium", _files(llama_scope.CONFIG, llama_scope.WEIGHTS), llama_scope.find_2),
+    Reader("dictionary_learning", _files(torch_saes.CONFIG, torch_saes.WEIGHTS), torch_saes.find),
+    Reader("Gemma Scope", _files(gemma_scope.NPZ), gemma_scope.find_1),
+    Reader("Gemma Scope 2", _files(gemma_scope.SAFETENSORS), gemma_scope.find_2),
+    Reader("Qwen Scope", single_files.qwen_files, single_files.find_qwen),
+    Reader("Goodfire or qresearch", single_files.linear_files, single_files.find_linear),
+    Reader("no SAEs", others.kind_of, others.find),
 )
-_QWEN = Reader("Qwen Scope", (), torch_saes.read_qwen)
 
 
 def recognise(folder: Path) -> Reader | None:
     """What reads the SAEs that lie in a folder itself; None where there are none."""
-    for reader in READERS:
-        if all((folder / name).is_file() for name in reader.files):
-            return reader
-    return _QWEN if torch_saes.qwen_layers(folder) else None
+    return next((reader for reader in READERS if reader.here(folder)), None)
 
 
 def load_sae(folder: str | Path, options: Options | None = None) -> Dictionary:
@@ -66,19 +85,26 @@ def load_sae(folder: str | Path, options: Options | None = None) -> Dictionary:
             f"{folder} has no {saelens.CONFIG} and is of no other known format; give "
             "the folder of an SAE"
         )
-    headers = reader.read(folder, options or Options())
-    if len(headers) != 1:
-        raise InputError(f"{folder} holds {len(headers)} SAEs, expected one; see load_saes")
-    return map_sae(headers[0])
+    options = options or Options()
+    found = reader.find(folder, options)
+    if len(found) != 1:
+        raise InputError(f"{folder} holds {len(found)} SAEs, expected one; see load_saes")
+    if found[0].hook in OTHERS:
+        raise InputError(
+            f"{folder} holds a {found[0].hook}; load SAEs, which reconstruct what they read"
+        )
+    return map_sae(stated(found[0].read(), options))
 
 
 @dataclasses.dataclass(frozen=True)
 class SaeSet:
-    """The SAEs of a tree that were chosen, by boundary, their weights not yet read."""
+    """The SAEs of a tree that were chosen, by boundary, their weights not yet read. notes: what was
+    left out."""
 
     root: Path
     headers: dict[int, Header]
     settings: tuple[Path, ...]
+    notes: tuple[str, ...] = ()
 
     @property
     def files(self) -> list[Path]:
@@ -99,8 +125,7 @@ def sae_folders(path: str | Path) -> tuple[Path, ...]:
             f"no such folder: {path}; give a folder of SAEs, one after every block, or a packed "
             "file"
         )
-    below = sorted(Path(folder) for folder, _, _ in os.walk(path))
-    folders = tuple(folder for folder in below if recognise(folder) is not None)
+    folders = tuple(folder for folder in sorted(_below(path)) if recognise(folder) is not None)
     if not folders:
         raise InputError(
             f"{path} holds no SAE (no {saelens.CONFIG} in it or below it, nor any other format's "
@@ -109,20 +134,50 @@ def sae_folders(path: str | Path) -> tuple[Path, ...]:
     return folders
 
 
+def _below(path: Path) -> Iterator[Path]:
+    """A folder and those below it, but for hidden ones: what other programs keep."""
+    for folder, below, _ in os.walk(path):
+        below[:] = [name for name in below if not name.startswith(".")]
+        yield Path(folder)
+
+
 def find_saes(path: str | Path, options: Options | None = None) -> SaeSet:
     """The SAEs at or below `path`, one a boundary, their weights not yet read.
 
-    path: a folder, or `FOLDER:PATTERN`, see `choose`. options: None: those of the folder's
-    qkattr.toml, if it has one.
+    path: a folder, or `FOLDER:PATTERN`, see `choose.matching`. options: None: those of the
+    folder's qkattr.toml, if it has one.
     """
     root, pattern = split_pattern(path)
     folders = sae_folders(root)
     options, settings = read_options(root) if options is None else (options, ())
-    headers = [h for folder in folders for h in _recognised(folder).read(folder, options)]
-    chosen = choose(headers, root, pattern or options.pattern)
-    example = path_below(root, chosen[-1])
+    pattern = pattern or options.pattern
+    every = [f for folder in folders for f in _recognised(folder).find(folder, options)]
+    check_factors(options, every)
+    where = f"{root}:{pattern}" if pattern else str(root)
+    found, notes = _on_the_stream(matching(every, root, pattern), where)
+    chosen = nearest([stated(f.read(), options) for f in found], pattern)
+    example = path_below(root, chosen[-1].folder)
     choice = f"choose with FOLDER:PATTERN, as in '{clipped(str(root), 60)}:{clipped(example, 80)}'"
-    return SaeSet(root, by_boundary(chosen, choice), settings)
+    return SaeSet(root, by_boundary(chosen, choice), settings, notes)
+
+
+def _on_the_stream(found: list[Found], where: str) -> tuple[list[Found], tuple[str, ...]]:
+    """Those trained on the residual stream, and a note that counts the others.
+
+    Raises:
+      InputError: there are none; it says what is there.
+    """
+    kept = [f for f in found if boundary(f.hook) is not None]
+    others = [f.hook for f in found if boundary(f.hook) is None]
+    if not kept:
+        raise InputError(
+            f"{where} holds no SAE of the residual stream, but {counts(others)}; expected hooks "
+            "such as blocks.N.hook_resid_post or model.layers.N. If only a folder's name says "
+            "otherwise, state hook in qkattr.toml"
+        )
+    saes = "1 SAE" if len(others) == 1 else f"{len(others)} SAEs"
+    said = f"{saes} of other hooks left out: {counts(others)}"
+    return kept, (said,) if others else ()
 
 
 def _recognised(folder: Path) -> Reader:

@@ -1,6 +1,6 @@
 """Gemma Scope 1 (`params.npz`) and 2 (`params.safetensors`): JumpReLU SAEs without a config.
 
-    layer_{L}/width_{W}/average_l0_{N}/params.npz           resid_post of block L
+    layer_{L}/width_{W}/average_l0_{N}/params.npz           block L, in a -res repository
     embedding/width_{W}/average_l0_{N}/params.npz           the embedding
     resid_post_all/layer_{L}_width_{W}_l0_{S}/params.safetensors, config.json (may be absent)
 
@@ -12,6 +12,7 @@ SAELens does, which leaves `b_dec` as it is.
 from __future__ import annotations
 
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from qkattr.load.mapped import open_mapped
 from qkattr.load.npz import open_npz
 from qkattr.load.saes.header import (
     Fields,
+    Found,
     Header,
     Options,
     Part,
@@ -29,13 +31,13 @@ from qkattr.load.saes.header import (
     check_tensors,
     release_l0,
 )
+from qkattr.load.saes.hooks import by_names, canonical
 from qkattr.sources.dictionary import DictionaryConfig
 
-NPZ, SAFETENSORS = "params.npz", "params.safetensors"
+NPZ, SAFETENSORS, CONFIG = "params.npz", "params.safetensors", "config.json"
 _NAMES = ("W_enc", "W_dec", "b_enc", "b_dec", "threshold")
 _LAYER = re.compile(r"layer_(\d{1,4})(?:_.*)?")
 _L0 = re.compile(r"average_l0_(\d{1,6})")
-_OUTPUT = re.compile(r"model\.(?:language_model\.)?layers\.(\d{1,4})\.output")
 _CONFIG = DictionaryConfig(activation="jumprelu", subtract_b_dec=False, prepend_bos=True)
 
 
@@ -78,49 +80,59 @@ def _layer(folder: Path) -> int | None:
     return int(found[-1][1]) if found else None
 
 
-def read_1(folder: Path, options: Options) -> list[Header]:
-    """Gemma Scope 1."""
-    path, layer = folder / NPZ, _layer(folder)
+def find_1(folder: Path, options: Options) -> list[Found]:
+    """Gemma Scope 1: the same layout at every hook, which only the repository's name tells."""
+    if "embedding" in folder.absolute().parts[-3:]:
+        hook = "hook_embed"
+    else:
+        hook = by_names(folder, _layer(folder), stated=options.hook)
+    return [Found(folder, hook, partial(_read_1, folder, hook))]
+
+
+def _read_1(folder: Path, hook: str) -> Header:
+    path, l0 = folder / NPZ, _L0.fullmatch(folder.absolute().name)
     file = open_npz(path, f"SAE {folder.name}: {NPZ}")
-    l0 = _L0.fullmatch(folder.absolute().name)
-    hook = "" if layer is None else f"blocks.{layer}.hook_resid_post"
-    embedding = "embedding" in folder.absolute().parts[-3:]
-    header = _header(folder, file, "hook_embed" if embedding else hook, (path,))
+    header = _header(folder, file, hook, (path,))
     header.constants.update(release_l0(int(l0[1]) if l0 else None))
-    if embedding:
+    if hook == "hook_embed":
         root = header.d_in**0.5
         header.constants["factor"] = np.float32(1 / root)
         header.parts["b_dec"] = Part(
             header.parts["b_dec"].name, apply=lambda b: np.asarray(b, np.float32) / root
         )
-    return [check_tensors(header)]
+    return check_tensors(header)
 
 
-def read_2(folder: Path, options: Options) -> list[Header]:
-    """Gemma Scope 2."""
-    path, files = folder / SAFETENSORS, ()
-    hook, rest = _hook_of_path(folder), {}
-    if (folder / "config.json").is_file():
-        fields, files = Fields(folder, "config.json"), (folder / "config.json",)
+def find_2(folder: Path, options: Options) -> list[Found]:
+    """Gemma Scope 2: the hook is in config.json, or else in the folders' names."""
+    fields = Fields(folder, CONFIG) if (folder / CONFIG).is_file() else None
+    hook = (fields and _hook(fields)) or by_names(folder, _layer(folder), stated=options.hook)
+    return [Found(folder, hook, partial(_read_2, folder, fields, hook))]
+
+
+def _hook(fields: Fields) -> str | None:
+    """What the config says of the hook, if it says anything."""
+    kind = fields.typed(str, "type", default="sae")
+    if kind != "sae":
+        return {"clt": "cross-layer transcoder"}.get(kind, kind)
+    point = fields.typed(str, "hf_hook_point_in", default=None)
+    if fields.typed(str, "hf_hook_point_out", default=point) != point:
+        return "transcoder"
+    return None if point is None else canonical(point)
+
+
+def _read_2(folder: Path, fields: Fields | None, hook: str) -> Header:
+    path, files, rest = folder / SAFETENSORS, (), {}
+    if fields is not None:
+        files = (folder / CONFIG,)
         architecture = fields.typed(str, "architecture", default="jump_relu")
         if architecture != "jump_relu":
             raise fields.refuse(
                 f"architecture {architecture!r:.40} is not implemented; known is jump_relu"
             )
-        point = fields.typed(str, "hf_hook_point_in", default=None)
-        if point is not None:
-            match = _OUTPUT.fullmatch(point)
-            hook = f"blocks.{match[1]}.hook_resid_post" if match else point
         rest = dict(
             model_name=fields.typed(str, "model_name", default=None),
             constants=release_l0(fields.get("l0")),
         )
     file = open_mapped(path, where=f"SAE {folder.name}: {SAFETENSORS}")
-    return [check_tensors(_header(folder, file, hook, (*files, path), **rest))]
-
-
-def _hook_of_path(folder: Path) -> str:
-    site, layer = folder.absolute().parent.name, _layer(folder)
-    if layer is None:
-        return ""
-    return f"blocks.{layer}.hook_resid_post" if site.startswith("resid_post") else site
+    return check_tensors(_header(folder, file, hook, (*files, path), **rest))

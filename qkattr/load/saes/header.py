@@ -7,9 +7,10 @@ its config means for `DictionaryConfig`. Checking and mapping are the same for a
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 import numpy as np
 
@@ -17,10 +18,16 @@ from qkattr.errors import InputError, clipped
 from qkattr.load.families.fields import as_float
 from qkattr.load.hf import read_json_object
 from qkattr.load.mapped import check_finite, some
+from qkattr.load.saes.hooks import EMBEDDING, canonical
 from qkattr.sources.dictionary import Dictionary, DictionaryConfig
 
 #: More features, or dimensions, than any SAE has.
 MOST = 2**24
+
+#: How inputs are normalised, in SAELens's words.
+Normalisation = Literal["none", "expected_average_only_in", "constant_norm_rescale", "layer_norm"]
+AVERAGE = "expected_average_only_in"
+NORMALISATIONS: tuple[str, ...] = get_args(Normalisation)
 
 #: Bytes of an SAE file up to which every weight is checked at loading; beyond it, the vectors.
 _CHECKED_WHOLE = 2**28
@@ -62,16 +69,27 @@ class Options:
     """What the files of a set do not say, or say in too many ways.
 
     pattern: which of several SAEs of a boundary, see `choose`. centre: see `DictionaryConfig`;
-    None: as the configs say. norm_factors: of SAEs whose input was scaled to an average norm, by
-    hook. k: of topk SAEs, where neither a config nor the folder's name says it.
-    llama_scope_threshold: "openmoss" or "saelens", see `llama_scope`.
+    None: as the configs say. normalize_activations: SAELens's word for how inputs are normalised,
+    in place of what the configs say. norm_factors: of SAEs whose input was scaled to an average
+    norm, by hook. k: of topk SAEs, where neither a config nor the folder's name says it. hook:
+    "resid_post" or "resid_pre", where no config says it; then names of folders do not count.
+    dict_class: dictionary_learning's, where its configs lack it. llama_scope_threshold: "openmoss"
+    or "saelens", see `llama_scope`.
     """
 
     pattern: str | None = None
     centre: bool | None = None
+    normalize_activations: Normalisation | None = None
     norm_factors: Mapping[str, float] = dataclasses.field(default_factory=dict)
     k: int | None = None
+    hook: Literal["resid_post", "resid_pre"] | None = None
+    dict_class: str | None = None
     llama_scope_threshold: str = "openmoss"
+
+    def factor(self, hook: str) -> float | None:
+        """What inputs at a hook are multiplied by, if that is given; however the hook is spelt."""
+        given = {canonical(name): factor for name, factor in self.norm_factors.items()}
+        return given.get(canonical(hook))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +98,8 @@ class Header:
 
     parts: where its tensors are, by their names in SAELens; those that are left out are zeros or
     none. spare: tensors of the file that have no use here. constants: fields of `Dictionary` that
-    come from the config. source: the config, as errors call it.
+    come from the config. scaled: inputs are multiplied by a factor that no file has. source: the
+    config, as errors call it.
     """
 
     folder: Path
@@ -95,6 +114,7 @@ class Header:
     parts: dict[str, Part]
     spare: frozenset[str] = frozenset()
     constants: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    scaled: bool = False
     source: str = "its config"
 
     @property
@@ -102,6 +122,44 @@ class Header:
         """Features active at a position, as its makers say."""
         said = self.constants.get("l0", self.config.k)
         return None if said is None else float(said)
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """An SAE of which the config and the names around it were looked at, but no tensor.
+
+    path: its folder, or its file where several lie in one folder. hook: see `hooks`.
+    """
+
+    path: Path
+    hook: str
+    read: Callable[[], Header]
+
+
+def stated(header: Header, options: Options) -> Header:
+    """The header with what the user says of the SAE's input in place of what its config says."""
+    kind, factor = options.normalize_activations, options.factor(header.hook)
+    hook, config, constants = header.hook, header.config, dict(header.constants)
+    if options.centre is not None:
+        config = dataclasses.replace(config, centre=options.centre)
+    if kind is not None:
+        config = dataclasses.replace(config, normalize="none" if kind == AVERAGE else kind)
+        constants.pop("factor", None)
+    if factor is not None:
+        if config.normalize != "none" or not 0 < factor < math.inf:
+            raise InputError(
+                f"{header.name} has norm factor {factor} and normalisation {config.normalize}; "
+                f"expected a factor above 0 and {AVERAGE} (qkattr.toml)"
+            )
+        constants["factor"] = np.float32(factor)
+        hook = "hook_embed" if hook == EMBEDDING else hook  # of what enters the stream
+    elif kind == AVERAGE or (kind is None and header.scaled):
+        raise InputError(
+            f"{header.name}: normalize_activations is {AVERAGE}, whose factor is not in the file; "
+            "give it in norm_factors (qkattr.toml), or fold it into the weights with SAELens "
+            "(fold_activation_norm_scaling_factor) and save again"
+        )
+    return dataclasses.replace(header, hook=hook, config=config, constants=constants)
 
 
 def shapes(header: Header) -> dict[str, tuple[int, ...]]:
@@ -123,7 +181,13 @@ def check_tensors(header: Header) -> Header:
         raise InputError(
             f"{header.name}: {file} lacks {some(missing)}, which {kind} needs; copy it again"
         )
-    if extra := [name for name in found if name not in expected and name not in header.spare]:
+    extra = [name for name in found if name not in expected and name not in header.spare]
+    if skips := [name for name in extra if "skip" in name.lower()]:
+        raise InputError(
+            f"{header.name}: {file} holds {some(skips)}, which only a transcoder has; load SAEs, "
+            "which reconstruct what they read"
+        )
+    if extra:
         raise InputError(
             f"{header.name}: {file} holds {some(extra)}, for which {kind} has no use; see "
             f"{header.source}"
@@ -227,14 +291,22 @@ class Fields:
             )
         return value
 
-    def k(self, k: Any, d_sae: int) -> int:
-        """The k of a topk SAE, checked."""
-        if type(k) is not int or not 1 <= k <= d_sae:
+    def k(self, k: Any, d_sae: int, options: Options | None = None) -> int:
+        """The k of a topk SAE, checked. options: may say it where the config does not."""
+        given = options.k if options else None
+        k = given if k is None else k
+        if type(k) is not int or not 1 <= k <= d_sae or given not in (None, k):
+            also = f", and {given} of qkattr.toml" if given not in (None, k) else ""
             raise self.refuse(
-                f"a topk SAE needs k in 1..d_sae={d_sae}, got {clipped(repr(k), 40)}; restore its "
-                f"own {self.config}"
+                f"a topk SAE needs k in 1..d_sae={d_sae}, got {clipped(repr(k), 40)}{also}; "
+                f"restore its own {self.config}, or give k in qkattr.toml"
             )
         return k
+
+
+def exponential(log: np.ndarray) -> np.ndarray:
+    """A threshold that is stored as its logarithm."""
+    return np.exp(np.asarray(log, np.float32))
 
 
 def release_l0(value: Any) -> dict[str, Any]:

@@ -8,14 +8,17 @@
     p = y @ W_E + b_E            minus b_D first, only with apply_decoder_bias_to_pre_encoder
     a = p where p * |W_D| > threshold      |W_D| only with sparsity_include_decoder_norm
 
-The threshold of Llama Scope's own code applies to y, as here. SAELens multiplies it by
-sqrt(d) / norm and leaves |W_D| out; `Options.llama_scope_threshold = "saelens"` does the same.
-Which one a release meant shows in its L0, which `qkattr check` compares with `top_k`.
+Llama Scope's one threshold t is in units of the output: its authors fold the norms into the weights
+and the norms of the decoder's rows into the encoder, and only then turn a topk SAE into a jumprelu
+one. So threshold is t * sqrt(d) / norm. SAELens has the same number and leaves |W_D| out, as
+`Options.llama_scope_threshold = "saelens"` does. Thresholds of single features are those of
+training, in units of y.
 """
 
 from __future__ import annotations
 
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +26,17 @@ import numpy as np
 
 from qkattr.errors import InputError, clipped
 from qkattr.load.mapped import MappedTensors, open_mapped
-from qkattr.load.saes.header import Fields, Header, Options, Part, check_tensors, release_l0
+from qkattr.load.saes.header import (
+    Fields,
+    Found,
+    Header,
+    Options,
+    Part,
+    check_tensors,
+    exponential,
+    release_l0,
+)
+from qkattr.load.saes.hooks import canonical
 from qkattr.sources.dictionary import DictionaryConfig
 
 HYPERPARAMS, FINAL = "hyperparams.json", "checkpoints/final.safetensors"
@@ -40,18 +53,25 @@ _PLAIN = {"W_enc": Part("W_E"), "W_dec": Part("W_D"), "b_enc": Part("b_E"), "b_d
 _LOG_THRESHOLDS = ("log_jumprelu_threshold", "activation_function.log_jumprelu_threshold")
 
 
-def _check_kind(fields: Fields) -> str:
+#: Of `sae_type`, what is no SAE.
+_OTHERS = {"clt": "cross-layer transcoder", "lorsa": "Lorsa", "crosscoder": "crosscoder"}
+
+
+def _hook(fields: Fields) -> str:
+    """Where it was trained, as the config says; or what it is instead of an SAE."""
+    kind = fields.typed(str, "sae_type", default="sae")
+    if kind in _OTHERS:
+        return _OTHERS[kind]
+    point = fields.typed(str, "hook_point_in", default="")
+    return "transcoder" if fields.typed(str, "hook_point_out", default=point) != point else point
+
+
+def _activation(fields: Fields) -> str:
     """The activation; refuses by name what computes something else."""
     if (kind := fields.get("sae_type", default="sae")) != "sae":
         raise fields.refuse(f"sae_type {clipped(repr(kind), 40)} is not implemented; known is sae")
     if fields.get("use_glu_encoder", default=False) is not False:
         raise fields.refuse("use_glu_encoder is not implemented; load SAEs without it")
-    point = fields.typed(str, "hook_point_in", default="")
-    if (out := fields.typed(str, "hook_point_out", default=point)) != point:
-        raise fields.refuse(
-            f"it reads {point:.60} and writes {out:.60}: a transcoder, which is "
-            "not implemented; load SAEs"
-        )
     activation = fields.typed(str, "act_fn", default="relu")
     if activation not in _KINDS:
         raise fields.refuse(
@@ -71,8 +91,10 @@ def _normalisation(fields: Fields) -> str:
     return kind
 
 
-def _config(fields: Fields, *, subtract: bool, by_norm: bool) -> DictionaryConfig:
-    activation = _check_kind(fields)
+def _config(
+    fields: Fields, *, subtract: bool, by_norm: bool, prepend_bos: bool | None
+) -> DictionaryConfig:
+    activation = _activation(fields)
     k = None
     if activation == "topk":
         k = fields.k(fields.typed(int, "top_k"), _width(fields))
@@ -82,7 +104,7 @@ def _config(fields: Fields, *, subtract: bool, by_norm: bool) -> DictionaryConfi
         subtract_b_dec=subtract,
         normalize="constant_norm_rescale" if _normalisation(fields) == "token-wise" else "none",
         rescale_by_decoder_norm=by_norm and activation != "relu",
-        prepend_bos=True,
+        prepend_bos=prepend_bos,
     )
 
 
@@ -98,7 +120,7 @@ def _norm_factor(fields: Fields, norm: Any, options: Options) -> dict[str, Any]:
     """sqrt(d) / norm as a constant, where the SAE has a data set's average norm."""
     if _normalisation(fields) != "dataset-wise":
         return {}
-    given = options.norm_factors.get(fields.typed(str, "hook_point_in", default=""))
+    given = options.factor(_hook(fields))
     if given is None and not (isinstance(norm, int | float) and 0 < norm < 1e30):
         raise fields.refuse(
             f"{_NORM} should be a number above 0, got {clipped(repr(norm), 40)}; restore its own "
@@ -108,11 +130,22 @@ def _norm_factor(fields: Fields, norm: Any, options: Options) -> dict[str, Any]:
     return {"factor": np.float32(factor)}
 
 
-def read_1(folder: Path, options: Options) -> list[Header]:
+def find_1(folder: Path, options: Options) -> list[Found]:
     """Llama Scope, one scalar threshold for all features."""
+    fields = Fields(folder, HYPERPARAMS)
+    return [Found(folder, canonical(_hook(fields)), partial(_read_1, fields, options))]
+
+
+def find_2(folder: Path, options: Options) -> list[Found]:
+    """R1-distill and llamascopium: a threshold for each feature, in logarithms."""
+    fields = Fields(folder, CONFIG)
+    return [Found(folder, canonical(_hook(fields)), partial(_read_2, fields, options))]
+
+
+def _read_1(fields: Fields, options: Options) -> Header:
+    folder = fields.folder
     if not (folder / FINAL).is_file():
         raise InputError(f"{folder} has no {FINAL}; copy it whole")
-    fields = Fields(folder, HYPERPARAMS)
     norms = fields.get(_NORM, default={})
     norm_in, norm_out = (
         norms.get(side) if isinstance(norms, dict) else norms for side in ("in", "out")
@@ -131,19 +164,18 @@ def read_1(folder: Path, options: Options) -> list[Header]:
         fields,
         subtract=fields.typed(bool, "apply_decoder_bias_to_pre_encoder", default=False),
         by_norm=not saelens and fields.typed(bool, "sparsity_include_decoder_norm", default=True),
+        prepend_bos=True,
     )
     constants = _norm_factor(fields, norm_in, options) | release_l0(fields.get("top_k"))
     if config.activation == "jumprelu":
-        threshold = fields.positive("jump_relu_threshold")
-        threshold *= float(constants.get("factor", 1.0)) if saelens else 1.0
+        threshold = fields.positive("jump_relu_threshold") * float(constants.get("factor", 1.0))
         constants["threshold_M"] = np.full(_width(fields), threshold, np.float32)
     file = open_mapped(folder / FINAL, where=f"SAE {folder.name}: {FINAL}")
-    return [_header(fields, config, file, HYPERPARAMS, FINAL, dict(_LINEAR), constants)]
+    return _header(fields, config, file, HYPERPARAMS, FINAL, dict(_LINEAR), constants)
 
 
-def read_2(folder: Path, options: Options) -> list[Header]:
-    """R1-distill and llamascopium: a threshold for each feature, in logarithms."""
-    fields = Fields(folder, CONFIG)
+def _read_2(fields: Fields, options: Options) -> Header:
+    folder = fields.folder
     file = open_mapped(folder / WEIGHTS, where=f"SAE {folder.name}: {WEIGHTS}")
     found = file.shapes()
     parts = dict(_PLAIN if "W_E" in found else _LINEAR)
@@ -153,13 +185,13 @@ def read_2(folder: Path, options: Options) -> list[Header]:
         fields,
         subtract=fields.typed(bool, "apply_decoder_bias_to_pre_encoder", default=False),
         by_norm=fields.typed(bool, "sparsity_include_decoder_norm", default=True),
+        prepend_bos=None,
     )
     if config.activation == "jumprelu":
         name = next((n for n in _LOG_THRESHOLDS if n in found), _LOG_THRESHOLDS[-1])
-        parts["threshold"] = Part(name, apply=lambda log: np.exp(np.asarray(log, np.float32)))
+        parts["threshold"] = Part(name, apply=exponential)
     constants = _norm_factor(fields, _stored_norm(fields, file), options)
-    constants |= release_l0(fields.get("top_k"))
-    return [_header(fields, config, file, CONFIG, WEIGHTS, parts, constants)]
+    return _header(fields, config, file, CONFIG, WEIGHTS, parts, constants)
 
 
 def _stored_norm(fields: Fields, file: MappedTensors) -> float | None:
@@ -178,7 +210,7 @@ def _header(fields, config, file, config_name, weights, parts, constants) -> Hea
         Header(
             folder=fields.folder,
             name=f"SAE {fields.folder.name}",
-            hook=fields.typed(str, "hook_point_in", default=""),
+            hook=canonical(_hook(fields)),
             model_name=fields.typed(str, "model_name", default=None),
             d_in=fields.size("d_model"),
             d_sae=_width(fields),

@@ -8,20 +8,36 @@ Arrays stay memory-mapped in the file's own type.
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from functools import partial
 from pathlib import Path
-from typing import Any
-
-import numpy as np
 
 from qkattr.errors import InputError, clipped
 from qkattr.load.mapped import open_mapped
-from qkattr.load.saes.header import Fields, Header, Options, Part, check_tensors
+from qkattr.load.saes.header import (
+    AVERAGE,
+    NORMALISATIONS,
+    Fields,
+    Found,
+    Header,
+    Options,
+    Part,
+    check_tensors,
+    exponential,
+)
+from qkattr.load.saes.hooks import boundary, canonical
 from qkattr.sources.dictionary import DictionaryConfig
 
 CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
 _ACTIVATIONS = {"standard": "relu", "topk": "topk", "jumprelu": "jumprelu", "gated": "gated"}
-_PER_TOKEN = ("none", "constant_norm_rescale", "layer_norm")
-_AVERAGE = "expected_average_only_in"
+#: Dictionaries of SAELens that are no SAEs of what they read, by architecture.
+_OTHERS = {
+    "transcoder": "transcoder",
+    "skip_transcoder": "transcoder",
+    "jumprelu_transcoder": "transcoder",
+    "jumprelu_skip_transcoder": "transcoder",
+    "temporal": "temporal SAE",
+}
 
 
 def _architecture(fields: Fields) -> str:
@@ -50,41 +66,27 @@ def _k(fields: Fields) -> int:
     return fields.k(k, fields.size("d_sae"))
 
 
-def _normalisation(fields: Fields) -> str:
+def _normalisation(fields: Fields, options: Options) -> str:
+    if options.normalize_activations is not None:
+        return options.normalize_activations
     kind = fields.get("normalize_activations", default="none")
     if isinstance(kind, bool):
-        kind = _AVERAGE if kind else "none"
-    if kind not in (*_PER_TOKEN, _AVERAGE):
+        kind = AVERAGE if kind else "none"
+    if kind not in NORMALISATIONS:
         raise fields.refuse(
             f"normalize_activations {clipped(repr(kind), 40)} is not implemented; known are "
-            f"{', '.join((*_PER_TOKEN, _AVERAGE))}"
+            f"{', '.join(NORMALISATIONS)}"
         )
     return kind
 
 
-def _factor(fields: Fields, hook: str, options: Options) -> float:
-    """What `expected_average_only_in` multiplies the input by; SAELens keeps it elsewhere."""
-    factor = options.norm_factors.get(hook)
-    if factor is None:
-        raise fields.refuse(
-            f"normalize_activations is {_AVERAGE}, whose factor is not in the file; give it in "
-            "norm_factors (qkattr.toml), or fold it into the weights with SAELens "
-            "(fold_activation_norm_scaling_factor) and save again"
-        )
-    if not 0 < factor < float("inf"):
-        raise fields.refuse(f"the norm factor should be above 0, got {factor}; see norm_factors")
-    return factor
-
-
-def _centred(fields: Fields, options: Options) -> bool:
+def _centred(fields: Fields) -> bool:
     """Whether it was trained on a model that TransformerLens had centred."""
-    if options.centre is not None:
-        return options.centre
     loaded = fields.get("model_from_pretrained_kwargs", default={})
     return isinstance(loaded, dict) and loaded.get("center_writing_weights") is True
 
 
-def _dictionary_config(fields: Fields, options: Options) -> DictionaryConfig:
+def _dictionary_config(fields: Fields, kind: str) -> DictionaryConfig:
     if (reshape := fields.get("reshape_activations", default="none")) != "none":
         raise fields.refuse(
             f"reshape_activations is {clipped(repr(reshape), 40)}; only SAEs over the residual "
@@ -95,41 +97,57 @@ def _dictionary_config(fields: Fields, options: Options) -> DictionaryConfig:
             f"it reads head {head!r:.10} alone (hook_head_index); load SAEs of the whole residual "
             "stream"
         )
-    architecture, kind = _architecture(fields), _normalisation(fields)
+    architecture = _architecture(fields)
     before_v6 = "metadata" not in fields.flat
     return DictionaryConfig(
         activation=_ACTIVATIONS[architecture],
         k=_k(fields) if architecture == "topk" else None,
         subtract_b_dec=fields.typed(bool, "apply_b_dec_to_input", default=True),
-        normalize="none" if kind == _AVERAGE else kind,
-        centre=_centred(fields, options),
+        normalize="none" if kind == AVERAGE else kind,
+        centre=_centred(fields),
         rescale_by_decoder_norm=architecture == "topk"
         and fields.typed(bool, "rescale_acts_by_decoder_norm", default=False),
         prepend_bos=fields.typed(bool, "prepend_bos", default=True if before_v6 else None),
     )
 
 
-def _parts(activation: str) -> dict[str, Part]:
+def _parts(activation: str, found: Collection[str]) -> dict[str, Part]:
     names = {"W_enc": "W_enc", "W_dec": "W_dec", "b_enc": "b_enc", "b_dec": "b_dec"}
-    if activation == "jumprelu":
-        names["threshold"] = "threshold"
     if activation == "gated":
         names |= {"b_enc": "b_mag", "b_gate": "b_gate", "r_mag": "r_mag"}
-    return {name: Part(stored) for name, stored in names.items()}
+    parts = {name: Part(stored) for name, stored in names.items()}
+    if activation == "jumprelu":
+        log = "log_threshold" in found and "threshold" not in found  # a checkpoint before 6.48
+        parts["threshold"] = Part("log_threshold", apply=exponential) if log else Part("threshold")
+    return parts
 
 
-def read(folder: Path, options: Options) -> list[Header]:
-    """Read and check everything but the weights."""
+def find(folder: Path, options: Options) -> list[Found]:
+    """The SAE of a folder, its config looked at."""
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
             raise InputError(f"{folder} has no {name}; give a folder that SAELens saved an SAE to")
     fields = Fields(folder, CONFIG, nested="metadata")
-    config = _dictionary_config(fields, options)
-    hook = fields.typed(str, "hook_name", "hook_point", default="")
+    hook = _hook(fields)
+    return [Found(folder, hook, partial(_read, fields, hook, options))]
+
+
+def _hook(fields: Fields) -> str:
+    """The hook that the config names; where it names none, that of the folder's name."""
+    if other := _OTHERS.get(fields.typed(str, "architecture", default="standard")):
+        return other
+    hook = fields.typed(str, "hook_name", "hook_point", "hf_hook_name", default="")
+    if fields.typed(str, "hook_name_out", default=hook) != hook:
+        return "transcoder"
+    folder = canonical(fields.folder.absolute().name)
+    return canonical(hook) or (folder if boundary(folder) is not None else "")
+
+
+def _read(fields: Fields, hook: str, options: Options) -> Header:
+    """Everything but the weights, checked."""
+    folder, kind = fields.folder, _normalisation(fields, options)
+    config = _dictionary_config(fields, kind)
     file = open_mapped(folder / WEIGHTS, where=f"SAE {folder.name}: {WEIGHTS}")
-    constants: dict[str, Any] = {}
-    if _normalisation(fields) == _AVERAGE:
-        constants["factor"] = np.float32(_factor(fields, hook, options))
     header = Header(
         folder=folder,
         name=f"SAE {folder.name}",
@@ -140,9 +158,9 @@ def read(folder: Path, options: Options) -> list[Header]:
         config=config,
         file=file,
         files=(folder / CONFIG, folder / WEIGHTS),
-        parts=_parts(config.activation),
+        parts=_parts(config.activation, file.shapes()),
         spare=frozenset({"scaling_factor"}),
-        constants=constants,
+        scaled=kind == AVERAGE,
         source=CONFIG,
     )
-    return [check_tensors(header)]
+    return check_tensors(header)

@@ -10,17 +10,16 @@ as sparsify itself computes it (SAELens's loader transposes W_dec and may leave 
 
 from __future__ import annotations
 
-import re
+from functools import partial
 from pathlib import Path
 
 from qkattr.errors import clipped
 from qkattr.load.mapped import open_mapped
-from qkattr.load.saes.header import Fields, Header, Options, Part, check_tensors
+from qkattr.load.saes.header import Fields, Found, Header, Options, Part, check_tensors
+from qkattr.load.saes.hooks import canonical, other_by_names
 from qkattr.sources.dictionary import DictionaryConfig
 
 CONFIG, WEIGHTS = "cfg.json", "sae.safetensors"
-_BLOCK = re.compile(r"(?:\w+\.)*(?:layers|h)\.(\d{1,4})")
-_EMBEDDING = re.compile(r"(?:\w+\.)*(?:embed_tokens|embed_in|wte)")
 _PARTS = {
     "W_enc": Part("encoder.weight", transposed=True),
     "W_dec": Part("W_dec"),
@@ -31,9 +30,25 @@ _PARTS = {
 _REFUSED = ("transcode", "skip_connection", "embed_skip", "gram_lookup", "signed")
 
 
-def read(folder: Path, options: Options) -> list[Header]:
-    """Read and check everything but the weights."""
+def find(folder: Path, options: Options) -> list[Found]:
+    """The SAE of a hookpoint, its config and names looked at."""
     fields = Fields(folder, CONFIG)
+    hook = _other(fields, options) or canonical(folder.absolute().name)
+    return [Found(folder, hook, partial(_read, fields, hook, options))]
+
+
+def _other(fields: Fields, options: Options) -> str | None:
+    """What it is instead of an SAE; configs before `transcode` leave that to the set's name."""
+    said = [fields.get(name) for name in ("transcode", "skip_connection")]
+    if any(value is True for value in said):
+        return "transcoder"
+    known = said[0] is False or options.hook is not None
+    return None if known else other_by_names(fields.folder)
+
+
+def _read(fields: Fields, hook: str, options: Options) -> Header:
+    """Everything but the weights, checked."""
+    folder = fields.folder
     activation = fields.get("activation", default="topk")
     if activation != "topk":
         raise fields.refuse(
@@ -43,26 +58,25 @@ def read(folder: Path, options: Options) -> list[Header]:
         raise fields.refuse(
             f"{used[0]} is not implemented; load SAEs that reconstruct what they read"
         )
+    if fields.get("hook_name", "apply_b_dec_to_input") is not None:
+        raise fields.refuse(
+            f"{CONFIG} has SAELens's fields and the weights are sparsify's; the two disagree on "
+            f"when b_dec is subtracted; restore its own {CONFIG}"
+        )
     d_in = fields.size("d_in")
     d_sae = fields.get("num_latents", default=0)
     d_sae = fields.size("num_latents") if d_sae else d_in * fields.size("expansion_factor")
     header = Header(
         folder=folder,
         name=f"SAE {folder.name}",
-        hook=_hook(folder.absolute().name),
+        hook=hook,
         model_name=None,
         d_in=d_in,
         d_sae=d_sae,
-        config=DictionaryConfig(activation="topk", k=fields.k(fields.get("k"), d_sae)),
+        config=DictionaryConfig(activation="topk", k=fields.k(fields.get("k"), d_sae, options)),
         file=open_mapped(folder / WEIGHTS, where=f"SAE {folder.name}: {WEIGHTS}"),
         files=(folder / CONFIG, folder / WEIGHTS),
         parts=dict(_PARTS),
         source=CONFIG,
     )
-    return [check_tensors(header)]
-
-
-def _hook(hookpoint: str) -> str:
-    if match := _BLOCK.fullmatch(hookpoint):
-        return f"blocks.{match[1]}.hook_resid_post"
-    return "hook_embed" if _EMBEDDING.fullmatch(hookpoint) else hookpoint
+    return check_tensors(header)
