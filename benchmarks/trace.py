@@ -33,7 +33,7 @@ from qkattr.model.forward import forward
 from qkattr.options import TraceOptions
 from qkattr.qk.terms import qk_terms_many
 from qkattr.session import pad_tokens, start_session
-from qkattr.sources.components import decompose_prompt
+from qkattr.sources.prompt import decompose_prompt
 
 AUNT_SALLY = "I always loved visiting Aunt Sally. Whenever I was feeling sad, Aunt"
 N_PLACES = 8

@@ -18,7 +18,8 @@ from qkattr.load.mapped import some
 from qkattr.model.forward import residual_stream, unembed
 from qkattr.options import TraceOptions
 from qkattr.sharding import bucket
-from qkattr.sources.components import Components, decompose_prompt
+from qkattr.sources.components import Components
+from qkattr.sources.prompt import decompose_prompt
 from qkattr.types import Kind
 
 Progress = Callable[[str], None]

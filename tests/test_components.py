@@ -13,7 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import within
 
-from qkattr.sources.components import decompose, decompose_prompt, find_slots, sink_positions
+from qkattr.sharding import bucket
+from qkattr.sources import prompt
+from qkattr.sources.components import decompose, find_slots, sink_positions
+from qkattr.sources.dictionary import activations, encode
+from qkattr.sources.prompt import decompose_prompt
 from qkattr.types import Kind
 
 SUM = 1e-5  # of the position's norm: one float32 subtraction and a sum over the slots
@@ -176,3 +180,27 @@ def test_encoder_reading_gives_what_the_encoder_reads():
     gain = np.sqrt(tiny.D) / np.linalg.norm(x[1, t])
     feature = int(one.index[t, slot])
     np.testing.assert_allclose(g, gain * dictionary.w_enc_DM[:, feature], rtol=1e-5)
+
+
+def test_slots_are_those_that_positions_other_than_sinks_need(monkeypatch):
+    """A later position of massive norm fires everything, and is one component all the same; every
+    dictionary encodes once."""
+    rng = np.random.default_rng(0)
+    params, cfg = tiny.house("llama")
+    x = rng.normal(size=(cfg.n_blocks + 1, 16, tiny.D)).astype(np.float32)
+    x[1:, [0, 5]] *= 1000
+    saes = tuple(
+        None if b == 0 else tiny.dictionary(b, activation="jumprelu", width=400)
+        for b in range(cfg.n_blocks + 1)
+    )
+    active = np.stack([(np.asarray(activations(d, x[1 + i])) > 0).sum(-1) for i, d in
+                       enumerate(saes[1:])])  # fmt: skip
+    usual = np.delete(active, [0, 5], axis=1).max()
+    assert active[:, 5].min() > bucket(int(usual))
+    calls = []
+    monkeypatch.setattr(prompt, "encode", lambda *a, **k: calls.append(a) or encode(*a, **k))
+    parts = prompt.decompose_prompt(params, saes, jnp.asarray(x), np.arange(16), n_real=16)
+    assert len(calls) == cfg.n_blocks
+    assert parts.row.shape[-1] == bucket(int(usual))
+    assert (np.asarray(parts.kind[1:, 5]) == Kind.SINK).any(-1).all()
+    check_sum(parts, x)

@@ -189,15 +189,6 @@ def encode(
     )
 
 
-@partial(jax.jit, static_argnames=("precision",))
-@on_any_mesh
-def count_active(
-    dictionary: Dictionary, x: Float[Array, "T D"], *, precision: str = "highest"
-) -> Int[Array, "T"]:
-    """How many features are active at each position."""
-    return (activations(dictionary, x, precision=precision) > 0).sum(-1)
-
-
 def reconstruct(
     dictionary: Dictionary, x: Float[Array, "T D"], *, precision: str = "highest"
 ) -> tuple[Float[Array, "T M"], Float[Array, "T D"]]:

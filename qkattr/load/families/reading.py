@@ -46,7 +46,7 @@ def read_sizes(
         d_model=d_model,
         n_heads=n_heads,
         n_kv_heads=n_kv_heads,
-        head_dim=fields.size("head_dim", d_model // n_heads),
+        head_dim=fields.size("head_dim", d_model // n_heads) if grouped else d_model // n_heads,
         d_mlp=fields.size("intermediate_size", ... if widened is None else widened * d_model),
         vocab=fields.size("vocab_size"),
         context=fields.size("max_position_embeddings"),
