@@ -9,7 +9,7 @@ from qkattr.train.config import TrainConfig
 from qkattr.train.sae import init_sae
 from qkattr.train.step import init_state, train_step
 
-FEATURES, DIMS, ACTIVE, BATCH = 512, 64, 8, 512
+FEATURES, DIMS, ACTIVE, BATCH = 256, 64, 6, 256
 
 
 def dictionary(key):

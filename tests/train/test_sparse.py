@@ -31,7 +31,7 @@ def slots(seed, b, a, m):
     return jnp.asarray(rng.normal(size=(b, a)), jnp.float32), jnp.asarray(index, jnp.int32)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(
     st.integers(1, 9), st.integers(1, 7), st.integers(1, 6), st.integers(0, 9), st.integers(0, 99)
 )

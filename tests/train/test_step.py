@@ -123,7 +123,7 @@ PLANTED = {
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", PLANTED)
 def test_a_planted_dictionary_is_found(kind):
-    """At least 95 % of 512 rows in 64 dimensions, 8 active, by cosine 0.95."""
+    """At least 95 % of 256 rows in 64 dimensions, 6 active, by cosine 0.95."""
     cfg = TrainConfig(
         activation=kind, k=planted.ACTIVE, batch=planted.BATCH, buffer=64, lr=1e-2, decay=0.4,
         clip=100.0, dead_after=20_000, sparse=False, **PLANTED[kind],
