@@ -21,6 +21,7 @@ from tiny import within
 from qkattr.analysis import trace
 from qkattr.errors import InputError
 from qkattr.export.graph_json import graph_json
+from qkattr.export.html import page
 from qkattr.load.bundle import load
 from qkattr.load.families import FAMILIES, from_hf
 from qkattr.load.families.refused import REFUSED
@@ -274,6 +275,7 @@ def test_an_accepted_attribute_is_passed_over_and_named(tmp_path):
     result = trace(bundle, [1, 2, 3], qk=0)
     header = graph_json(result)["qkattr"]["settings"]
     assert header["accepted"] == ["novel"] and header["notes"] == [note]
+    assert f"Note: <bdi>{note}</bdi>" in page(result)
 
 
 # Refused ------------------------------------------------------------------------------------------

@@ -36,6 +36,7 @@ def page(result: Result) -> str:
         title="qkattr: " + visible(result.prompt, 80),
         answer=_answer(result),
         bos=result.bos[:1].upper() + result.bos[1:],
+        notes=result.notes,
         settings=result.settings,
         provenance=result.provenance,
         prompt=result.prompt,
