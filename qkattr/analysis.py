@@ -26,7 +26,7 @@ from qkattr.graph.paths import Place, ranked_scores
 from qkattr.graph.sweep import DirectTargets, sweep
 from qkattr.graph.tables import Graph, build_graph
 from qkattr.graph.targets import direct_targets, logit_covectors, score_covectors
-from qkattr.load.bundle import Bundle, Prompt
+from qkattr.load.bundle import Bundle, Prompt, need_bundle
 from qkattr.model.forward import CAPTURE, forward
 from qkattr.options import TraceOptions, make_options, one_of
 from qkattr.result import Result
@@ -65,6 +65,7 @@ def run(
     """
     for name in capture:
         one_of("capture", name, CAPTURE)
+    need_bundle(bundle)
     ids, _ = bundle.tokenize([int(token) for token in tokens])
     T = len(ids)
     logits, trace = forward(
@@ -93,6 +94,7 @@ def trace(
       InputError: the prompt or an option cannot be used.
     """
     opts = make_options(options)
+    need_bundle(bundle)
     ids, bos = bundle.tokenize(prompt, opts.bos)
     tokens = token_texts(bundle, ids)
     score = find_place_in(bundle.config, tokens, opts.score) if opts.score else None

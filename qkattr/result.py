@@ -30,7 +30,7 @@ def ranked_heads(value: np.ndarray, n: int | None = None) -> list[tuple[int, int
     return [(int(b), int(h)) for b, h in zip(*np.unravel_index(order, value.shape), strict=True)]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class HeadLoadings:
     """Head loadings summed over the edges between two sets of nodes.
 
@@ -46,6 +46,13 @@ class HeadLoadings:
     residual: float
     mlp: float
     n_edges: int
+
+    def __repr__(self) -> str:
+        first = ", ".join(f"{h['layer']}.{h['head']} {h['loading']:+.4g}" for h in self.top(3))
+        return (
+            f"<HeadLoadings from {self.source} to {self.target}: {self.n_edges} edges, "
+            f"{first or 'no head'}>"
+        )
 
     def top(self, n: int | None = None) -> list[dict[str, Any]]:
         """The heads by falling |loading|, those without any left out."""

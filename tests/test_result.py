@@ -95,3 +95,42 @@ def test_positions(where, position):
 def test_positions_that_are_none(where, message):
     with pytest.raises(InputError, match=re.escape(message)):
         find_position(SALLY, where)
+
+
+# What a notebook shows
+
+
+def test_reprs_are_a_line_without_arrays(plain):
+    bundle = plain.session.bundle
+    assert repr(bundle).startswith("<Bundle ") and "2 blocks, d_model 16, 4 heads" in repr(bundle)
+    assert "2 SAEs of 32 features" in repr(bundle)
+    shown = [bundle, plain.head_loadings(source=1, target=-1), next(iter(plain.qk.values()))]
+    for value in shown:
+        assert "\n" not in repr(value) and "array" not in repr(value) and len(repr(value)) < 250
+    assert " edges, " in repr(shown[1])
+
+
+def test_qk_attributions_as_frames(plain):
+    table = next(iter(plain.qk.values()))
+    pairs = table.to_pandas()
+    assert len(pairs) == len(table.pairs)
+    assert pairs.query_kind[0] == table.pairs[0]["query"]["kind"]
+    assert pairs.value[0] == table.pairs[0]["value"]
+    marginals = table.to_pandas("key_marginals")
+    assert list(marginals.value) == [m["value"] for m in table.key_marginals]
+    with pytest.raises(
+        InputError, match="no table 'nodes'; expected one of pairs, query_marginals"
+    ):
+        table.to_pandas("nodes")
+
+
+@pytest.mark.parametrize("given", ["hi", None, 3])
+def test_a_bundle_comes_first(plain, given):
+    for call in (lambda: qkattr.trace(given, plain.session.bundle), lambda: qkattr.run(given, [1])):
+        with pytest.raises(InputError, match="first argument should be a bundle from qkattr.load"):
+            call()
+
+
+def test_near_names_include_the_model_of_the_package():
+    with pytest.raises(InputError, match="no such model: 'smolm2'; did you mean smollm2"):
+        qkattr.load("smolm2")

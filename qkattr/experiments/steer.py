@@ -37,6 +37,7 @@ from qkattr.experiments.edits import (
     place_edits,
 )
 from qkattr.experiments.runs import EditedRuns, clean_patterns, log_softmax, run_edits
+from qkattr.extras import need_pandas
 from qkattr.load.bundle import Bundle, Prompt
 from qkattr.model.edits import Edits
 from qkattr.options import make_options
@@ -101,8 +102,6 @@ class Steering:
         Raises:
           InputError: pandas is not installed.
         """
-        from qkattr.export.frames import need_pandas
-
         rows = [
             dict(scale=scale, token=token, probability=probability[i], kl=self.kl[i])
             for token, probability in self.tracked.items()

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from qkattr.errors import InputError
+from qkattr.extras import need_pandas
 from qkattr.types import Kind
 
 if TYPE_CHECKING:
@@ -21,21 +22,6 @@ def frame(result: Result, table: str):
     if table not in TABLES:
         raise InputError(f"no table {table!r}; expected one of {', '.join(TABLES)}")
     return need_pandas().DataFrame(dict(nodes=_nodes, edges=_edges, heads=_heads)[table](result))
-
-
-def need_pandas():
-    """pandas.
-
-    Raises:
-      InputError: it is not installed.
-    """
-    try:
-        import pandas
-    except ImportError as e:
-        raise InputError(
-            "to_pandas needs pandas, which is not installed; pip install pandas"
-        ) from e
-    return pandas
 
 
 def _names(result: Result) -> np.ndarray:

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 Prompt = str | Sequence[int] | Sequence[Message]
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Bundle:
     """A model with what belongs to it. Its weights are read when `params` is first used.
 
@@ -62,6 +62,15 @@ class Bundle:
     labels: Mapping[tuple[int, int], str] = dataclasses.field(default_factory=dict, repr=False)
     source: Source | None = None
     notes: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        config, saes = self.config, [d for d in self.dictionaries or () if d is not None]
+        widths = sorted({d.width for d in saes})
+        of = f", {len(saes)} SAEs of {' and '.join(map(str, widths))} features" if saes else ""
+        return (
+            f"<Bundle {self.model}: {config.family}, {config.n_blocks} blocks, "
+            f"d_model {config.d_model}, {config.n_heads} heads{of}, {self.dtype}>"
+        )
 
     @functools.cached_property
     def params(self) -> Params:
@@ -150,6 +159,15 @@ class Bundle:
                 f"{self.model} has no tokenizer that qkattr can read; give the prompt as token ids"
             )
         return self.tokenizer
+
+
+def need_bundle(value: object) -> None:
+    """Raise `InputError` unless the value is a bundle."""
+    if not isinstance(value, Bundle):
+        raise InputError(
+            f"the first argument should be a bundle from qkattr.load, got {value!r:.40}; the "
+            "prompt comes after it"
+        )
 
 
 def _is_message(item: object) -> bool:

@@ -204,6 +204,10 @@ def is_choice(name: str, choice: str) -> bool:
         return False
 
 
+#: The model whose SAEs are in the package, and these SAEs.
+PACKAGED = "smollm2"
+
+
 def near(name: str, known: Iterable[str]) -> str:
     """`did you mean a or b?`, of names that are near; else nothing."""
     found = difflib.get_close_matches(_plain(name.partition(":")[0]), list(known), n=3)
@@ -211,11 +215,11 @@ def near(name: str, known: Iterable[str]) -> str:
 
 
 def near_model(name: str) -> str:
-    return near(name, registry().models)
+    return near(name, [PACKAGED, *registry().models])
 
 
 def near_saes(name: str) -> str:
-    return near(name, _sae_names())
+    return near(name, [PACKAGED, *_sae_names()])
 
 
 def _plain(name: str) -> str:

@@ -11,6 +11,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from qkattr.errors import InputError, quoted
+from qkattr.extras import need_pandas
 from qkattr.qk.terms import QKTerms
 from qkattr.types import Kind
 
@@ -18,7 +20,7 @@ from qkattr.types import Kind
 Labeller = Callable[[Kind, int], str]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class QKAttribution:
     """One head's score at one (query, key) position, expanded. Attributes are the keys of the JSON.
 
@@ -44,6 +46,25 @@ class QKAttribution:
     n_pairs: int
     query_marginals: list[dict[str, Any]]
     key_marginals: list[dict[str, Any]]
+
+    def __repr__(self) -> str:
+        query, key = (f"{quoted(self.tokens[p], 20)} {p}" for p in (self.query, self.key))
+        return (
+            f"<QKAttribution {self.layer}.{self.head} from {query} to {key}: score "
+            f"{self.score:.3f}, probability {self.probability:.3f}, {self.n_pairs} pairs>"
+        )
+
+    def to_pandas(self, table: str = "pairs"):
+        """The "pairs", "query_marginals" or "key_marginals" as a data frame; a side of a pair is
+        the columns `query_kind`, `query_index`, ...
+
+        Raises:
+          InputError: there is no such table, or pandas is not installed.
+        """
+        known = ("pairs", "query_marginals", "key_marginals")
+        if table not in known:
+            raise InputError(f"no table {table!r}; expected one of {', '.join(known)}")
+        return need_pandas().DataFrame([_flat(row) for row in getattr(self, table)])
 
     def to_json(self, top: int | None = None) -> dict[str, Any]:
         """A plain object; `top` bounds the pairs and the marginals listed."""
@@ -71,6 +92,15 @@ class QKAttribution:
     @classmethod
     def from_json(cls, raw: dict[str, Any]) -> QKAttribution:
         return cls(**raw)
+
+
+def _flat(row: dict[str, Any]) -> dict[str, Any]:
+    """Nested objects as columns of their own."""
+    flat = {}
+    for name, value in row.items():
+        inner = value if isinstance(value, dict) else None
+        flat |= {name: value} if inner is None else {f"{name}_{k}": v for k, v in inner.items()}
+    return flat
 
 
 def qk_table(
