@@ -137,6 +137,49 @@ def test_no_bos_anywhere(tmp_path):
             tokenizer.with_bos(wrong)
 
 
+# Without a tokenizer.json -------------------------------------------------------------------------
+
+
+TEXTS = ("hi hi  12\n<|endoftext|>hi", " é 世界 it's", "<extra>hi<extra>", "")
+
+
+def write_vocabulary(folder, *, added=None, config=None, model=GPT2):
+    """GPT-2's two files, as old repositories have them."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokens = [*alphabet, "hi", "Ġhi", "12", "<|endoftext|>"]
+    (folder / "vocab.json").write_text(json.dumps({t: i for i, t in enumerate(tokens)}))
+    (folder / "merges.txt").write_text("#version: 0.2\nh i\nĠ hi\n1 2\n")
+    for name, content in (
+        ("config.json", model), ("added_tokens.json", added), ("tokenizer_config.json", config)
+    ):  # fmt: skip
+        if content is not None:
+            (folder / name).write_text(json.dumps(content))
+    return folder, len(tokens)
+
+
+@pytest.mark.parametrize("how", ["plain", "added", "named"])
+def test_gpt2s_older_files_are_read_as_transformers_reads_them(tmp_path, how):
+    files = dict(
+        plain={}, added=dict(added={"<extra>": 260}), named=dict(config=dict(bos_token="<bos>"))
+    )
+    folder, _ = write_vocabulary(tmp_path, **files[how])
+    ours, theirs = Tokenizer.from_folder(folder), transformers.AutoTokenizer.from_pretrained(folder)
+    for text in TEXTS:
+        assert ours.encode(text) == theirs(text).input_ids
+    assert ours.bos == theirs.bos_token
+    (folder / "merges.txt").write_text("h i\nx y z\n")
+    with pytest.raises(InputError, match="vocab.json and merges.txt do not make a tokenizer"):
+        Tokenizer.from_folder(folder)
+
+
+def test_older_files_of_another_class_are_left_alone(tmp_path):
+    folder, _ = write_vocabulary(tmp_path, model=QWEN2)
+    assert Tokenizer.from_folder(folder) is None
+    folder, n = write_vocabulary(tmp_path, added={"<extra>": 5000})
+    with pytest.raises(InputError, match="'<extra>' should have id 5000"):
+        Tokenizer.from_folder(folder)
+
+
 # With SAEs and on the command line ----------------------------------------------------------------
 
 

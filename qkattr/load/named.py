@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from qkattr.errors import InputError
-from qkattr.load import hf, hub, hub_saes
+from qkattr.load import hf, hub, hub_saes, vocabulary
 from qkattr.load.registry import SaeChoice, find_model, find_saes, is_choice
 from qkattr.load.saes.choose import split_pattern
 from qkattr.load.smollm2 import cache_folder
@@ -47,7 +47,8 @@ def model_folder(name: str) -> Path | None:
 
 def _is_whole(folder: Path) -> bool:
     """Whether a folder has a model and its tokenizer."""
-    return is_model(folder) and (folder / "tokenizer.json").is_file()
+    files = [("tokenizer.json",), vocabulary.FILES]
+    return is_model(folder) and any(all((folder / n).is_file() for n in names) for names in files)
 
 
 def is_model(folder: Path) -> bool:

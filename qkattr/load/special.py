@@ -69,6 +69,11 @@ def special_tokens(folder: Path, inner: tokenizers.Tokenizer) -> dict[str, tuple
     return found
 
 
+def class_of(folder: Path) -> str | None:
+    """The class of a folder's tokenizer, without "Fast"; None where nothing says it."""
+    return _class_name(_optional(folder / CONFIG), _optional(folder / "config.json"))
+
+
 def _unnamed(
     folder: Path, inner: tokenizers.Tokenizer, config: dict[str, Any], i: int
 ) -> Iterator[tuple[str | None, str]]:

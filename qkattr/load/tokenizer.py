@@ -20,16 +20,20 @@ import jinja2
 import jinja2.ext
 import jinja2.sandbox
 import tokenizers
+from tokenizers import AddedToken
 
 from qkattr.characters import joined
 from qkattr.errors import InputError, quoted
 from qkattr.load.files import read_text
 from qkattr.load.hf import read_json_object
-from qkattr.load.special import CONFIG, special_tokens
+from qkattr.load.special import CONFIG, class_of, special_tokens
+from qkattr.load.vocabulary import from_vocabulary
 
 Message = dict[str, Any]  # {"role": ..., "content": ...}
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")  # a byte in a SentencePiece vocabulary
+#: Classes whose text is cut as GPT-2's.
+VOCABULARIES = ("GPT2Tokenizer",)
 _SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # a space in a SentencePiece vocabulary
 
 
@@ -48,19 +52,19 @@ class Tokenizer:
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> Tokenizer | None:
-        """Read tokenizer.json, its config, chat_template.jinja and what names special tokens; None
-        without the first."""
+        """Read tokenizer.json (or GPT-2's older files), its config, chat_template.jinja and what
+        names special tokens; None without the first."""
         folder = Path(folder)
         path, config_path, template_path = (
             folder / name for name in ("tokenizer.json", CONFIG, "chat_template.jinja")
         )
-        if not path.is_file():
+        inner = _read(path) if path.is_file() else _from_vocabulary(folder)
+        if inner is None:
             return None
         config = read_json_object(config_path) if config_path.is_file() else {}
         template = _template(config.get("chat_template"))
         if template_path.is_file():
             template = read_text(template_path)
-        inner = _read(path)
         special = special_tokens(folder, inner)
         (bos, named_by), (eos, _) = special["bos"], special["eos"]
         return cls(inner, bos, eos, template, named_by)
@@ -203,6 +207,15 @@ def _read(path: Path) -> tokenizers.Tokenizer:
         raise InputError(f"{path} is not a tokenizer ({e}); copy or download it again") from e
     inner.no_truncation()  # a prompt is never cut or filled up in silence
     inner.no_padding()
+    return inner
+
+
+def _from_vocabulary(folder: Path) -> tokenizers.Tokenizer | None:
+    """GPT-2's tokenizer in its older files, where the folder's tokenizer is of its class."""
+    inner = from_vocabulary(folder) if class_of(folder) in VOCABULARIES else None
+    if inner is not None:
+        named = [token for token, _ in special_tokens(folder, inner).values() if token]
+        inner.add_special_tokens([AddedToken(t, normalized=False, special=True) for t in named])
     return inner
 
 
