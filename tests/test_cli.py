@@ -228,12 +228,13 @@ def test_check(cli, tmp_path):
 
 
 def test_options_of_trace_default_to_the_library_s():
+    from qkattr.cli.options import expanded
     from qkattr.cli.trace import trace
     from qkattr.options import TraceOptions
 
     library = {field.name: field.default for field in dataclasses.fields(TraceOptions)}
     library["sink"] = library.pop("sinks")
-    ours = {name: p.default for name, p in inspect.signature(trace).parameters.items()}
+    ours = {name: p.default for name, p in inspect.signature(expanded(trace)).parameters.items()}
     assert set(library) <= set(ours)
     assert {name: ours[name] for name in library} == library | {"target": None}
 
@@ -296,3 +297,23 @@ def test_real_check(real):
     report = real.json("check", "-s", "smollm2", "--rows", 1)
     assert [row["boundary"] for row in report["boundaries"]] == list(range(1, 31))
     assert all(row["verdict"] == "ok" for row in report["boundaries"])
+
+
+def test_only_a_folder_of_ours_is_written_into(cli, capsys, tmp_path, monkeypatch):
+    """New, empty, or with a result in it; what someone else put there stays as it is."""
+    command = ["trace", PROMPT, "-m", cli.model, "-s", cli.saes, "--out"]
+    ours, theirs = tmp_path / "ours", tmp_path / "theirs"
+    for _ in range(2):
+        assert main([*command, str(ours)]) == 0
+    theirs.mkdir()
+    (theirs / "graph.json").write_text('{"mine": 1}')
+    monkeypatch.chdir(theirs)
+    capsys.readouterr()
+    for out in (str(theirs), "", "."):
+        assert main([*command, out]) == 2
+        said = capsys.readouterr().err
+        assert "holds other files and no result of qkattr" in said and "--force" in said
+    assert [p.name for p in theirs.iterdir()] == ["graph.json"]
+    assert (theirs / "graph.json").read_text() == '{"mine": 1}'
+    assert main([*command, str(theirs), "--force"]) == 0
+    assert main([*command, str(theirs)]) == 0

@@ -123,7 +123,7 @@ def test_of_two_labels_the_last_counts(tmp_path):
         ("a.csv", "boundary,index,label\n1,1\n", "its description is None"),
         ("a.csv", 'boundary,index,label\n1,1,"x\n', "is not CSV"),
         ("a.csv", b"\xff\xfe\x00", "is not a whole UTF-8 or gzip file"),
-        ("a.gz", gzip.compress(b"x" * 9999)[:-9], "is not a whole UTF-8 or gzip file"),
+        ("a.gz", gzip.compress(b"x" * 9999, mtime=0)[:-9], "is not a whole UTF-8 or gzip file"),
         ("a.jsonl", "{}\n", "has no layer; expected layer, index and description"),
     ],
 )

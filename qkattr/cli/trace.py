@@ -23,6 +23,9 @@ def trace(
         Path | None,
         Option(help="Folder for graph.json, graph.npz and index.html.", show_default=False),
     ] = None,
+    force: Annotated[
+        bool, Option("--force", help="Write into --out although it holds other files.")
+    ] = False,
     target: Annotated[
         list[str] | None,
         Option(help="Token to explain (repeatable). Default: the likeliest.", show_default=False),
@@ -104,8 +107,9 @@ def trace(
         if scan is not None:
             _check_scan(scan, written=json or out is not None)
         if out is not None:
-            from qkattr.export.folder import check_writable
+            from qkattr.export.folder import check_ours, check_writable
 
+            check_ours(out, force=force)
             check_writable(out)
         bundle = model.open()
         if cards is not None:

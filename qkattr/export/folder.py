@@ -11,6 +11,7 @@ import dataclasses
 import io
 import json
 import lzma
+import mmap
 import os
 import tempfile
 import zipfile
@@ -80,6 +81,31 @@ def check_writable(folder: Path) -> None:
             pass
     except (OSError, ValueError) as e:
         raise InputError(f"cannot write to {folder}: {_reason(e)}; choose another folder") from e
+
+
+def check_ours(folder: Path, *, force: bool = False) -> None:
+    """Fail where a folder holds what someone else put there, so that nothing of theirs is replaced.
+
+    force: it may.
+
+    Raises:
+      InputError: it holds something, and no result of qkattr.
+    """
+    if force or not folder.is_dir() or not any(folder.iterdir()) or _is_ours(folder):
+        return
+    raise InputError(
+        f"{folder} holds other files and no result of qkattr; give a new or an empty folder, or "
+        "--force to write among them"
+    )
+
+
+def _is_ours(folder: Path) -> bool:
+    """Whether both files of a result are there and the JSON has our part."""
+    json_file, columns = folder / "graph.json", folder / "graph.npz"
+    if not json_file.is_file() or not columns.is_file() or not json_file.stat().st_size:
+        return False
+    with json_file.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:
+        return text.find(b'"qkattr"') >= 0
 
 
 def _reason(error: Exception) -> str:
