@@ -14,6 +14,8 @@ from huggingface_hub import constants
 from qkattr.cli.main import main
 from qkattr.load.bundle import open_bundle
 
+MLP = "google/gemma-scope-2b-pt-mlp"
+
 TEXT = "The cat sat on the mat. " * 3
 WHY_SAES, WHY_TOKENIZER = "as the SAEs were trained", "as the tokenizer does"
 BESIDE = "SAEs of the MLP and of attention lie beside them and are not used"
@@ -118,9 +120,6 @@ def published(tmp_path_factory):
     pairs.gemma_scope(pairs.snapshot(folder / "hub", MLP), embedding=False)
     (folder / "small.txt").write_text(TEXT)
     return folder, made
-
-
-MLP = "google/gemma-scope-2b-pt-mlp"
 
 
 @pytest.fixture
@@ -246,3 +245,46 @@ def test_model_as_a_local_folder(root, capsys):
     out, notes = run(capsys, "trace", "cat", "-m", model, "-s", saes, "--json", "--qk", 1)
     assert [OF_OTHERS in note for note in notes] == [True]
     assert json.loads(out)["qkattr"]["bos"] == f"no BOS, {WHY_TOKENIZER}"
+
+
+PYTHIA, GEMMA_2, GEMMA_3 = "EleutherAI/pythia-70m", "google/gemma-2-2b", "google/gemma-3-270m"
+SCOPE, SCOPE_3 = PAIRS["gemma 2"].repo, PAIRS["gemma 3"].repo
+#: Model, SAEs and the line; `incomplete` is a copy without the SAE of block 3.
+REFUSED = [
+    (PYTHIA, "incomplete", "incomplete has no SAE for boundary 4 (12 SAEs of other hooks left out: "
+     "6 of layers.N.attention (attention), 6 of layers.N.mlp (the MLP)); expected one after"),
+    (PYTHIA, "incomplete:/layers.?", "incomplete:/layers.? has no SAE for boundary 4; expected"),
+    (PYTHIA, "incomplete:layers.?.mlp", "no SAE of the residual stream, but 6 of layers.N.mlp"),
+    (PYTHIA, "incomplete:layers.9", "no SAE below incomplete matches 'layers.9'; there are layer"),
+    ("openai-community/gpt2", PAIRS["pythia"].saes,
+     "qkattr: sae-pythia-70m-32k has no SAE for boundary 7, 8, 9, 10, 11, 12; expected"),
+    (GEMMA_3, "gemma-scope-2b-pt-res", "boundary 19, the model has 18 blocks; load the SAEs"),
+    (GEMMA_2, f"{SCOPE}:77k", f"no SAE below {SCOPE} matches '77k'; there are embedding/width_4k/"),
+    (GEMMA_2, f"{SCOPE}:width_16k", f"choose with a pattern, as in '{SCOPE}:layer_9/width_16k/"),
+    (GEMMA_2, f"{SCOPE}/layer_3", f"choose with a pattern, as in '{SCOPE}/layer_3:width_"),
+    (GEMMA_2, MLP, f"qkattr: {MLP} holds no SAE of the residual stream, but 78 of blocks.N.mlp"),
+    (GEMMA_2, f"{MLP}:16k", f"qkattr: {MLP}:16k holds no SAE of the residual stream, but 52 of"),
+    (GEMMA_3, f"{SCOPE_3}/attn_out_all", f"qkattr: {SCOPE_3}/attn_out_all holds no SAE of the"),
+    ("meta-llama/Llama-3.1-8B", "fnlp/Llama3_1-8B-Base-LXR-8x:L1R",
+     "qkattr: fnlp/Llama3_1-8B-Base-LXR-8x:L1R has no SAE for boundary 1, 3, 4"),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def incomplete(published):
+    folder = published[0] / "incomplete"
+    pairs.pythia_saes(folder)
+    shutil.rmtree(folder / "layers.3")
+
+
+@pytest.mark.parametrize("model, saes, line", REFUSED)
+def test_wrong_saes_are_refused_by_the_name_that_was_given(
+    root, incomplete, refused, model, saes, line
+):
+    assert line in refused("trace", "cat", "-m", model, "-s", saes)
+
+
+def test_a_missing_sae_may_be_an_error_component(root, incomplete):
+    bundle = open_bundle(PYTHIA, "incomplete", missing="raw")
+    absent = [b for b, d in enumerate(bundle.dictionaries) if d is None]
+    assert absent == [0, 4] and OF_OTHERS in bundle.notes[0]
