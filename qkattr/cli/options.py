@@ -98,7 +98,7 @@ class Saes(Model):
             "--saes",
             "-s",
             help='"smollm2", a folder of SAEs (or FOLDER:PATTERN), a packed file, user/repo of the '
-            "hub, or a name that `qkattr models` lists.",
+            "hub (or user/repo:PATTERN), or a name that `qkattr models` lists.",
             show_default=False,
         ),
     ] = None

@@ -243,8 +243,8 @@ def _read_saes(saes: str, config: ModelConfig, missing: str) -> _Saes:
     path, choice = found.path, found.choice
     if path.is_file():
         return _Saes(open_packed(path, config, missing=missing), fingerprint(path.parent, [path]))
-    on_disk = find_saes(path)
-    check_set(on_disk.headers, path, config, missing)
+    on_disk = find_saes(path, called=found.called)
+    check_set(on_disk.headers, saes, config, missing, on_disk.notes)
     dictionaries = on_disk.read(config.n_blocks)
     read = _Saes(dictionaries, fingerprint(on_disk.root, on_disk.files), notes=on_disk.notes)
     if choice is None:
@@ -308,8 +308,9 @@ def load(
     model: "smollm2", a Hugging Face folder, a .gguf file; or, downloaded if it is not in the hub's
     cache, user/repo, user/repo@revision or a name of the registry. saes: "smollm2", a folder of
     SAEs in any known format, one after every block, `FOLDER:PATTERN` where it has several of a
-    block, a file that `qkattr pack` made of one; or user/repo, a folder in it, or a name of the
-    registry, with choices, as in NAME:262k,big. dtype: of the weight matrices, "float32" or
+    block, a file that `qkattr pack` made of one; or user/repo, a folder in it, user/repo:PATTERN,
+    of which only what matches is downloaded, or a name of the registry, with choices, as in
+    NAME:262k,big. dtype: of the weight matrices, "float32" or
     "bfloat16". missing: "error", or "raw": a boundary without an SAE is one error component.
     bos_token: the token, by its text or id, that stands for a BOS, which text then begins with.
     accept: attributes of config.json that qkattr does not know and that the user knows to change

@@ -25,10 +25,12 @@ from qkattr.sources.dictionary import Dictionary
 
 @dataclasses.dataclass(frozen=True)
 class SaeSource:
-    """SAEs on disk, and the registry's entry if it has one."""
+    """SAEs on disk, and the registry's entry if it has one. called: what the user knows the folder
+    as, where that is not its path."""
 
     path: Path
     choice: SaeChoice | None = None
+    called: str | None = None
 
 
 def model_folder(name: str) -> Path | None:
@@ -73,17 +75,17 @@ def sae_source(name: str) -> SaeSource | None:
     repo = hub.parse_repo(base)
     if pattern and repo is not None and not (repo.id == base and is_choice(base, pattern)):
         folder = hub_saes.fetch_matching(repo, pattern) / repo.folder
-        return SaeSource(Path(f"{_with_saes(folder, name)}:{pattern}"))
+        return SaeSource(Path(f"{_with_saes(folder, name)}:{pattern}"), called=base)
     short, _, revision = name.partition("@")
     choice = find_saes(short)
     if choice is not None:
-        return SaeSource(_chosen(choice, revision or None), choice)
+        return SaeSource(_chosen(choice, revision or None), choice, name)
     if repo is None or pattern:
         return None
     below = f"{repo.folder}/" if repo.folder else ""
     patterns = [below + file for file in hub_saes.SAE_FILES]
     folder = hub.fetch(repo, patterns, lambda found: hub_saes.has_saes(found / repo.folder))
-    return SaeSource(_with_saes(folder / repo.folder, name))
+    return SaeSource(_with_saes(folder / repo.folder, name), called=name)
 
 
 def _with_saes(folder: Path, name: str) -> Path:

@@ -64,7 +64,7 @@ def chosen(root, pattern):
 def test_several_saes_of_a_boundary_are_named(tmp_path):
     gemma(tmp_path, *TREE)
     named = r"average_l0_20, .* and 1 more are all for boundary 1, expected one; choose with "
-    with pytest.raises(InputError, match=named + "FOLDER:PATTERN, as in '.*:layer_1/width"):
+    with pytest.raises(InputError, match=named + "a pattern, as in '.*:layer_1/width"):
         load_saes(tmp_path, MODEL)
 
 

@@ -70,11 +70,15 @@ def by_boundary(headers: Iterable[Checked], choice: str = "move one away") -> di
 
 
 def check_set(
-    headers: dict[int, Checked], path: str | Path, config: ModelConfig, missing: str = "error"
+    headers: dict[int, Checked],
+    path: str | Path,
+    config: ModelConfig,
+    missing: str = "error",
+    notes: tuple[str, ...] = (),
 ) -> None:
     """Raise `InputError` unless the SAEs are as wide as the model, one after every block.
 
-    missing: "raw" lets boundaries have none.
+    missing: "raw" lets boundaries have none. notes: what was left out of the set.
     """
     if missing not in ("error", "raw"):
         raise InputError(f"missing is {missing!r:.40}, expected error or raw")
@@ -92,10 +96,11 @@ def check_set(
     _check_embedding(headers.get(0), config)
     absent = [str(b) for b in range(1, config.n_blocks + 1) if b not in headers]
     if absent and missing == "error":
+        left_out = f" ({'; '.join(notes)})" if notes else ""
         raise InputError(
-            f"{path} has no SAE for boundary {some(absent, 12)}; expected one after every "
-            f"block, 1..{config.n_blocks}; --missing raw (missing='raw') makes such a boundary one "
-            "error component"
+            f"{path} has no SAE for boundary {some(absent, 12)}{left_out}; expected one after "
+            f"every block, 1..{config.n_blocks}; --missing raw (missing='raw') makes such a "
+            "boundary one error component"
         )
 
 

@@ -46,11 +46,14 @@ def read_options(root: Path) -> tuple[Options, tuple[Path, ...]]:
         raise InputError(f"{path}: {e}; see docs/saes.md") from e
 
 
-def matching(found: list[Found], root: Path, pattern: str | None) -> list[Found]:
+def matching(
+    found: list[Found], root: Path, pattern: str | None, called: str | None = None
+) -> list[Found]:
     """The SAEs whose path below the root matches a pattern.
 
     pattern: a glob, whose `*` goes across folders, to be found anywhere in the path; one that
-    begins with a slash is the whole path. Or `GLOB@N`, see `nearest`. None: all.
+    begins with a slash is the whole path. Or `GLOB@N`, see `nearest`. None: all. called: the root,
+    as errors call it.
     """
     if pattern is None:
         return found
@@ -58,7 +61,9 @@ def matching(found: list[Found], root: Path, pattern: str | None) -> list[Found]
     kept = [f for f in found if matches(path_below(root, f.path), glob)]
     if not kept:
         names = some([path_below(root, f.path) for f in found])
-        raise InputError(f"no SAE below {root} matches {pattern!r:.60}; there are {names}")
+        raise InputError(
+            f"no SAE below {called or root} matches {pattern!r:.60}; there are {names}"
+        )
     return kept
 
 

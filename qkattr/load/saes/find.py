@@ -117,8 +117,8 @@ class SaeSet:
         return tuple(map_sae(headers[b]) if b in headers else None for b in range(n_blocks + 1))
 
 
-def sae_folders(path: str | Path) -> tuple[Path, ...]:
-    """The folders at or below `path` that hold SAEs."""
+def sae_folders(path: str | Path, called: str | None = None) -> tuple[Path, ...]:
+    """The folders at or below `path` that hold SAEs. called: see `find_saes`."""
     path = Path(path)
     if not path.is_dir():
         raise InputError(
@@ -128,8 +128,8 @@ def sae_folders(path: str | Path) -> tuple[Path, ...]:
     folders = tuple(folder for folder in sorted(_below(path)) if recognise(folder) is not None)
     if not folders:
         raise InputError(
-            f"{path} holds no SAE (no {saelens.CONFIG} in it or below it, nor any other format's "
-            "files); give a folder of SAEs, see docs/saes.md"
+            f"{called or path} holds no SAE (no {saelens.CONFIG} in it or below it, nor any other "
+            "format's files); give a folder of SAEs, see docs/saes.md"
         )
     return folders
 
@@ -141,23 +141,27 @@ def _below(path: Path) -> Iterator[Path]:
         yield Path(folder)
 
 
-def find_saes(path: str | Path, options: Options | None = None) -> SaeSet:
+def find_saes(
+    path: str | Path, options: Options | None = None, called: str | None = None
+) -> SaeSet:
     """The SAEs at or below `path`, one a boundary, their weights not yet read.
 
     path: a folder, or `FOLDER:PATTERN`, see `choose.matching`. options: None: those of the
-    folder's qkattr.toml, if it has one.
+    folder's qkattr.toml, if it has one. called: what the user knows the folder as, if that is
+    another name, for errors.
     """
     root, pattern = split_pattern(path)
-    folders = sae_folders(root)
+    name = called or str(root)
+    folders = sae_folders(root, name)
     options, settings = read_options(root) if options is None else (options, ())
     pattern = pattern or options.pattern
     every = [f for folder in folders for f in _recognised(folder).find(folder, options)]
     check_factors(options, every)
-    where = f"{root}:{pattern}" if pattern else str(root)
-    found, notes = _on_the_stream(matching(every, root, pattern), where)
+    where = f"{name}:{pattern}" if pattern else name
+    found, notes = _on_the_stream(matching(every, root, pattern, name), where)
     chosen = nearest([stated(f.read(), options) for f in found], pattern)
     example = path_below(root, chosen[-1].folder)
-    choice = f"choose with FOLDER:PATTERN, as in '{clipped(str(root), 60)}:{clipped(example, 80)}'"
+    choice = f"choose with a pattern, as in '{clipped(name, 80)}:{clipped(example, 80)}'"
     return SaeSet(root, by_boundary(chosen, choice), settings, notes)
 
 
@@ -194,7 +198,8 @@ def sae_model_names(path: str | Path) -> set[str]:
 
 def check_saes(path: str | Path, config: ModelConfig, *, missing: str = "error") -> None:
     """Everything that `load_saes` checks, but for the values of the weights; reads only headers."""
-    check_set(find_saes(path).headers, path, config, missing)
+    found = find_saes(path)
+    check_set(found.headers, path, config, missing, found.notes)
 
 
 def load_saes(
@@ -214,5 +219,5 @@ def load_saes(
         model, shares its boundary with another; or a boundary after a block has none.
     """
     found = find_saes(path, options)
-    check_set(found.headers, path, config, missing)
+    check_set(found.headers, path, config, missing, found.notes)
     return found.read(config.n_blocks)
