@@ -110,7 +110,7 @@ def effects(
       linearisation: of the MLP (static).
       heads: return head effects and derivatives as well (static).
     """
-    n_blocks, (R, D) = boundaries.shape[0] - 1, covector.shape
+    n_blocks, R = boundaries.shape[0] - 1, covector.shape[0]
     rows = jnp.arange(R)
 
     def enter(g: Array, k: Array, b) -> tuple[Array, Array]:
@@ -221,7 +221,7 @@ def node_effects(g: Float[Array, "R T D"], components: Components) -> Float[Arra
 
     The features' vectors are gathered for a few positions at a time and never held whole.
     """
-    R, T, D = g.shape
+    R, T, _ = g.shape
     chunk = math.gcd(T, POSITIONS_AT_ONCE)
     cut = lambda a: a.reshape(T // chunk, chunk, *a.shape[1:])
 
