@@ -86,22 +86,22 @@ class Tried:
     found: Effects
     seen: list[naive.Seen]
 
-    def blocks(self, lowest: int = 0):
-        """Call with x64 on."""
-        return {
-            b: frozen.frozen_block(
-                *self.case.block(b)[:1], self.x(b), self.case.cfg.block, self.linearisation,
-                seen=self.seen[b],
+    @functools.cached_property
+    def blocks(self):
+        """First asked for with x64 on."""
+        return [
+            frozen.frozen_block(
+                self.case.block(b)[0], self.x(b), self.case.cfg.block, self.linearisation, seen=seen
             )
-            for b in range(lowest, self.case.cfg.n_blocks)
-        }  # fmt: skip
+            for b, seen in enumerate(self.seen)
+        ]
 
     def x(self, b: int):
         return jnp.asarray(np.asarray(self.case.trace.boundaries[b], np.float64))
 
     def derivative(self, b: int, what: str, at) -> np.ndarray:
         """`[R, ...]` of all targets with respect to one argument of block b; "x" of boundary b."""
-        blocks, t = self.blocks(b), self.targets
+        blocks, t = self.blocks, self.targets
 
         def values(argument):
             x = argument if what == "x" else self.x(b)
@@ -120,10 +120,9 @@ class Tried:
 
     def only(self, b: int, mask) -> np.ndarray:
         """`[R, T, D]` with respect to boundary b through the masked places of its heads alone."""
-        blocks = self.blocks(b)
         above = self.derivative(b + 1, "x", self.x(b + 1))
-        _, vjp = jax.vjp(lambda x: blocks[b](x, only=mask), self.x(b))
-        return np.stack([vjp(jnp.asarray(g))[0] for g in above])
+        _, vjp = jax.vjp(lambda x: self.blocks[b](x, only=mask), self.x(b))
+        return np.asarray(jax.vmap(lambda g: vjp(g)[0])(jnp.asarray(above)))
 
 
 @pytest.fixture(scope="module", params=LINEARISATIONS)
