@@ -13,6 +13,7 @@ import naive
 import numpy as np
 import pytest
 import tiny
+from frozen import frozen_block, of_head
 from tiny import within
 
 from qkattr.graph.edges import Candidates, edge_totals, kept_parts, source_values
@@ -23,81 +24,6 @@ from qkattr.model.mlp import LINEARISATIONS
 BLOCK = 2e-5  # of the largest entry of the result: a block is four float32 matmuls deep
 LOADING = 1e-4  # of the row's largest loading: as the method's own check asks
 REAL_BLOCK = 1e-4  # d_model 576 and MLP 1536 instead of 20 and 28: the sums are 50 times longer
-ACTIVATIONS = {
-    "silu": lambda x: x * jax.scipy.special.expit(x),
-    "relu": lambda x: jnp.maximum(x, 0),
-    "gelu": lambda x: x * jax.scipy.stats.norm.cdf(x),
-    "gelu_tanh": lambda x: 0.5 * x * (1 + jnp.tanh(jnp.sqrt(2 / jnp.pi) * (x + 0.044715 * x**3))),
-}
-
-
-def frozen_block(weights, x0, cfg, linearisation):
-    """The block as a function of x, patterns and norm scales those of x0.
-
-    With `only`, derivatives go through one head alone, or with "own" through no head: everything
-    else is a constant. Its own code: weights flattened to matrices, heads repeated for grouped
-    queries, the MLP's z spelled out.
-    """
-    n_heads = weights.wq_DNH.shape[1]
-    group = n_heads // weights.wk_DKH.shape[1]
-    T, d = x0.shape
-    zero = lambda b: 0.0 if b is None else jnp.asarray(b)
-    act = ACTIVATIONS[cfg.activation]
-
-    def centred(v):
-        return v - v.mean(-1, keepdims=True) if cfg.norm == "layer" else v
-
-    def normed(norm, v, at):
-        if norm is None:
-            return v
-        rms = jnp.sqrt((centred(at) ** 2).mean(-1, keepdims=True) + cfg.eps)
-        return centred(v) / rms * norm.weight[None] + jnp.atleast_2d(zero(norm.bias))
-
-    def heads_out(x, only, at):
-        y = normed(weights.norm_attn, x, at)
-        v = y @ weights.wv_DKH.reshape(d, -1)
-        v = v.reshape(T, -1, weights.wv_DKH.shape[2]) + (
-            0.0 if weights.bv_KH is None else weights.bv_KH[None]
-        )
-        v = jnp.repeat(v, group, axis=1)
-        out = jnp.broadcast_to(jnp.atleast_2d(zero(weights.bo_D)), (T, d))
-        for n in range(n_heads):
-            one = pattern[n] @ v[:, n] @ weights.wo_NHD[n]
-            out = out + (one if only in (None, n) else jax.lax.stop_gradient(one))
-        return out
-
-    def pre(y):
-        up = y @ weights.w_up_DF + jnp.atleast_2d(zero(weights.b_up_F))
-        if weights.w_gate_DF is None:
-            return None, up
-        return y @ weights.w_gate_DF + jnp.atleast_2d(zero(weights.b_gate_F)), up
-
-    pattern = jnp.asarray(naive.run_block(weights, x0, cfg).pattern, jnp.float32)
-    attn0 = heads_out(x0, None, x0)
-    middle0 = x0 + normed(weights.norm_attn_post, attn0, attn0)
-    read0 = x0 if cfg.parallel else middle0
-    g0, u0 = pre(normed(weights.norm_mlp, read0, read0))
-    z0 = act(u0) if g0 is None else act(g0) * u0
-    mlp0 = z0 @ weights.w_down_FD + jnp.atleast_2d(zero(weights.b_down_D))
-
-    def hidden(g, u):
-        if linearisation == "jacobian":
-            return act(u) if g is None else act(g) * u
-        if g is None:
-            return act(u0) / u0 * u
-        if linearisation == "frozen-gate":
-            return act(g0) * u
-        return (act(g0) * u + act(g0) / g0 * u0 * g) / 2
-
-    def block(x, only=None):
-        attn = normed(weights.norm_attn_post, heads_out(x, only, x0), attn0)
-        x = x if only in (None, "own") else jax.lax.stop_gradient(x)
-        middle = x + attn
-        g, u = pre(normed(weights.norm_mlp, x if cfg.parallel else middle, read0))
-        mlp = hidden(g, u) @ weights.w_down_FD + jnp.atleast_2d(zero(weights.b_down_D))
-        return middle + normed(weights.norm_mlp_post, mlp, mlp0)
-
-    return block
 
 
 @pytest.fixture(scope="module", params=LINEARISATIONS)
@@ -207,7 +133,11 @@ def check_parts(made, weights, x, parts, cfg, linearisation, heads):
     vectors = np.asarray(parts.vectors()).reshape(len(source), -1)
     largest = np.abs(split.heads).max((1, 2))[:, None]
     for n in heads:
-        expected = np.einsum("RQD,QD->RQ", vjp_rows(block, x, g, position, n)[:, source], vectors)
+        expected = np.einsum(
+            "RQD,QD->RQ",
+            vjp_rows(block, x, g, position, of_head(n, *made.seen.pattern_NTS.shape))[:, source],
+            vectors,
+        )
         within(
             f"head loading - vjp, {linearisation}", split.heads[:, :, n], expected, LOADING, largest
         )

@@ -12,10 +12,12 @@ import tiny
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from tiny import within
 
+from qkattr.graph.effects import effects, effects_at
 from qkattr.graph.sweep import DirectTargets, SweepConfig, sweep
 from qkattr.graph.targets import logit_covectors, score_covectors
 from qkattr.model.forward import forward
 from qkattr.qk.marginals import marginals
+from qkattr.qk.pair_effects import pair_effects
 from qkattr.qk.search import search_slots, top_pairs
 from qkattr.qk.terms import qk_terms, qk_terms_many
 from qkattr.sharding import bucket, make_mesh, shard, spec_of
@@ -53,6 +55,9 @@ def calls(case, dictionary):
     blocks = lambda p, b: jax.tree.map(lambda a: a[b], p.blocks)
     config = SweepConfig(max_rows=12, max_edges=8)
     slots = search_slots(case.params.blocks, parts)
+    t = targets(case)
+    entries = t.boundary, t.position, t.covector, t.constant
+    slope = jnp.ones((2, 2, len(case.tokens)))
     return {
         "forward": lambda p, d: forward(p, jnp.asarray(case.tokens), cfg=cfg)[0],
         "encode": lambda p, d: encode(d, x[1], slots=5).activation,
@@ -72,7 +77,16 @@ def calls(case, dictionary):
         )[0],
         "score_covectors": lambda p, d: score_covectors(p.blocks, x, places, cfg=cfg.block)[0],
         "sweep": lambda p, d: (
-            sweep(p.blocks, x, parts, targets(case), cfg=cfg.block, config=config).kept.influence
+            sweep(p.blocks, x, parts, t, cfg=cfg.block, config=config).kept.influence
+        ),
+        "effects": lambda p, d: effects(p.blocks, x, parts, *entries, cfg=cfg.block).derivative,
+        "effects_at": lambda p, d: (
+            effects_at(
+                p.blocks, x, parts, jnp.ones((tiny.L + 1, 2, *x.shape[1:])), places, cfg=cfg.block
+            ).head
+        ),
+        "pair_effects": lambda p, d: (
+            pair_effects(p.blocks, x, parts, places, slope, cfg=cfg.block).over_keys
         ),
     }
 

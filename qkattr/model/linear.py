@@ -7,7 +7,8 @@ For a covector g at boundary b+1, position t, and a vector x_c at boundary b, po
     mlp        [s = t]   g~ . x_c            g~ = J_mlp[t]^T g
     head n               A_n[t,s] (g + g~) . O_n V_n N'(x_c)
 
-`push` carries vectors forward, `pull` carries covectors back, `constant` is what the block adds
+`push` carries vectors forward, `pull` carries covectors that read one position back, `pull_stream`
+those that read every position (it is the transpose of `push`), `constant` is what the block adds
 that depends on no source, and `head_loadings` gives one number a head. The identity that ties them
 to the model:
 
@@ -58,6 +59,19 @@ class Pulled:
     residual: Float[Array, "R D"]
     mlp: Float[Array, "R D"]
     heads: Float[Array, "R N H"]
+    constant: Float[Array, "R"]
+
+
+@struct.dataclass
+class PulledStream:
+    """Covectors on all positions of boundary b+1, carried back through a frozen block.
+
+    below: `[R, T, D]` covectors on boundary b. heads: `[R, T, N, H]` covectors on each head's
+    output at query t, before its pattern. constant: `[R]` what the block's constants give.
+    """
+
+    below: Float[Array, "R T D"]
+    heads: Float[Array, "R T N H"]
     constant: Float[Array, "R"]
 
 
@@ -113,6 +127,35 @@ def pull(frozen: FrozenBlock, g: Float[Array, "R D"], position: Int[Array, "R"])
     const += jnp.einsum("RD,RD->R", g, _mlp_bias(frozen)[position], precision="highest")
     const += jnp.einsum("RF,RF->R", z, _hidden_constant(frozen)[position], precision="highest")
     return Pulled(position=position, residual=g, mlp=mlp, heads=heads, constant=const)
+
+
+def pull_stream(frozen: FrozenBlock, g: Float[Array, "R T D"]) -> PulledStream:
+    """Covectors at every position of boundary b+1, carried back to every position of b."""
+    w, seen = frozen.weights, frozen.seen
+    R, T, D = g.shape
+    pulled = jax.vmap(lambda one: pull(frozen, one, jnp.arange(T)))(g)
+    with jax.named_scope("pull_patterns"):
+        N, K = w.wo_NHD.shape[0], w.wv_DKH.shape[1]
+        pattern = seen.pattern_NTS.reshape(K, N // K, T, T)
+        heads = pulled.heads.reshape(R, T, K, N // K, -1)
+        on_values = _einsum(frozen, "RTKGH,KGTS->RSKH", heads, pattern)
+        on_normed = _einsum(frozen, "RSKH,DKH->RSD", on_values, w.wv_DKH)
+        through = norm_transpose(w.norm_attn, on_normed, cfg=frozen.cfg)
+        below = pulled.residual + pulled.mlp + through * seen.scale_attn_T[:, None]
+    return PulledStream(below=below, heads=pulled.heads, constant=pulled.constant.sum(-1))
+
+
+def head_reads(
+    frozen: FrozenBlock, heads: Float[Array, "R T N H"], x: Float[Array, "S D"]
+) -> Float[Array, "R N T S"]:
+    """What covectors on the heads' outputs read from each source through its value alone:
+    `g[t] . O_n V_n N'(x_s)`, without the pattern.
+    """
+    R, T, N, H = heads.shape
+    v_SKH = values(frozen, x) * frozen.seen.scale_attn_T[:, None, None]
+    K = v_SKH.shape[1]
+    grouped = heads.reshape(R, T, K, N // K, H)
+    return _einsum(frozen, "RTKGH,SKH->RKGTS", grouped, v_SKH).reshape(R, N, T, -1)
 
 
 def values(frozen: FrozenBlock, directions: Float[Array, "... D"]) -> Float[Array, "... K H"]:

@@ -104,7 +104,7 @@ def qk_terms(
     q = query_components(weights, components, seen, head, query, cfg=cfg, precision=precision)
     k = key_components(weights, components, seen, head, cfg=cfg, precision=precision)
     others = other_keys(weights, scores_TS[query], query, key, cfg=cfg)
-    baseline = _same_component_elsewhere(components, k, others, key)
+    baseline = same_component(components, k, others, key)
     dots = partial(jnp.einsum, "AH,CH->AC", precision=precision)
     score = scores_TS[query, key]
     cap, slope = jax.jvp(lambda s: capped(s, cfg=cfg), (score,), (jnp.ones_like(score),))
@@ -242,17 +242,17 @@ def other_keys(weights, scores_S, query, key, *, cfg) -> Float[Array, "S"]:
     return jnp.where(seen, pattern, 0.0)
 
 
-def _same_component_elsewhere(
-    components: Components, k: Float[Array, "S C H"], others: Float[Array, "S"], key
+def same_component(
+    components: Components, k: Float[Array, "S C H"], weight: Float[Array, "S"], key
 ) -> Float[Array, "C H"]:
-    """Each key component of `key` as it is, on average, at the other keys:
-    matched by kind and index.
+    """Each key component of `key`, summed over the keys with their weights:
+    matched by kind and index, and 0 where it is not active.
     """
     same = (components.kind[key][:, None, None] == components.kind) & (
         components.index[key][:, None, None] == components.index
     )
-    weight = jnp.where(same, others[:, None], 0.0)
-    return jnp.einsum("CSX,SXH->CH", weight, k, precision="highest")
+    matched = jnp.where(same, weight[:, None], 0.0)
+    return jnp.einsum("CSX,SXH->CH", matched, k, precision="highest")
 
 
 def used_slots(

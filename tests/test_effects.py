@@ -1,0 +1,433 @@
+"""Effects: the account adds up, and every number is autodiff's of a frozen model written apart.
+
+The reference (`frozen`) is in float64: blocks whose patterns and norm scales are those of NumPy's
+run, and whose derivatives JAX takes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import frozen
+import jax
+import jax.numpy as jnp
+import naive
+import numpy as np
+import pytest
+import tiny
+from qk_places import FOUR
+from tiny import within
+
+from qkattr.graph.effects import ACCOUNT_KINDS, Effects, effects, effects_at
+from qkattr.graph.targets import logit_covectors, score_covectors
+from qkattr.model.linear import freeze, pull_stream, push
+from qkattr.model.mlp import LINEARISATIONS
+from qkattr.qk.pair_effects import pair_effects
+from qkattr.qk.terms import qk_terms
+from qkattr.types import Kind
+
+ACCOUNT = 1e-4  # of the target: what the method asks for
+EFFECT = 5e-5  # of the largest effect of its kind: three blocks of float32 matmuls
+SAME = 2e-5  # of the largest: the same sums in another order
+FINITE = 1e-6  # of the largest: a central difference in float64
+
+
+@dataclasses.dataclass
+class Targets:
+    boundary: np.ndarray
+    position: np.ndarray
+    covector: np.ndarray
+    constant: np.ndarray
+
+    def arguments(self):
+        return self.boundary, self.position, self.covector, self.constant
+
+
+def targets_of(case) -> Targets:
+    """A logit, a difference of logits, and two scores on their query and on their key side."""
+    T, L = len(case.tokens), case.cfg.n_blocks
+    best = jnp.argsort(-case.logits[-1])[:2]
+    logits = logit_covectors(
+        case.params, case.trace.boundaries[-1, -1], best, jnp.array([-1, best[0]]), cfg=case.cfg
+    )
+    places = np.array([[L - 1, 0, T - 1, T - 2], [1, 1, 4, 4]])
+    scores = score_covectors(
+        case.params.blocks, case.trace.boundaries, jnp.asarray(places), cfg=case.cfg.block
+    )
+    covector, constant = (
+        np.concatenate([a, np.reshape(b, (4, *np.shape(a)[1:]))])
+        for a, b in zip(logits, scores, strict=True)
+    )
+    boundary = np.concatenate([[L, L], places[:, 0].repeat(2)])
+    return Targets(
+        boundary, np.concatenate([[T - 1, T - 1], places[:, 2:].ravel()]), covector, constant
+    )
+
+
+def run(case, targets: Targets, linearisation="jacobian", **more) -> Effects:
+    inputs = case.params.blocks, case.trace.boundaries, case.components, *targets.arguments()
+    return effects(*inputs, cfg=case.cfg.block, linearisation=linearisation, **more)
+
+
+@functools.cache
+def seen_of(house: str) -> list[naive.Seen]:
+    case = tiny.case(house)
+    return [naive.run_block(*case.block(b)[:2], case.cfg.block) for b in range(tiny.L)]
+
+
+@dataclasses.dataclass
+class Tried:
+    """A case with its targets, their effects, and the frozen model to hold them against."""
+
+    case: tiny.Case
+    targets: Targets
+    linearisation: str
+    found: Effects
+    seen: list[naive.Seen]
+
+    @functools.cached_property
+    def blocks(self):
+        """First asked for with x64 on."""
+        return [
+            frozen.frozen_block(
+                self.case.block(b)[0], self.x(b), self.case.cfg.block, self.linearisation, seen=seen
+            )
+            for b, seen in enumerate(self.seen)
+        ]
+
+    def x(self, b: int):
+        return jnp.asarray(np.asarray(self.case.trace.boundaries[b], np.float64))
+
+    def derivative(self, b: int, what: str, at) -> np.ndarray:
+        """`[R, ...]` of all targets with respect to one argument of block b; "x" of boundary b."""
+        blocks, t = self.blocks, self.targets
+
+        def values(argument):
+            x = argument if what == "x" else self.x(b)
+            more = {} if what == "x" else {what: argument}
+            read = {b: x}
+            for above in range(b, self.case.cfg.n_blocks):
+                x = blocks[above](x, **(more if above == b else {}))
+                read[above + 1] = x
+            live = [
+                read[at][p] @ g if at >= b + (what != "x") else 0.0 * x.sum()
+                for at, p, g in zip(t.boundary, t.position, t.covector, strict=True)
+            ]
+            return jnp.stack(live)
+
+        return np.asarray(jax.jacrev(values)(at))
+
+    def only(self, b: int, mask) -> np.ndarray:
+        """`[R, T, D]` with respect to boundary b through the masked places of its heads alone."""
+        above = self.derivative(b + 1, "x", self.x(b + 1))
+        _, vjp = jax.vjp(lambda x: self.blocks[b](x, only=mask), self.x(b))
+        return np.asarray(jax.vmap(lambda g: vjp(g)[0])(jnp.asarray(above)))
+
+
+@pytest.fixture(scope="module", params=LINEARISATIONS)
+def tried(request, case) -> Tried:
+    targets = targets_of(case)
+    found = jax.device_get(run(case, targets, request.param))
+    return Tried(case, targets, request.param, found, seen_of(case.cfg.family))
+
+
+def largest(a: np.ndarray) -> np.ndarray:
+    """Of every row, to hold errors against; 1 where there is nothing."""
+    size = np.abs(a).max(tuple(range(1, a.ndim)), keepdims=True)
+    return np.where(size > 0, size, 1.0)
+
+
+# The account --------------------------------------------------------------------------------------
+
+
+def check_account(case, targets: Targets, found: Effects, tolerance: float) -> None:
+    x, t = np.asarray(case.trace.boundaries, np.float64), targets
+    value = (np.float64(t.covector) * x[t.boundary, t.position]).sum(1) + t.constant
+    within("value", found.value, value, tolerance, np.abs(value))
+    for b in range(len(x)):
+        own = t.boundary >= b
+        total = found.account[b].sum(-1)
+        within(f"account at {b}", total[own], value[own], tolerance, np.abs(value[own]))
+        assert not total[~own].any() and not np.asarray(found.node[b])[~own].any()
+
+
+def test_the_account_sums_to_the_target_at_every_boundary(tried):
+    check_account(tried.case, tried.targets, tried.found, ACCOUNT)
+
+
+def test_the_account_is_the_node_effects_by_kind(tried):
+    node, kind = tried.found.node, np.asarray(tried.case.components.kind)
+    for i, name in enumerate(ACCOUNT_KINDS[:-1]):
+        expected = np.where(kind[:, None] == name, node, 0.0).sum((2, 3))
+        scale = np.abs(node).sum((2, 3))
+        within(name.label, tried.found.account[..., i], expected, SAME, scale)
+    assert ACCOUNT_KINDS[-1] == Kind.CONST
+    np.testing.assert_array_equal(tried.found.account[..., -1], tried.found.constant)
+
+
+# Against autodiff ---------------------------------------------------------------------------------
+
+
+def test_node_effects_are_the_gradient_times_the_component(tried):
+    with jax.enable_x64(True):
+        for b in range(tiny.L + 1):
+            g = tried.derivative(b, "x", tried.x(b))
+            parts = jax.tree.map(lambda a, b=b: a[b], tried.case.components)
+            vectors = np.asarray(parts.vectors(), np.float64)
+            expected = np.einsum("RTD,TCD->RTC", g, vectors)
+            within("node", tried.found.node[b], expected, EFFECT, largest(expected))
+
+
+def test_head_effects_are_the_derivative_through_one_head_at_one_place(tried):
+    with jax.enable_x64(True):
+        for b, seen in enumerate(tried.seen):
+            expected = tried.derivative(b, "only", jnp.ones(seen.pattern.shape))
+            within("head", tried.found.head[b], expected, EFFECT, largest(expected))
+
+
+def test_head_effects_add_up_to_the_vjp_through_the_head(tried):
+    with jax.enable_x64(True):
+        for b, seen in enumerate(tried.seen):
+            n = b % tiny.N
+            g = tried.only(b, frozen.of_head(n, *seen.pattern.shape))
+            expected = np.einsum("RSD,SD->RS", g, tried.x(b))
+            got = tried.found.head[b][:, n].sum(1)
+            within("head, all queries", got, expected, EFFECT, largest(expected))
+
+
+def test_score_derivatives_are_those_of_the_softmax(tried):
+    with jax.enable_x64(True):
+        for b, seen in enumerate(tried.seen):
+            expected = tried.derivative(b, "scores", jnp.asarray(seen.scores))
+            within("derivative", tried.found.derivative[b], expected, EFFECT, largest(expected))
+
+
+def test_a_score_derivative_is_a_finite_difference(case):
+    """In NumPy: one score moved, the pattern's row made anew, and matrices up to the target."""
+    name, cfg, step = "frozen-gate", case.cfg.block, 1e-5
+    targets, seen = targets_of(case), seen_of(case.cfg.family)
+    weights = [case.block(b)[0] for b in range(tiny.L)]
+    linear = [naive.linearise(w, s, cfg, name).matrix() for w, s in zip(weights, seen, strict=True)]
+    found = run(case, targets, name).derivative
+    for b in range(tiny.L):
+        n, t, s = b % tiny.N, 5, 4
+
+        def target(moved, b=b, n=n, t=t, s=s):
+            scores, pattern = seen[b].scores[n, t].copy(), seen[b].pattern.copy()
+            scores[s] += moved
+            sees = [i for i in range(t + 1) if t - i < int(weights[b].window)]
+            pattern[n, t, sees] = naive.softmax(naive.cap(scores[sees], cfg))
+            changed = dataclasses.replace(seen[b], pattern=pattern)
+            x = naive.linearise(weights[b], changed, cfg, name).matrix()
+            x = np.einsum("tisj,sj->ti", x, seen[b].x)
+            for matrix in linear[b + 1 :]:
+                x = np.einsum("tisj,sj->ti", matrix, x)
+            return np.float64(targets.covector[0]) @ x[targets.position[0]]
+
+        slope = (target(step) - target(-step)) / (2 * step)
+        size = np.abs(found[b, 0]).max()
+        within("derivative - difference", found[b, 0, n, t, s], slope, EFFECT + FINITE, size)
+
+
+def test_pull_stream_is_the_transpose_of_push(case):
+    weights, x, _ = case.block(1)
+    made = freeze(weights, x, cfg=case.cfg.block)
+    g = np.random.default_rng(0).normal(size=(2, *x.shape)).astype(np.float32)
+    transpose = jax.linear_transpose(lambda v: push(made, v), x)
+    expected = np.stack([transpose(jnp.asarray(one))[0] for one in g])
+    within("pull_stream", pull_stream(made, g).below, expected, SAME, np.abs(expected).max())
+
+
+# At places ----------------------------------------------------------------------------------------
+
+PLACES = np.array([[0, 0, 5, 3], [1, 2, 8, 8], [2, 3, 4, 3], [2, 1, 8, 7]])
+
+
+def at_places(tried: Tried):
+    return jax.device_get(effects_at(
+        tried.case.params.blocks, tried.case.trace.boundaries, tried.case.components,
+        tried.found.covector, PLACES, cfg=tried.case.cfg.block, linearisation=tried.linearisation,
+    ))  # fmt: skip
+
+
+def test_places_split_a_head_effect_by_source(tried):
+    at = at_places(tried)
+    with jax.enable_x64(True):
+        for i, (b, n, t, s) in enumerate(PLACES):
+            head = tried.found.head[b, :, n, t, s]
+            size = largest(tried.found.head[b])[:, 0, 0, 0]
+            within("sum over components", at.head[i].sum(-1), head, SAME, size)
+            mask = jnp.zeros(tried.seen[b].pattern.shape).at[n, t, s].set(1.0)
+            parts = jax.tree.map(lambda a, b=b: a[b], tried.case.components)
+            vectors = np.asarray(parts.vectors()[s], np.float64)
+            expected = np.einsum("RD,CD->RC", tried.only(b, mask)[:, s], vectors)
+            within("by component", at.head[i], expected, EFFECT, np.maximum(
+                size[:, None], np.abs(expected).max(1, keepdims=True)
+            ))  # fmt: skip
+            expected = tried.found.derivative[b, :, n, t]
+            size = largest(tried.found.derivative[b])[:, :, 0, 0]
+            within("derivative", at.derivative[i], expected, SAME, size)
+
+
+def same_slots(parts, s: int, c: int, other: int) -> list[int]:
+    """The slots of another position that hold the same component."""
+    kind, index = np.asarray(parts.kind), np.asarray(parts.index)
+    here = (kind[s, c], index[s, c])
+    return [i for i in range(kind.shape[1]) if (kind[other, i], index[other, i]) == here]
+
+
+@pytest.mark.parametrize("house", [*FOUR, "olmo2"])
+def test_pair_effects_are_terms_times_autodiffs_derivative(house):
+    """With every term of NumPy's, at this key and over all keys that the head sees."""
+    case = tiny.case(house)
+    targets, seen = targets_of(case), seen_of(house)
+    tried = Tried(case, targets, "half", run(case, targets, "half"), seen)
+    at = at_places(tried)
+    inputs = case.params.blocks, case.trace.boundaries, case.components, PLACES, at.derivative
+    found = jax.device_get(pair_effects(*inputs, cfg=case.cfg.block))
+    for i, (b, n, t, s) in enumerate(PLACES):
+        weights, _, parts = case.block(b)
+        with jax.enable_x64(True):
+            slope = tried.derivative(b, "scores", jnp.asarray(seen[b].scores))[:, n, t]
+        vectors = np.asarray(parts.vectors())
+        how = weights, seen[b], case.cfg.block
+        q = naive.qk_vectors(*how, vectors[t], n, t, "query")
+        over = np.zeros((len(slope), len(q), len(q)))
+        for key in range(t + 1):
+            k = naive.qk_vectors(*how, vectors[key], n, key, "key")
+            terms = case.cfg.block.scale * q @ k.T
+            if key == s:
+                here = slope[:, s, None, None] * terms
+                total = slope[:, s] * seen[b].scores[n, t, s]
+            for c in range(len(q)):
+                matched = terms[:, same_slots(parts, s, c, key)].sum(1)
+                over[:, :, c] += slope[:, key, None] * matched
+        size = np.maximum(largest(here), largest(over))
+        within("here", found.here[i], here, EFFECT, size)
+        within("over keys", found.over_keys[i], over, EFFECT, size)
+        within("sum", found.here[i].sum((1, 2)), total, EFFECT, size[:, 0, 0])
+        library = qk_terms(*case.block(b), head=n, query=t, key=s, cfg=case.cfg.block).terms
+        within("terms", found.here[i], at.derivative[i][:, s, None, None] * library, SAME, size)
+
+
+def test_a_match_that_is_equal_at_all_keys_moves_nothing():
+    """The constants of W_Q with those of W_K in a model without rotary embedding: at a boundary
+    without a dictionary the bias slots hold nothing else."""
+    case, (b, n, t, s) = tiny.case("gpt2"), (2, 0, 8, 7)
+    derivative = run(case, targets_of(case)).derivative[b, :, n, t]
+    inputs = case.params.blocks, case.trace.boundaries, case.components
+    found = pair_effects(*inputs, np.array([[b, n, t, s]]), derivative[None], cfg=case.cfg.block)
+    bias = case.components.n_slots - 2
+    here = np.asarray(found.here[0, :, bias, bias])
+    assert (here[:2] != 0).all()
+    size = np.abs(derivative).max() * np.abs(here[0] / derivative[0, s])
+    within("over all keys", found.over_keys[0, :, bias, bias], 0.0, SAME, size)
+
+
+# What it leaves out, what it compiles, and where it runs ------------------------------------------
+
+
+def test_without_heads_the_account_is_the_same():
+    case = tiny.case("gemma2")
+    whole, less = (run(case, targets_of(case), heads=heads) for heads in (True, False))
+    assert less.head is None and less.derivative is None
+    np.testing.assert_allclose(less.account, whole.account, rtol=SAME, atol=SAME)
+
+
+def test_padding_of_targets_has_no_effects():
+    case = tiny.case("llama")
+    t = targets_of(case)
+    t.boundary[1] = -1
+    found = jax.device_get(run(case, t))
+    for array in (found.value[None], found.node, found.account, found.head, found.derivative):
+        assert np.isfinite(array).all() and not array[:, 1:2].any()
+
+
+def test_padding_of_a_prompt_changes_nothing():
+    case, ids = tiny.case("everything"), tiny.tokens()
+    padded = tiny.case_of(
+        case.params, case.cfg, np.pad(ids, (0, 3)), tiny.dictionaries(), n_real=len(ids)
+    )
+    t, n = targets_of(case), len(ids)
+    one, other = jax.device_get((run(case, t), run(padded, t)))
+    within("node", other.node[:, :, :n], one.node, SAME, np.abs(one.node).max())
+    within("head", other.head[..., :n, :n], one.head, SAME, np.abs(one.head).max())
+    assert not other.node[:, :, n:].any() and not other.derivative[..., n:].any()
+
+
+def test_one_program_for_a_bucket():
+    params, cfg = tiny.house("qwen3")
+    sizes = []
+    for n_real, seed in ((9, 0), (11, 1), (12, 2)):
+        ids = np.pad(tiny.tokens(n_real, seed), (0, 12 - n_real))
+        saes = (None, *[tiny.dictionary(b, activation="topk") for b in range(1, tiny.L + 1)])
+        case = tiny.case_of(params, cfg, ids, saes, n_real=n_real)
+        t = targets_of(case)
+        t.position[:2] = n_real - 1
+        run(case, t)
+        sizes.append(effects._cache_size())  # pyright: ignore
+    assert sizes[0] == sizes[1] == sizes[2]
+
+
+@pytest.mark.parametrize("house", ["gemma2", "neox"])
+def test_vmap_over_prompts_equals_one_at_a_time(house):
+    params, cfg = tiny.house(house)
+    cases = [tiny.case_of(params, cfg, tiny.tokens(seed=s), tiny.dictionaries()) for s in (0, 1)]
+    inputs = [(c.trace.boundaries, c.components, targets_of(c).arguments()) for c in cases]
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *inputs)
+    together = jax.vmap(
+        lambda x, parts, t: effects(params.blocks, x, parts, *t, cfg=cfg.block)
+    )(*stacked)  # fmt: skip
+    for i, case in enumerate(cases):
+        alone = run(case, targets_of(case))
+        for name in ("node", "account", "head", "derivative"):
+            one, many = getattr(alone, name), getattr(together, name)[i]
+            within(name, many, one, SAME, np.abs(one).max())
+
+
+# The real model -----------------------------------------------------------------------------------
+
+REAL_EFFECT = 2e-4  # of the largest: thirty blocks instead of three, sums 50 times longer
+BLOCKS = (3, 12, 25)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("linearisation", LINEARISATIONS)
+def test_real_account(real_case, linearisation):
+    targets = targets_of(real_case)
+    found = jax.device_get(run(real_case, targets, linearisation))
+    check_account(real_case, targets, found, ACCOUNT)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("linearisation", LINEARISATIONS)
+def test_real_effects_are_those_of_autodiff(real_case, linearisation):
+    """Block by block from the top, in float64."""
+    t, cfg = targets_of(real_case), real_case.cfg
+    found = jax.device_get(run(real_case, t, linearisation))
+    x = np.asarray(real_case.trace.boundaries, np.float64)
+    g = np.zeros((len(t.boundary), *x.shape[1:]))
+    for b in range(cfg.n_blocks, -1, -1):
+        with jax.enable_x64(True):
+            if b < cfg.n_blocks:
+                weights, at = real_case.block(b)[0], jnp.asarray(x[b])
+                seen = naive.run_block(weights, x[b], cfg.block)
+                block = frozen.frozen_block(weights, at, cfg.block, linearisation, seen=seen)
+                if b in BLOCKS:
+                    check_real_heads(block, at, seen, g, found, b)
+                _, vjp = jax.vjp(block, at)
+                g = np.stack([vjp(jnp.asarray(one))[0] for one in g])
+        for r in np.flatnonzero(t.boundary == b):
+            g[r, t.position[r]] += t.covector[r]
+        parts = jax.tree.map(lambda a, b=b: a[b], real_case.components)
+        expected = np.einsum("RTD,TCD->RTC", g, np.asarray(parts.vectors(), np.float64))
+        within(f"node at {b}", found.node[b], expected, REAL_EFFECT, largest(expected))
+
+
+def check_real_heads(block, x, seen, g, found: Effects, b: int) -> None:
+    arguments = dict(only=jnp.ones(seen.pattern.shape), scores=jnp.asarray(seen.scores))
+    for got, (name, at) in zip((found.head, found.derivative), arguments.items(), strict=True):
+        _, vjp = jax.vjp(lambda a, name=name: block(x, **{name: a}), at)
+        expected = np.stack([vjp(jnp.asarray(one))[0] for one in g])
+        within(f"{name} at {b}", got[b], expected, REAL_EFFECT, largest(expected))
