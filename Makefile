@@ -24,7 +24,7 @@ figures: $(VENV)/.tests
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
-	$(BIN)/pip install --quiet -e ".[gguf]"
+	$(BIN)/pip install --quiet -e .
 	touch $@
 
 $(VENV)/.tests: $(VENV)/.installed
