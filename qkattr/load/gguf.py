@@ -126,12 +126,14 @@ _ARCHITECTURES = {
 
 @dataclasses.dataclass(frozen=True)
 class GGUF:
-    """An open GGUF file: its config, and its tensors as a `weights.Checkpoint`."""
+    """An open GGUF file: its config, and its tensors as a `weights.Checkpoint`. hf_config: its
+    metadata as a Hugging Face config."""
 
     path: Path
     reader: Container
     architecture: _Architecture
     config: ModelConfig
+    hf_config: dict[str, Any]
 
     @property
     def where(self) -> str:
@@ -226,7 +228,10 @@ def open_gguf(path: str | Path) -> GGUF:
             f"{path.name}: its architecture is {name!r:.40}; of GGUF files qkattr reads "
             f"{', '.join(_ARCHITECTURES)}"
         )
-    return GGUF(path, reader, _ARCHITECTURES[name], _config(reader, name, path.name))
+    found = _metadata(reader, name, path.name)
+    raw = _hf_config(reader, name, found, path.name)
+    config = _config(reader, name, found, raw, path.name)
+    return GGUF(path, reader, _ARCHITECTURES[name], config, raw)
 
 
 def _check_whole(reader: Container) -> None:
@@ -237,10 +242,11 @@ def _check_whole(reader: Container) -> None:
             raise ValueError(f"{tensor.name!r:.40} ends at byte {end:,} of {reader.size:,}")
 
 
-def _config(reader: Container, name: str, where: str) -> ModelConfig:
-    architecture = _ARCHITECTURES[name]
-    found = _metadata(reader, name, where)
-    tensors = reader.tensors
+def _hf_config(
+    reader: Container, name: str, found: Mapping[str, Any], where: str
+) -> dict[str, Any]:
+    """The metadata as a Hugging Face config. found: see `_metadata`."""
+    architecture, tensors = _ARCHITECTURES[name], reader.tensors
     if "token_embd.weight" not in tensors:
         raise InputError(f"{where} holds no token_embd.weight; it is not a whole model")
     raw = _attributes(found, architecture) | {
@@ -249,7 +255,14 @@ def _config(reader: Container, name: str, where: str) -> ModelConfig:
         "tie_word_embeddings": "output.weight" not in tensors,
         "bos_token_id": reader.get("tokenizer.ggml.bos_token_id"),
     }
-    raw |= {attribute: tensor in tensors for attribute, tensor in architecture.biases}
+    return raw | {attribute: tensor in tensors for attribute, tensor in architecture.biases}
+
+
+def _config(
+    reader: Container, name: str, found: Mapping[str, Any], raw: dict[str, Any], where: str
+) -> ModelConfig:
+    """From the metadata, written as a Hugging Face config (`raw`), and from what none can say."""
+    architecture, tensors = _ARCHITECTURES[name], reader.tensors
     try:
         config = from_hf(raw)
     except InputError as e:
