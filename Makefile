@@ -1,16 +1,20 @@
 # make demo   set everything up, trace the demo prompt, and print the page to open
 # make test   set everything up and run the linters and all tests
+# make wheel  build the wheel, install it alone in a new environment, and run the demo there
 VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint figures clean
+.PHONY: demo test wheel lint figures clean
 
 demo: $(VENV)/.installed
 	$(BIN)/qkattr demo --out demo
 
 test: lint $(VENV)/.tests
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+wheel:
+	.ci/wheel $(PYTHON)
 
 lint: $(VENV)/.tests
 	$(BIN)/ruff check .
