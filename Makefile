@@ -1,16 +1,20 @@
 # make demo   set everything up, trace the demo prompt, and print the page to open
 # make test   set everything up and run the linters and all tests
+# make wheel  build the wheel, install it alone in a new environment, and run the demo there
 VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint figures clean
+.PHONY: demo test wheel lint figures clean
 
 demo: $(VENV)/.installed
 	$(BIN)/qkattr demo --out demo
 
 test: lint $(VENV)/.tests
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+wheel:
+	.ci/wheel $(PYTHON)
 
 lint: $(VENV)/.tests
 	$(BIN)/ruff check .
@@ -24,7 +28,7 @@ figures: $(VENV)/.tests
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
-	$(BIN)/pip install --quiet -e ".[gguf]"
+	$(BIN)/pip install --quiet -e .
 	touch $@
 
 $(VENV)/.tests: $(VENV)/.installed

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import sys
 from html.parser import HTMLParser
 
 import folders
@@ -321,3 +322,11 @@ def test_tables_for_pandas(result):
     np.testing.assert_allclose(parts, through.weight, atol=PARTS_TOLERANCE * scale)
     with pytest.raises(InputError, match="no table 'rows'; expected one of edges, heads, nodes"):
         result.to_pandas("rows")
+
+
+@pytest.mark.parametrize("table", ["edges", "heads", "nodes"])
+def test_tables_without_pandas(result, table, monkeypatch):
+    """As after a plain install."""
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    with pytest.raises(InputError, match="^to_pandas needs pandas, .*; pip install pandas$"):
+        result.to_pandas(table)

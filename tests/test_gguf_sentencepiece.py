@@ -7,6 +7,7 @@ import io
 import gguf
 import pytest
 
+from qkattr.load.gguf_container import parse
 from qkattr.load.gguf_tokenizer import tokenizer_from_gguf
 
 sentencepiece = pytest.importorskip("sentencepiece")
@@ -59,7 +60,7 @@ def pair(request, tmp_path_factory):
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    return theirs, tokenizer_from_gguf(gguf.GGUFReader(path))
+    return theirs, tokenizer_from_gguf(parse(path))
 
 
 @pytest.mark.parametrize("text", TEXTS)

@@ -12,6 +12,7 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
 from qkattr.config import BlockConfig, ModelConfig, Rotary
 from qkattr.errors import InputError
 from qkattr.load.bundle import Bundle
+from qkattr.load.gguf_container import parse
 from qkattr.load.gguf_tokenizer import tokenizer_from_gguf
 from qkattr.load.tokenizer import Tokenizer
 from qkattr.types import NO_WINDOW
@@ -175,7 +176,7 @@ def gguf_reader(path, pre="smollm", model="gpt2", merges=MERGES, **flags):
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    return gguf.GGUFReader(path)
+    return parse(path)
 
 
 TEXTS = [

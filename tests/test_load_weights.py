@@ -317,8 +317,8 @@ def test_smollm2_when_pip_fails(tmp_path, monkeypatch):
 def test_smollm2_by_name():
     bundle = load("smollm2")
     assert bundle.tokenizer.bos_id == 0 and bundle.tokenize("Hi", bos=True)[0][0] == 0
-    file = open_gguf(smollm2.cached_file())
-    tensor = next(t for t in file.reader.tensors if t.name == "blk.7.attn_q.weight")
+    reader = gguf.GGUFReader(smollm2.cached_file())
+    tensor = next(t for t in reader.tensors if t.name == "blk.7.attn_q.weight")
     rows = gguf.dequantize(tensor.data, tensor.tensor_type)
     for n in range(9):
         for pair in range(32):

@@ -194,8 +194,8 @@ def _open_model(model: str, accept: Collection[str]) -> _Model:
             f"accept names attributes of config.json, and {model} has none; leave it out"
         )
     if model == smollm2.NAME:
-        file, tokenizer = smollm2.open_smollm2()
-        return _Model(file.config, tokenizer, file, file.path.parent, (file.path,))
+        path, opened = smollm2.open_smollm2()
+        return _Model(opened.config, opened.tokenizer, opened.checkpoint, path.parent, (path,))
     if path.suffix == ".gguf" and path.is_file():
         file = open_gguf(path)
         return _Model(file.config, tokenizer_from_gguf(file.reader), file, path.parent, (path,))

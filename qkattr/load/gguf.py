@@ -11,10 +11,10 @@ Llama 3's formula gives.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,7 @@ import numpy as np
 from qkattr.config import ModelConfig, Rotary
 from qkattr.errors import InputError
 from qkattr.load.families import from_hf
+from qkattr.load.gguf_container import Container, Tensor, parse
 
 _ROPE_FACTORS = "rope_freqs.weight"
 _LLAMA3 = (
@@ -123,38 +124,29 @@ _ARCHITECTURES = {
 }
 
 
-def import_gguf() -> ModuleType:
-    """The gguf package, or an `InputError` that says how to get it."""
-    try:
-        import gguf
-    except ImportError as e:
-        raise InputError(
-            "reading GGUF files needs the package gguf; pip install 'qkattr[gguf]'"
-        ) from e
-    return gguf
-
-
 @dataclasses.dataclass(frozen=True)
 class GGUF:
-    """An open GGUF file: its config, and its tensors as a `weights.Checkpoint`."""
+    """An open GGUF file: its config, and its tensors as a `weights.Checkpoint`. hf_config: its
+    metadata as a Hugging Face config."""
 
     path: Path
-    reader: Any  # gguf.GGUFReader
+    reader: Container
     architecture: _Architecture
     config: ModelConfig
+    hf_config: dict[str, Any]
 
     @property
     def where(self) -> str:
         return self.path.name
 
     @cached_property
-    def _tensors(self) -> dict[str, Any]:
+    def _tensors(self) -> dict[str, Tensor]:
         modules = _MODULES | self.architecture.modules
-        tensors = (t for t in self.reader.tensors if t.name != _ROPE_FACTORS)
-        return {_hf_name(t.name, modules): t for t in tensors}
+        tensors = self.reader.tensors.items()
+        return {_hf_name(name, modules): t for name, t in tensors if name != _ROPE_FACTORS}
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        return {name: _shape(tensor) for name, tensor in self._tensors.items()}
+        return {name: tensor.shape for name, tensor in self._tensors.items()}
 
     def type(self, name: str) -> str:
         """Of what `read` gives, as safetensors calls it: every tensor is dequantised."""
@@ -162,14 +154,7 @@ class GGUF:
 
     def read(self, name: str) -> np.ndarray:
         """One tensor, dequantised to float32, its rows and gains as Hugging Face has them."""
-        tensor = self._tensors[name]
-        try:
-            weight = import_gguf().dequantize(tensor.data, tensor.tensor_type)
-        except NotImplementedError as e:
-            kind = tensor.tensor_type.name
-            raise InputError(
-                f"{self.where}: {tensor.name} is {kind}, which the gguf package cannot dequantise"
-            ) from e
+        weight = _dequantised(self.reader, self._tensors[name])
         if self.architecture.gains and name.endswith("norm.weight"):
             return weight - 1
         if not self.architecture.interleaved:
@@ -186,8 +171,30 @@ def half_split(rows: np.ndarray, heads: int) -> np.ndarray:
     return rows.reshape(heads, pairs, 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
 
 
-def _shape(tensor: Any) -> tuple[int, ...]:
-    return tuple(int(size) for size in reversed(tensor.shape))
+def _byte_shape(tensor: Tensor) -> tuple[int, ...]:
+    """The shape of a tensor's bytes in the file: its last size counts the bytes of a row.
+
+    Raises:
+      ValueError: its type is not known, or its rows are not whole blocks of that type.
+    """
+    from gguf import GGMLQuantizationType
+    from gguf.quants import quant_shape_to_byte_shape
+
+    return quant_shape_to_byte_shape(tensor.shape, GGMLQuantizationType(tensor.code))
+
+
+def _dequantised(reader: Container, tensor: Tensor) -> np.ndarray:
+    """A tensor in float32, as the gguf package defines its type."""
+    import gguf
+
+    kind = gguf.GGMLQuantizationType(tensor.code)
+    try:
+        return gguf.dequantize(reader.bytes(tensor, _byte_shape(tensor)), kind)
+    except NotImplementedError as e:
+        raise InputError(
+            f"{reader.path.name}: {tensor.name} is {kind.name}, which the gguf package cannot "
+            "dequantise"
+        ) from e
 
 
 def _hf_name(name: str, modules: Mapping[str, str]) -> str:
@@ -205,43 +212,57 @@ def open_gguf(path: str | Path) -> GGUF:
       InputError: there is no such file, it is damaged, or its architecture or something in its
         metadata is not implemented.
     """
-    path, gguf = Path(path), import_gguf()
+    path = Path(path)
     if not path.is_file():
         raise InputError(f"no such file: {path}; give a GGUF file")
     try:
-        reader = gguf.GGUFReader(path)
-    except (ValueError, LookupError, TypeError, OverflowError, OSError, MemoryError) as e:
+        reader = parse(path)
+        _check_whole(reader)
+    except (ValueError, OverflowError, OSError, MemoryError) as e:
         raise InputError(
             f"{path.name} is not a whole GGUF file ({e}); copy or download it again"
         ) from e
-    name = contents(reader, "general.architecture")
+    name = reader.get("general.architecture")
     if not isinstance(name, str) or name not in _ARCHITECTURES:
         raise InputError(
             f"{path.name}: its architecture is {name!r:.40}; of GGUF files qkattr reads "
             f"{', '.join(_ARCHITECTURES)}"
         )
-    return GGUF(path, reader, _ARCHITECTURES[name], _config(reader, name, path.name))
+    found = _metadata(reader, name, path.name)
+    raw = _hf_config(reader, name, found, path.name)
+    config = _config(reader, name, found, raw, path.name)
+    return GGUF(path, reader, _ARCHITECTURES[name], config, raw)
 
 
-def contents(reader: Any, key: str, default: Any = None) -> Any:
-    """One value of an open file's metadata."""
-    field = reader.get_field(key)
-    return default if field is None else field.contents()
+def _check_whole(reader: Container) -> None:
+    """Raise `ValueError` unless the file holds all bytes of every tensor."""
+    for tensor in reader.tensors.values():
+        end = reader.start + tensor.offset + math.prod(_byte_shape(tensor))
+        if end > reader.size:
+            raise ValueError(f"{tensor.name!r:.40} ends at byte {end:,} of {reader.size:,}")
 
 
-def _config(reader: Any, name: str, where: str) -> ModelConfig:
-    architecture = _ARCHITECTURES[name]
-    found = _metadata(reader, name, where)
-    tensors = {tensor.name: tensor for tensor in reader.tensors}
+def _hf_config(
+    reader: Container, name: str, found: Mapping[str, Any], where: str
+) -> dict[str, Any]:
+    """The metadata as a Hugging Face config. found: see `_metadata`."""
+    architecture, tensors = _ARCHITECTURES[name], reader.tensors
     if "token_embd.weight" not in tensors:
         raise InputError(f"{where} holds no token_embd.weight; it is not a whole model")
     raw = _attributes(found, architecture) | {
         "model_type": architecture.model_type,
-        "vocab_size": _shape(tensors["token_embd.weight"])[0],
+        "vocab_size": tensors["token_embd.weight"].shape[0],
         "tie_word_embeddings": "output.weight" not in tensors,
-        "bos_token_id": contents(reader, "tokenizer.ggml.bos_token_id"),
+        "bos_token_id": reader.get("tokenizer.ggml.bos_token_id"),
     }
-    raw |= {attribute: tensor in tensors for attribute, tensor in architecture.biases}
+    return raw | {attribute: tensor in tensors for attribute, tensor in architecture.biases}
+
+
+def _config(
+    reader: Container, name: str, found: Mapping[str, Any], raw: dict[str, Any], where: str
+) -> ModelConfig:
+    """From the metadata, written as a Hugging Face config (`raw`), and from what none can say."""
+    architecture, tensors = _ARCHITECTURES[name], reader.tensors
     try:
         config = from_hf(raw)
     except InputError as e:
@@ -258,20 +279,16 @@ def _config(reader: Any, name: str, where: str) -> ModelConfig:
         block = dataclasses.replace(config.block, scale=divisor**-0.5)
         config = dataclasses.replace(config, block=block)
     if _ROPE_FACTORS in tensors:
-        factors = import_gguf().dequantize(
-            tensors[_ROPE_FACTORS].data, tensors[_ROPE_FACTORS].tensor_type
-        )
+        factors = _dequantised(reader, tensors[_ROPE_FACTORS])
         return dataclasses.replace(config, rotary=_llama3(config.rotary, factors, where))
     return config
 
 
-def _metadata(reader: Any, name: str, where: str) -> dict[str, Any]:
+def _metadata(reader: Container, name: str, where: str) -> dict[str, Any]:
     """What the file says below its architecture's name; whatever is not known is refused."""
     architecture, prefix = _ARCHITECTURES[name], f"{name}."
     found = {
-        key.removeprefix(prefix): contents(reader, key)
-        for key in reader.fields
-        if key.startswith(prefix)
+        key.removeprefix(prefix): reader.get(key) for key in reader.keys() if key.startswith(prefix)
     }
     required = _REQUIRED | architecture.required
     known = {*required, *_OPTIONAL, *architecture.optional, *_HEAD_SIZES, *_SCALING}

@@ -15,7 +15,7 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 from tokenizers import Tokenizer as Inner
 
 from qkattr.errors import InputError
-from qkattr.load.gguf import contents
+from qkattr.load.gguf_container import Container
 from qkattr.load.tokenizer import Tokenizer
 
 _NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4  # token types
@@ -44,13 +44,13 @@ def _pre_tokenizer(name: str) -> pre_tokenizers.PreTokenizer | None:
     return None
 
 
-def tokenizer_from_gguf(reader: Any) -> Tokenizer | None:
-    """The tokenizer of an open `gguf.GGUFReader`; None unless it is BPE of a known kind.
+def tokenizer_from_gguf(reader: Container) -> Tokenizer | None:
+    """The tokenizer of a GGUF file; None unless it is BPE of a known kind.
 
     Raises:
       InputError: its tokens, types, scores and merges do not fit one another.
     """
-    model, tokens = contents(reader, "tokenizer.ggml.model"), _list(reader, "tokens", str)
+    model, tokens = reader.get("tokenizer.ggml.model"), _list(reader, "tokens", str)
     found = None
     if model == "gpt2":
         found = _byte_level(reader, tokens)
@@ -60,17 +60,17 @@ def tokenizer_from_gguf(reader: Any) -> Tokenizer | None:
         return None
     inner, begins = found
     bos, eos = (_name(reader, tokens, kind) for kind in ("bos", "eos"))
-    if bos and contents(reader, "tokenizer.ggml.add_bos_token", begins):
+    if bos and reader.get("tokenizer.ggml.add_bos_token", begins):
         inner.post_processor = processors.TemplateProcessing(
             single=[bos, "$A"], special_tokens=[(bos, tokens.index(bos))]
         )
-    template = contents(reader, "tokenizer.chat_template")
+    template = reader.get("tokenizer.chat_template")
     return Tokenizer(inner, bos, eos, template if isinstance(template, str) else None)
 
 
-def _list(reader: Any, key: str, kind: type) -> list[Any]:
+def _list(reader: Container, key: str, kind: type) -> list[Any]:
     """An array of the tokenizer's metadata; empty where there is none."""
-    values = contents(reader, f"tokenizer.ggml.{key}", [])
+    values = reader.get(f"tokenizer.ggml.{key}", [])
     if not isinstance(values, list) or not all(isinstance(value, kind) for value in values):
         raise InputError(
             f"the GGUF file's tokenizer.ggml.{key} is {values!r:.40}, expected an array of "
@@ -79,9 +79,9 @@ def _list(reader: Any, key: str, kind: type) -> list[Any]:
     return values
 
 
-def _byte_level(reader: Any, tokens: list[str]) -> tuple[Inner, bool] | None:
+def _byte_level(reader: Container, tokens: list[str]) -> tuple[Inner, bool] | None:
     """And whether text begins with a BOS where the file does not say; so below."""
-    pre = contents(reader, "tokenizer.ggml.pre", "default")
+    pre = reader.get("tokenizer.ggml.pre", "default")
     pre_tokenizer = _pre_tokenizer(pre)
     if pre_tokenizer is None:
         return None
@@ -95,10 +95,10 @@ def _byte_level(reader: Any, tokens: list[str]) -> tuple[Inner, bool] | None:
     return inner, pre == "llama-bpe"
 
 
-def _sentencepiece(reader: Any, tokens: list[str]) -> tuple[Inner, bool] | None:
+def _sentencepiece(reader: Container, tokens: list[str]) -> tuple[Inner, bool] | None:
     """Of a vocabulary that changes nothing in the text but its spaces."""
     if any(
-        contents(reader, f"tokenizer.ggml.{key}")
+        reader.get(f"tokenizer.ggml.{key}")
         for key in ("precompiled_charsmap", "remove_extra_whitespaces")
     ):
         return None
@@ -111,7 +111,7 @@ def _sentencepiece(reader: Any, tokens: list[str]) -> tuple[Inner, bool] | None:
     unknown = _name(reader, tokens, "unknown") or tokens[0]
     merges = _merges(tokens, kinds, scores)
     inner = _bpe(tokens, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True)
-    prefix = bool(contents(reader, "tokenizer.ggml.add_space_prefix", True))
+    prefix = bool(reader.get("tokenizer.ggml.add_space_prefix", True))
     spaces = normalizers.Replace(" ", _SPACE)
     before: list[Any] = [normalizers.Prepend(_SPACE)] if prefix else []
     inner.normalizer = normalizers.Sequence([*before, spaces])
@@ -162,7 +162,7 @@ def _add_special(
         (inner.add_special_tokens if special else inner.add_tokens)(added)
 
 
-def _name(reader: Any, tokens: list[str], kind: str) -> str | None:
+def _name(reader: Container, tokens: list[str], kind: str) -> str | None:
     """The BOS or EOS token."""
-    id = contents(reader, f"tokenizer.ggml.{kind}_token_id")
+    id = reader.get(f"tokenizer.ggml.{kind}_token_id")
     return tokens[id] if isinstance(id, int) and id < len(tokens) else None
