@@ -216,6 +216,7 @@ NAMED = [
     ("gemma 3", "google/gemma-scope-2-270m-pt:16k,small", SCOPE_2),
     ("gemma 3", "google/gemma-scope-2-270m-pt/resid_post_all:width_16k@20", ()),
     ("gemma 3", "{copy}:width_16k_l0_small", ("36 SAEs of other hooks left out: 18 of model.",)),
+    ("qwen", "Qwen/SAE-Res-Qwen3-1.7B-Base-W32K-L0_50", PAIRS["qwen"].notes),
     ("qwen", "{copy}", ()),
     ("llama", "{copy}", ()),
     ("llama", "fnlp/Llama3_1-8B-Base-LXR-8x:L*R-8x", ()),
@@ -256,6 +257,8 @@ REFUSED = [
     (PYTHIA, "incomplete:/layers.?", "incomplete:/layers.? has no SAE for boundary 4; expected"),
     (PYTHIA, "incomplete:layers.?.mlp", "no SAE of the residual stream, but 6 of layers.N.mlp"),
     (PYTHIA, "incomplete:layers.9", "no SAE below incomplete matches 'layers.9'; there are layer"),
+    (GEMMA_2, f"{SCOPE}:65k", "has no layer_0/width_65k/average_l0_73/params.npz, which gemma-scop"
+     "e-2b-pt-res needs, in the cache"),
     ("openai-community/gpt2", PAIRS["pythia"].saes,
      "qkattr: sae-pythia-70m-32k has no SAE for boundary 7, 8, 9, 10, 11, 12; expected"),
     (GEMMA_3, "gemma-scope-2b-pt-res", "boundary 19, the model has 18 blocks; load the SAEs"),
@@ -288,3 +291,15 @@ def test_a_missing_sae_may_be_an_error_component(root, incomplete):
     bundle = open_bundle(PYTHIA, "incomplete", missing="raw")
     absent = [b for b, d in enumerate(bundle.dictionaries) if d is None]
     assert absent == [0, 4] and OF_OTHERS in bundle.notes[0]
+
+
+@pytest.mark.parametrize(
+    "model, said", [("pythia-70m", 0), (PYTHIA, 0), (f"{PYTHIA}@main", 0), ("{copy}", 0),
+                    ("pythia-70m-deduped", 1), (f"{PYTHIA}-deduped", 1)],
+)  # fmt: skip
+def test_a_model_that_the_saes_were_not_trained_on_is_noted(root, model, said):
+    """The widths and blocks of these two are the same."""
+    bundle = open_bundle(model.format(copy=copied(root, PYTHIA)), PAIRS["pythia"].saes)
+    note = f"{PAIRS['pythia'].saes}: trained on {PYTHIA}, and the model is {PYTHIA}-deduped"
+    assert list(bundle.notes).count(note) == said
+    assert len(bundle.notes) == said + len(PAIRS["pythia"].notes)

@@ -123,6 +123,11 @@ def test_repositories_stand_for_their_set():
     assert registry.find_saes("google/gemma-scope-2-1b-it").name == "gemma-scope-2-1b-it-res"
     assert registry.find_saes("fnlp/Llama-Scope-R1-Distill") is None  # three sets lie in it
     assert registry.find_saes("user/repo") is None
+    for variant in ("W32K-L0_50", "W32K-L0_100"):
+        choice = registry.find_saes(f"Qwen/SAE-Res-Qwen3-1.7B-Base-{variant}")
+        assert choice.name == "qwen-scope-3-1.7b-base" and choice.chosen == {"variant": variant}
+    assert registry.find_saes("qwen/sae-res-qwen3-8b-base-w64k-l0_100").repo.endswith("L0_100")
+    assert registry.find_saes("Qwen/SAE-Res-Qwen3-1.7B-Base-W32K-L0_70") is None
 
 
 def test_near_names():

@@ -237,8 +237,8 @@ def _find_saes(saes: str) -> named.SaeSource:
     return found or named.SaeSource(path)
 
 
-def _read_saes(saes: str, config: ModelConfig, missing: str) -> _Saes:
-    """From a packed file, or a folder of SAEs."""
+def _read_saes(saes: str, model: str, config: ModelConfig, missing: str) -> _Saes:
+    """From a packed file, or a folder of SAEs. model: as it was asked for."""
     found = _find_saes(saes)
     path, choice = found.path, found.choice
     if path.is_file():
@@ -253,7 +253,7 @@ def _read_saes(saes: str, config: ModelConfig, missing: str) -> _Saes:
         read,
         dictionaries=named.informed(dictionaries, choice),
         source=choice.source(),
-        notes=(*choice.notes(), *on_disk.notes),
+        notes=(*named.of_other_model(model, choice), *choice.notes(), *on_disk.notes),
     )
 
 
@@ -342,7 +342,7 @@ def open_bundle(
         raise InputError(f"dtype {dtype!r} is not known; expected {' or '.join(DTYPES)}")
     opened = _open_model(str(model), accept)
     check_tensors(opened.checkpoint, opened.config)
-    read = None if saes is None else _read_saes(str(saes), opened.config, missing)
+    read = None if saes is None else _read_saes(str(saes), str(model), opened.config, missing)
     begins = _beginning(str(model), opened.tokenizer, read, bos_token)
     return Bundle(
         config=opened.config,

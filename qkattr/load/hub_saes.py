@@ -1,6 +1,7 @@
 """Which files of a repository a pattern chooses, so that no others are downloaded.
 
-`user/repo:PATTERN` means what `FOLDER:PATTERN` means of the whole repository as a folder. What it
+`user/repo:PATTERN` means what `FOLDER:PATTERN` means of the whole repository as a folder. Without a
+pattern, SAEs whose names say that they are of other hooks are not downloaded. What a repository
 holds is asked of the hub once and kept, so that a choice stays at the commit that it was made at.
 """
 
@@ -19,7 +20,7 @@ from qkattr.errors import InputError
 from qkattr.load import hub
 from qkattr.load.mapped import some
 from qkattr.load.saes.choose import matches, split_nearest
-from qkattr.load.saes.hooks import layer_of
+from qkattr.load.saes.hooks import boundary, by_names, counts, layer_of
 from qkattr.load.smollm2 import cache_folder
 from qkattr.load.writing import replacing
 
@@ -41,15 +42,16 @@ class Listing(msgspec.Struct, frozen=True):
     files: list[str]
 
 
-def fetch_matching(repo: hub.Repo, pattern: str) -> Path:
-    """The folder of a snapshot with the SAEs whose path in `repo.folder` matches a pattern.
+def fetch_matching(repo: hub.Repo, pattern: str | None) -> Path:
+    """The folder of a snapshot with the SAEs whose path in `repo.folder` matches a pattern, or,
+    without one, with those whose names do not say that they are of other hooks.
 
     Raises:
-      InputError: none matches; or see `hub.fetch`.
+      InputError: there are none; or see `hub.fetch`.
     """
     listing = _listing(repo)
     if listing is None:  # offline, gated, ...: what the cache has, or `fetch` says why not
-        return hub.fetch(repo, ["README.md"], has_saes)
+        return hub.fetch(repo, ["README.md"], lambda found: has_saes(found / repo.folder))
     chosen = choose_files(listing.files, repo, pattern)
     complete = lambda folder: all((folder / name).is_file() for name in chosen)  # noqa: E731
     return hub.fetch(hub.Repo(repo.id, listing.commit), chosen, complete)
@@ -60,20 +62,15 @@ def has_saes(folder: Path) -> bool:
     return any(True for pattern in WEIGHTS for _ in folder.rglob(pattern))
 
 
-def choose_files(files: Iterable[str], repo: hub.Repo, pattern: str) -> list[str]:
+def choose_files(files: Iterable[str], repo: hub.Repo, pattern: str | None) -> list[str]:
     """The files of the SAEs that match; with `GLOB@N` only of those nearest, if names say L0s.
 
     Raises:
-      InputError: none matches.
+      InputError: none matches; or, without a pattern, all are of other hooks.
     """
     of_saes = [name for name in files if _any(name, SAE_FILES) and _below(name, repo.folder)]
     there = sorted({_place(name) for name in of_saes if _any(name, WEIGHTS)})
-    glob, n = split_nearest(pattern)
-    kept = [at for at in there if matches(_path(at, repo.folder), glob)]
-    if not kept:
-        have = some([_path(at, repo.folder) for at in there]) or "none"
-        raise InputError(f"no SAE of {repo} matches {pattern!r:.60}; there are {have}")
-    kept = set(kept if n is None else _nearest(kept, n))
+    kept = set(_on_the_stream(there, repo) if pattern is None else _matching(there, repo, pattern))
     beside = {str(PurePosixPath(at).parent) for at in kept if _any(at, _SINGLE)}
     return [
         name
@@ -81,6 +78,28 @@ def choose_files(files: Iterable[str], repo: hub.Repo, pattern: str) -> list[str
         if _place(name) in kept
         or (name.endswith(".json") and str(PurePosixPath(name).parent) in beside)
     ]
+
+
+def _matching(there: list[str], repo: hub.Repo, pattern: str) -> list[str]:
+    glob, n = split_nearest(pattern)
+    kept = [at for at in there if matches(_path(at, repo.folder), glob)]
+    if not kept:
+        have = some([_path(at, repo.folder) for at in there]) or "none"
+        raise InputError(f"no SAE of {repo} matches {pattern!r:.60}; there are {have}")
+    return kept if n is None else _nearest(kept, n)
+
+
+def _on_the_stream(there: list[str], repo: hub.Repo) -> list[str]:
+    """Those whose names mean the residual stream, or mean nothing."""
+    root = Path(f"/models--{repo.id.replace('/', '--')}")
+    hooks = {at: by_names(root / at, None) or "" for at in there}
+    kept = [at for at, hook in hooks.items() if not hook or boundary(hook) is not None]
+    if there and not kept:
+        raise InputError(
+            f"{repo} holds no SAE of the residual stream, but {counts(hooks.values())}, as the "
+            f"names of its folders have it; where they mislead, give {repo}:PATTERN"
+        )
+    return kept
 
 
 def _any(name: str, patterns: Iterable[str]) -> bool:

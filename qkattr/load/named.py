@@ -82,9 +82,7 @@ def sae_source(name: str) -> SaeSource | None:
         return SaeSource(_chosen(choice, revision or None), choice, name)
     if repo is None or pattern:
         return None
-    below = f"{repo.folder}/" if repo.folder else ""
-    patterns = [below + file for file in hub_saes.SAE_FILES]
-    folder = hub.fetch(repo, patterns, lambda found: hub_saes.has_saes(found / repo.folder))
+    folder = hub_saes.fetch_matching(repo, None)
     return SaeSource(_with_saes(folder / repo.folder, name), called=name)
 
 
@@ -106,9 +104,14 @@ def _chosen(choice: SaeChoice, revision: str | None) -> Path:
         lambda folder: all((folder / name).is_file() for name in needed),
     )
     if missing := [name for name in needed if not (snapshot / name).is_file()]:
+        why = (
+            f"in the cache {hub.cache()}, and HF_HUB_OFFLINE is set; unset it"
+            if hub.offline()
+            else "or it was not downloaded; check the network"
+        )
         raise InputError(
-            f"{choice.repo} has no {missing[0]}, which {choice.name} should have; "
-            f"give the SAEs as a local folder"
+            f"{choice.repo} has no {missing[0]}, which {choice.name} needs, {why}, or give the "
+            "SAEs as a local folder"
         )
     variant = "-".join(choice.chosen.values()) or "all"
     folder = cache_folder() / "saes" / choice.repo.replace("/", "--") / snapshot.name / variant
@@ -143,6 +146,17 @@ def _say_settings(folder: Path, choice: SaeChoice) -> None:
     if lines and (not path.is_file() or path.read_text(encoding="utf-8") != text):
         with replacing(path) as temporary:
             temporary.write_text(text, encoding="utf-8")
+
+
+def of_other_model(model: str, choice: SaeChoice) -> tuple[str, ...]:
+    """A note, where a model of the hub is not the one that the registry has for a set."""
+    if Path(model).exists():
+        return ()
+    entry, given = find_model(model.partition("@")[0]), hub.parse_repo(model)
+    repo = entry.repo if entry else given and given.id
+    if repo is None or repo.lower() == choice.model_repo.lower():
+        return ()
+    return (f"{choice.name}: trained on {choice.model_repo}, and the model is {repo}",)
 
 
 def informed(

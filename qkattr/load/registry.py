@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
+import itertools
 import re
 from collections.abc import Iterable
 from importlib import resources
@@ -118,6 +119,11 @@ class SaeChoice:
     def repo(self) -> str:
         return self.entry.repo.format(**self.chosen)
 
+    @property
+    def model_repo(self) -> str:
+        """The repository of the model that they were trained on."""
+        return registry().models[self.entry.model].repo
+
     def files(self, *, optional: bool = False) -> dict[int, tuple[str, ...]]:
         """The files of each boundary's SAE, as paths in the repository; or those it may lack."""
         names = self.entry.optional if optional else self.entry.files
@@ -188,11 +194,13 @@ def find_saes(name: str) -> SaeChoice | None:
       InputError: the set is known, and the choice is not one of its.
     """
     name, _, choice = name.partition(":")
-    known = _sae_names().get(_plain(name)) or _sae_repos().get(name.lower())
+    known, variant = _sae_names().get(_plain(name)), ""
+    if known is None:
+        known, variant = _sae_repos().get(name.lower(), (None, ""))
     if known is None:
         return None
     entry = registry().saes[known]
-    return SaeChoice(known, entry, _chosen(known, entry, choice))
+    return SaeChoice(known, entry, _chosen(known, entry, f"{variant},{choice}"))
 
 
 def is_choice(name: str, choice: str) -> bool:
@@ -210,7 +218,9 @@ PACKAGED = "smollm2"
 
 def near(name: str, known: Iterable[str]) -> str:
     """`did you mean a or b?`, of names that are near; else nothing."""
-    found = difflib.get_close_matches(_plain(name.partition(":")[0]), list(known), n=3)
+    given, names = _plain(name.partition(":")[0]), list(known)
+    found = difflib.get_close_matches(given, names, n=3)
+    found = found or [other for other in names if given and other.startswith(given)][:3]
     return f"did you mean {' or '.join(found)}? " if found else ""
 
 
@@ -234,11 +244,15 @@ def _sae_names() -> dict[str, str]:
 
 
 @functools.cache
-def _sae_repos() -> dict[str, str]:
-    repos = [entry.repo.lower() for entry in registry().saes.values()]
-    alone = {repo for repo in repos if repos.count(repo) == 1}
-    saes = registry().saes
-    return {e.repo.lower(): name for name, e in saes.items() if e.repo.lower() in alone}
+def _sae_repos() -> dict[str, tuple[str, str]]:
+    """The set of a repository and the choice that it stands for, where only one set lies in it."""
+    found: dict[str, list[tuple[str, str]]] = {}
+    for name, entry in registry().saes.items():
+        axes = [axis for axis in entry.choices if f"{{{axis}}}" in entry.repo]
+        for values in itertools.product(*(entry.choices[axis] for axis in axes)):
+            repo = entry.repo.format(**dict(zip(axes, values, strict=True))).lower()
+            found.setdefault(repo, []).append((name, ",".join(values)))
+    return {repo: sets[0] for repo, sets in found.items() if len(sets) == 1}
 
 
 def _chosen(name: str, entry: SaeEntry, choice: str) -> dict[str, str]:

@@ -305,3 +305,28 @@ def test_the_embedding_before_its_scale(tmp_path):
     got_acts, got = reconstruct(sae, x * 8**0.5)
     near(got_acts, acts)
     near(got, rebuilt * 8**0.5)
+
+
+@pytest.mark.parametrize(
+    "at, boundary",
+    [
+        ("layers.1", 2),
+        ("layer_1", 1),
+        ("layer_0", 0),
+        ("sae-SmolLM2-1.7B-layer1-32x", 2),
+        ("models--EleutherAI--sae-SmolLM2-1.7B-layer1-32x/snapshots/0123abc", 2),
+        ("sae-SmolLM2-1.7B-layer1-mlp", None),
+        ("transcoder-SmolLM2-layer1", None),
+        ("sae-SmolLM2-layer1/lm_head", None),
+        ("sae-SmolLM2-layer1/layers.1.mlp", None),
+        ("layers.1.post_attention_layernorm", None),
+    ],
+)
+def test_where_sparsify_trained(tmp_path, at, boundary):
+    """`layer_N` is of before it named hookpoints: entry N of the hidden states."""
+    layouts.sparsify(tmp_path, RNG(0), hookpoint=at)
+    if boundary is None:
+        with pytest.raises(InputError, match="holds no SAE of the residual stream, but 1 "):
+            find_saes(tmp_path)
+    else:
+        assert list(find_saes(tmp_path).headers) == [boundary]

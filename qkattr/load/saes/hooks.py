@@ -127,8 +127,13 @@ def other_by_names(path: Path) -> str | None:
 
 def layer_of(path: Path) -> int | None:
     """The number of the block that the names of a folder and of those above it have, if any."""
-    found = (_LAYER.search(name) for name in names(path))
-    return next((int(match[1]) for match in found if match), None)
+    return next((n for name in names(path) if (n := layer_in(name)) is not None), None)
+
+
+def layer_in(name: str) -> int | None:
+    """The number of the block that a name has, if any."""
+    match = _LAYER.search(name)
+    return int(match[1]) if match else None
 
 
 def names(path: Path) -> Iterator[str]:

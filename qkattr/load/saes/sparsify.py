@@ -5,18 +5,21 @@
 
 as sparsify itself computes it (SAELens's loader transposes W_dec and may leave b_dec in).
 `layers.N` and `h.N` are the outputs of blocks, `embed_tokens` the embedding; submodules such as
-`layers.N.mlp` are no residual stream.
+`layers.N.mlp` are no residual stream. Before it named hookpoints, sparsify saved `layer_N`, trained
+on entry N of the model's hidden states: the stream before block N. A single SAE in the root of a
+repository has its block in the repository's name.
 """
 
 from __future__ import annotations
 
+import re
 from functools import partial
 from pathlib import Path
 
 from qkattr.errors import clipped
 from qkattr.load.mapped import open_mapped
 from qkattr.load.saes.header import Fields, Found, Header, Options, Part, check_tensors
-from qkattr.load.saes.hooks import canonical, other_by_names
+from qkattr.load.saes.hooks import by_names, canonical, layer_in, names, other_by_names
 from qkattr.sources.dictionary import DictionaryConfig
 
 CONFIG, WEIGHTS = "cfg.json", "sae.safetensors"
@@ -26,6 +29,8 @@ _PARTS = {
     "b_enc": Part("encoder.bias"),
     "b_dec": Part("b_dec"),
 }
+_HOOKPOINT = re.compile(r"(?:.*\.)?(?:layers|h)\.\d{1,4}(?:\..*)?")
+_BEFORE_HOOKPOINTS = re.compile(r"layer_(\d{1,4})")
 #: Options that change what is computed.
 _REFUSED = ("transcode", "skip_connection", "embed_skip", "gram_lookup", "signed")
 
@@ -33,8 +38,22 @@ _REFUSED = ("transcode", "skip_connection", "embed_skip", "gram_lookup", "signed
 def find(folder: Path, options: Options) -> list[Found]:
     """The SAE of a hookpoint, its config and names looked at."""
     fields = Fields(folder, CONFIG)
-    hook = _other(fields, options) or canonical(folder.absolute().name)
+    hook = _other(fields, options) or _hook(folder, options)
     return [Found(folder, hook, partial(_read, fields, hook, options))]
+
+
+def _hook(folder: Path, options: Options) -> str:
+    """The hookpoint that the folder is named after; or else what its name, or that of the
+    repository whose root it is, says."""
+    name = folder.absolute().name
+    if match := _BEFORE_HOOKPOINTS.fullmatch(name):
+        return f"blocks.{int(match[1])}.hook_resid_pre"
+    if folder.absolute().parent.name == "snapshots":
+        name = list(names(folder))[2]  # commit, "snapshots", repository
+    layer = None if _HOOKPOINT.fullmatch(name) else layer_in(name)
+    if layer is None:
+        return canonical(name)
+    return by_names(folder, layer, stated=options.hook) or canonical(name)
 
 
 def _other(fields: Fields, options: Options) -> str | None:
