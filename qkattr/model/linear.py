@@ -154,8 +154,11 @@ def head_reads(
     R, T, N, H = heads.shape
     v_SKH = values(frozen, x) * frozen.seen.scale_attn_T[:, None, None]
     K = v_SKH.shape[1]
-    grouped = heads.reshape(R, T, K, N // K, H)
-    return _einsum(frozen, "RTKGH,SKH->RKGTS", grouped, v_SKH).reshape(R, N, T, -1)
+    grouped = jnp.transpose(heads.reshape(R, T, K, N // K, H), (2, 0, 3, 1, 4))
+    # With both sides laid out for it, XLA's CPU backend takes a fifth of the time of
+    # "RTKGH,SKH->RKGTS".
+    reads = _einsum(frozen, "KRGTH,KHS->KRGTS", grouped, jnp.transpose(v_SKH, (1, 2, 0)))
+    return jnp.moveaxis(reads, 0, 1).reshape(R, N, T, -1)
 
 
 def values(frozen: FrozenBlock, directions: Float[Array, "... D"]) -> Float[Array, "... K H"]:
