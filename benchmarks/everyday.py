@@ -39,7 +39,8 @@ ROWS = {
     "load the model and its SAEs": ("-c", LOAD),
     "--help": ("-c", RUN, "--help"),
     "tokens": ("-c", RUN, "tokens", PROMPT, "-m", "smollm2"),
-    "qk of a saved folder": ("-c", RUN, "qk", "./saved", *OTHER),
+    "qk of a saved folder, stored": ("-c", RUN, "qk", "./saved", *STORED),
+    "qk of a saved folder, not stored": ("-c", RUN, "qk", "./saved", *OTHER),
     "heads of a saved folder": ("-c", RUN, "heads", "./saved", "--from", "6", "--to", "14"),
     "why of a saved folder": ("-c", RUN, "why", "./saved", *STORED),
 }

@@ -12,6 +12,9 @@ import numpy as np
 import pytest
 
 import qkattr
+from qkattr.cli import options
+from qkattr.cli import qk as qk_cli
+from qkattr.cli.main import main
 from qkattr.errors import InputError
 from qkattr.export import graph_json
 from qkattr.export.html import page
@@ -380,3 +383,34 @@ def test_what_is_written_is_what_the_standard_encoder_writes():
         assert json.loads(written) == {"a": half, "b": None}
     computed = {"a": np.float64(0.5), "b": np.int64(3), "c": np.float32(0.25), "d": np.bool_(True)}
     assert json.loads(graph_json.encoded(computed)) == {"a": 0.5, "b": 3, "c": 0.25, "d": True}
+
+
+# What a saved folder answers without its model
+
+
+def test_the_pairs_shown_are_stored(plain, tmp_path, monkeypatch, capsys):
+    """More pairs than are stored, groups and JSON want all of them, and so the model."""
+    monkeypatch.setattr(graph_json, "LISTED", 5)
+    folder = str(plain.save(tmp_path / "out").parent)
+    table = max(plain.qk.values(), key=lambda table: table.n_pairs)
+    names = ("layer", "head", "query", "key")
+    place = [part for n in names for part in (f"--{n}", str(getattr(table, n)))]
+    ask = ["qk", folder, *place]
+    assert table.n_pairs > 6
+    qk_cli.show(table, 5)  # of the result in memory, which has all pairs
+    with_model = capsys.readouterr().out
+    loaded = []
+
+    def refuse(result, model):
+        loaded.append(True)
+        raise InputError("the model is asked for")
+
+    monkeypatch.setattr(options, "with_model", refuse)
+    for top in ("1", "5"):
+        assert main([*ask, "--top", top]) == 0 and not loaded
+        said = capsys.readouterr().out
+    assert said == with_model
+    for more in (["--top", "6"], ["--json"], ["--json", "--top", "5"], ["--label", "x"]):
+        loaded.clear()
+        assert main([*ask, *more]) == 2 and loaded
+        assert "the model is asked for" in capsys.readouterr().err
