@@ -11,16 +11,42 @@ someone else's code.
 
 __version__ = "0.1.0"
 
-from qkattr.analysis import run, trace
-from qkattr.errors import InputError
-from qkattr.experiments.choose import choose_edits
-from qkattr.experiments.edits import Edit
-from qkattr.experiments.steer import Steering, steer
-from qkattr.export.folder import open_result as open
-from qkattr.load.bundle import Bundle, load
-from qkattr.options import TraceOptions
-from qkattr.result import HeadLoadings, Result
-from qkattr.scores import qk_attribution
+import importlib
+import sys
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from qkattr.analysis import run, trace
+    from qkattr.errors import InputError
+    from qkattr.experiments.choose import choose_edits
+    from qkattr.experiments.edits import Edit
+    from qkattr.experiments.steer import Steering, steer
+    from qkattr.export.folder import open_result as open
+    from qkattr.load.bundle import Bundle, load
+    from qkattr.options import TraceOptions
+    from qkattr.result import HeadLoadings, Result
+    from qkattr.scores import qk_attribution
+
+#: Where each public name comes from. They are imported when they are first used, so that a command
+#: that needs no JAX does not wait for it.
+_HOMES = {
+    "Bundle": "load.bundle",
+    "Edit": "experiments.edits",
+    "HeadLoadings": "result",
+    "InputError": "errors",
+    "Result": "result",
+    "Steering": "experiments.steer",
+    "TraceOptions": "options",
+    "choose_edits": "experiments.choose",
+    "load": "load.bundle",
+    "open": "export.folder",
+    "qk_attribution": "scores",
+    "run": "analysis",
+    "steer": "experiments.steer",
+    "trace": "analysis",
+}
+_CALLED = {"open": "open_result"}  # where it has another name at home
 
 __all__ = [
     "Bundle",
@@ -38,3 +64,30 @@ __all__ = [
     "steer",
     "trace",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    home = importlib.import_module(f"qkattr.{_HOMES[name]}")
+    return getattr(home, _CALLED.get(name, name))
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES})
+
+
+class _Package(ModuleType):
+    """`qkattr.load` is the function, although the modules below it lie in a folder of that name,
+    which the import system would put here."""
+
+    @property
+    def load(self) -> Any:
+        return __getattr__("load")
+
+    @load.setter
+    def load(self, folder: ModuleType) -> None:
+        pass
+
+
+sys.modules[__name__].__class__ = _Package

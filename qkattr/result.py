@@ -214,23 +214,24 @@ class Result:
         at = self.position(ends)
         return f"{self.tokens[at]!r} at {at}"
 
-    def save(self, folder: str | Path, *, scan: str | None = None) -> Path:
+    def save(
+        self, folder: str | Path, *, scan: str | None = None, links: int | str | None = None
+    ) -> Path:
         """Write `graph.json`, `graph.npz` and `index.html`; what was there survives a failure.
 
-        scan: see `with_scan`.
+        scan: see `with_scan`. links: see `to_json`.
         """
         from qkattr.export.folder import save_result
 
         named = self if scan is None else self.with_scan(scan)
-        return save_result(named, Path(folder))
+        return save_result(named, Path(folder), links)
 
     def to_html(self, path: str | Path) -> Path:
         """Write the page alone."""
-        from qkattr.export.folder import encoded, write_files
-        from qkattr.export.html import page
+        from qkattr.export.folder import encoded_page, write_files
 
         path = Path(path)
-        write_files(path.parent, {path.name: encoded(page(self))})
+        write_files(path.parent, {path.name: encoded_page(self)})
         return path
 
     def to_pandas(self, table: str = "edges"):
@@ -243,11 +244,17 @@ class Result:
 
         return frame(self, table)
 
-    def to_json(self) -> dict[str, Any]:
-        """The graph JSON as an object."""
+    def to_json(self, *, links: int | str | None = None) -> dict[str, Any]:
+        """The graph JSON as an object.
+
+        links: how many to list, the strongest by influence, or "all"; None: 10,000.
+
+        Raises:
+          InputError: links is none of these.
+        """
         from qkattr.export.graph_json import graph_json
 
-        return graph_json(self)
+        return graph_json(self, links)
 
     def _repr_html_(self) -> str:
         from html import escape

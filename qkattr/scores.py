@@ -63,10 +63,16 @@ def place_in(result: Result, place: tuple) -> Place:
     )
 
 
-def stored_in_full(result: Result, place: Place) -> QKAttribution | None:
-    """The attribution that the result itself holds, unless some of its pairs were left out."""
+def stored_in_full(result: Result, place: Place, most: int | None = None) -> QKAttribution | None:
+    """The attribution that the result itself holds, unless some of its pairs were left out.
+
+    most: how many of the strongest pairs are needed; None: all.
+    """
     stored = result.qk.get(".".join(map(str, place)))
-    return stored if stored is not None and stored.n_pairs == len(stored.pairs) else None
+    if stored is None:
+        return None
+    needed = stored.n_pairs if most is None else min(most, stored.n_pairs)
+    return stored if needed <= len(stored.pairs) else None
 
 
 def attribute_qk(

@@ -12,7 +12,11 @@ import numpy as np
 import pytest
 
 import qkattr
+from qkattr.cli import options
+from qkattr.cli import qk as qk_cli
+from qkattr.cli.main import main
 from qkattr.errors import InputError
+from qkattr.export import graph_json
 from qkattr.export.html import page
 from qkattr.graph.tables import Edges, Nodes
 
@@ -330,3 +334,83 @@ def test_tables_without_pandas(result, table, monkeypatch):
     monkeypatch.setitem(sys.modules, "pandas", None)
     with pytest.raises(InputError, match="^to_pandas needs pandas, .*; pip install pandas$"):
         result.to_pandas(table)
+
+
+# How many links are listed
+
+
+def links_of(result, folder, *given):
+    path = result.save(folder, links=given[0] if given else None).parent / "graph.json"
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("links", [0, 1, 7, 50])
+def test_the_strongest_links_are_listed(plain, tmp_path, links):
+    """Against a sort of all of them by influence, which graph.npz holds whatever is listed."""
+    listed, every = links_of(plain, tmp_path, links), plain.to_json(links="all")["links"]
+    assert len(every) == len(plain.graph.edges) > 50
+    influence = plain.graph.edge_influence()
+    strongest = sorted(range(len(every)), key=lambda i: -influence[i])[:links]
+    assert listed["links"] == [json.loads(json.dumps(every[i])) for i in sorted(strongest)]
+    assert listed["qkattr"]["links"] == {"listed": links, "all": len(every)}
+    assert len(qkattr.open(tmp_path).graph.edges) == len(every)
+    jsonschema.Draft7Validator(NEURONPEDIA).validate(listed)
+
+
+@pytest.mark.parametrize("links", ["all", 10**9])
+def test_all_links_are_listed(plain, tmp_path, links, monkeypatch):
+    monkeypatch.setattr(graph_json, "LINKS", 3)
+    found = links_of(plain, tmp_path, links)
+    assert len(found["links"]) == found["qkattr"]["links"]["listed"] == len(plain.graph.edges)
+    assert len(links_of(plain, tmp_path)["links"]) == len(plain.to_json()["links"]) == 3
+
+
+@pytest.mark.parametrize("links", [-1, 1.5, "some", True, "10"])
+def test_a_number_of_links_that_is_none(plain, tmp_path, links):
+    with pytest.raises(InputError, match='^links is .*, expected a number of links, or "all"$'):
+        plain.save(tmp_path / "out", links=links)
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_is_written_is_what_the_standard_encoder_writes():
+    value = {
+        "a": [1, 2.5, float("nan"), float("inf"), True, None, 1e-07, -0.0, 1e22],
+        "text": "é日🙂\x00\n\"\\\u2028", "tuple": (1, (2,)), 3: {},
+    }  # fmt: skip
+    assert json.loads(graph_json.encoded(value)) == json.loads(graph_json.dumps(value))
+    for half in ("a\udc80", "\ud83d"):
+        written = graph_json.encoded({"a": half, "b": float("nan")})
+        assert json.loads(written) == {"a": half, "b": None}
+    computed = {"a": np.float64(0.5), "b": np.int64(3), "c": np.float32(0.25), "d": np.bool_(True)}
+    assert json.loads(graph_json.encoded(computed)) == {"a": 0.5, "b": 3, "c": 0.25, "d": True}
+
+
+# What a saved folder answers without its model
+
+
+def test_the_pairs_shown_are_stored(plain, tmp_path, monkeypatch, capsys):
+    """More pairs than are stored, groups and JSON want all of them, and so the model."""
+    monkeypatch.setattr(graph_json, "LISTED", 5)
+    folder = str(plain.save(tmp_path / "out").parent)
+    table = max(plain.qk.values(), key=lambda table: table.n_pairs)
+    names = ("layer", "head", "query", "key")
+    place = [part for n in names for part in (f"--{n}", str(getattr(table, n)))]
+    ask = ["qk", folder, *place]
+    assert table.n_pairs > 6
+    qk_cli.show(table, 5)  # of the result in memory, which has all pairs
+    with_model = capsys.readouterr().out
+    loaded = []
+
+    def refuse(result, model):
+        loaded.append(True)
+        raise InputError("the model is asked for")
+
+    monkeypatch.setattr(options, "with_model", refuse)
+    for top in ("1", "5"):
+        assert main([*ask, "--top", top]) == 0 and not loaded
+        said = capsys.readouterr().out
+    assert said == with_model
+    for more in (["--top", "6"], ["--json"], ["--json", "--top", "5"], ["--label", "x"]):
+        loaded.clear()
+        assert main([*ask, *more]) == 2 and loaded
+        assert "the model is asked for" in capsys.readouterr().err

@@ -245,6 +245,26 @@ def test_a_name_on_the_command_line(bundles, tmp_path, capsys):
     assert "give --out or --json with it" in capsys.readouterr().err
 
 
+def test_links_on_the_command_line(bundles, tmp_path, capsys):
+    bundle = bundles["plain"]
+    command = ["trace", "hi hi", "-m", bundle.model, "-s", bundle.saes, "--json"]
+    assert main([*command, "--links", "5", "--out", str(tmp_path)]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    written = json.loads((tmp_path / "graph.json").read_text())
+    assert len(printed["links"]) == len(written["links"]) == 5
+    assert main([*command, "--links", "all"]) == 0
+    every = json.loads(capsys.readouterr().out)["qkattr"]["links"]
+    assert every["listed"] == every["all"] == len(qkattr.open(tmp_path).graph.edges) > 5
+
+
+@pytest.mark.parametrize("links", ["-1", "some", "1.5", "", "9" * 20, "ALL"])
+def test_links_that_are_no_number(links, capsys):
+    assert main(["trace", "hi", "-m", "x", "-s", "x", f"--links={links}", "--json"]) == 2
+    assert "--links expects a number of links, or all; got" in capsys.readouterr().err
+    assert main(["trace", "hi", "-m", "x", "-s", "x", "--links", "5"]) == 2
+    assert "give --out or --json with it" in capsys.readouterr().err
+
+
 # circuit-tracer's reader
 
 _READ = """

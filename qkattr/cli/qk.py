@@ -63,10 +63,12 @@ def qk(
             subject = result = options.open_saved(prompt, context)
             if labels:
                 result = place.relabelled(result, labels)
-            if stored_in_full(result, place_in(result, (layer, head, query, key))) is None:
+            shown = None if json or groups or label else top or 20
+            table = stored_in_full(result, place_in(result, (layer, head, query, key)), shown)
+            if table is None:
                 progress("loading the model")
                 result = options.with_model(result, model)
-            table = qk_attribution(result, layer=layer, head=head, query=query, key=key)
+                table = qk_attribution(result, layer=layer, head=head, query=query, key=key)
         else:
             given = reading.read(prompt)
             subject = bundle = model.open()

@@ -75,6 +75,14 @@ def trace(
             show_default=False,
         ),
     ] = None,
+    links: Annotated[
+        str | None,
+        Option(
+            help="Links listed in graph.json, the strongest by influence: a number, or all. "
+            "Default: 10000; graph.npz has all.",
+            show_default=False,
+        ),
+    ] = None,
     reading: options.Subject = options.Subject(),
     precision: Annotated[str, Option(help="Of matmuls: default, high or highest.")] = "highest",
     json: common.Json = False,
@@ -106,6 +114,7 @@ def trace(
         make_options(settings)
         if scan is not None:
             _check_scan(scan, written=json or out is not None)
+        most = None if links is None else _read_links(links, written=json or out is not None)
         if out is not None:
             from qkattr.export.folder import check_ours, check_writable
 
@@ -126,9 +135,9 @@ def trace(
         if scan is not None:
             result = result.with_scan(scan)
         progress("writing")
-        page = result.save(out) if out is not None else None
+        page = result.save(out, links=most) if out is not None else None
     if json:
-        common.print_json(result.to_json())
+        common.print_json(result.to_json(links=most))
     else:
         summarise(result)
         if page is not None:
@@ -141,6 +150,14 @@ def _check_scan(scan: str, *, written: bool) -> None:
     if not written:
         raise InputError("--scan names the model in graph.json; give --out or --json with it")
     check_scan(scan)
+
+
+def _read_links(links: str, *, written: bool) -> int | str:
+    if not written:
+        raise InputError("--links is a number of links in graph.json; give --out or --json with it")
+    if links == "all" or (links.isdecimal() and len(links) < 10):
+        return links if links == "all" else int(links)
+    raise InputError(f"--links expects a number of links, or all; got {quoted(links)}")
 
 
 def _place(score: str | None) -> tuple[int, int, str, str] | None:

@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from qkattr.export.folder import encoded, write_files
-from qkattr.export.graph_json import dumps
+from qkattr.export.folder import write_files
+from qkattr.export.graph_json import encoded
 from qkattr.export.viewers import node_layer, node_number, scan_of, source_of
 from qkattr.features.cards import Card, Cards
 from qkattr.types import Kind
@@ -83,7 +83,7 @@ def export_features(
     for done, b in enumerate(boundaries):
         progress("writing", done / len(boundaries))
         files = {
-            f"{feature_number(b, i, pre=pre)}.json": encoded(dumps(feature_json(cards.card(b, i))))
+            f"{feature_number(b, i, pre=pre)}.json": encoded(feature_json(cards.card(b, i)))
             for i in range(cards.width(b))
         }
         write_files(into, files)

@@ -23,7 +23,7 @@ import numpy as np
 
 from qkattr.characters import joined
 from qkattr.errors import InputError
-from qkattr.export.graph_json import SCHEMA, dumps, graph_json
+from qkattr.export.graph_json import SCHEMA, encoded, graph_json
 from qkattr.export.html import page
 from qkattr.features.cards import Card
 from qkattr.graph.tables import Edges, Graph, Nodes
@@ -49,20 +49,20 @@ DAMAGE = (
 )
 
 
-def save_result(result: Result, folder: Path) -> Path:
-    """Write the folder and return the path of its page."""
+def save_result(result: Result, folder: Path, links: int | str | None = None) -> Path:
+    """Write the folder and return the path of its page. links: see `graph_json`."""
     files = {
         "graph.npz": _columns(result),
-        "graph.json": encoded(dumps(graph_json(result))),
-        "index.html": encoded(page(result)),
+        "graph.json": encoded(graph_json(result, links)),
+        "index.html": encoded_page(result),
     }
     write_files(folder, files)
     return folder / "index.html"
 
 
-def encoded(text: str) -> bytes:
-    r"""UTF-8; half a surrogate pair becomes `\udc80`, which is also its escape in JSON."""
-    return text.encode(errors="backslashreplace")
+def encoded_page(result: Result) -> bytes:
+    r"""UTF-8; half a surrogate pair becomes `\udc80`."""
+    return page(result).encode(errors="backslashreplace")
 
 
 def check_writable(folder: Path) -> None:

@@ -15,8 +15,10 @@ import json
 import math
 from typing import Any
 
+import msgspec
 import numpy as np
 
+from qkattr.errors import InputError
 from qkattr.export.summary import name
 from qkattr.export.viewers import FEATURE_TYPES, node_layer, node_number, scan_of, source_of
 from qkattr.result import Result
@@ -24,11 +26,27 @@ from qkattr.types import Kind
 
 SCHEMA = 2
 
-#: Links listed in the file, the strongest by influence; `graph.npz` has all. Viewers take 100 MB.
-LINKS = 200_000
+#: Links listed where nobody says how many, the strongest by influence: a file of a few megabytes,
+#: more than a viewer can draw. `graph.npz` has all.
+LINKS = 10_000
 
 #: Pairs and marginals listed of each QK attribution in the file.
 LISTED = 100
+
+
+def encoded(value: Any) -> bytes:
+    r"""JSON in UTF-8 as the standard has it: what is not finite is null. Half a surrogate pair,
+    which UTF-8 does not have, becomes its escape, `\udc80`."""
+    try:
+        return msgspec.json.encode(value, enc_hook=_plain)
+    except UnicodeEncodeError:
+        return dumps(value).encode(errors="backslashreplace")
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, np.generic):  # an option that the caller computed
+        return value.item()
+    raise NotImplementedError
 
 
 def dumps(value: Any, *, ascii: bool = False) -> str:
@@ -47,8 +65,24 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def graph_json(result: Result) -> dict[str, Any]:
-    """The whole file as an object."""
+def check_links(links: Any) -> int | None:
+    """How many links to list: a number, None where nobody said, or "all", which is None here.
+
+    Raises:
+      InputError: it is none of these.
+    """
+    if links is None:
+        return LINKS
+    if links == "all":
+        return None
+    if type(links) is int and links >= 0:
+        return links
+    raise InputError(f'links is {links!r:.40}, expected a number of links, or "all"')
+
+
+def graph_json(result: Result, links: int | str | None = None) -> dict[str, Any]:
+    """The whole file as an object. links: see `check_links`."""
+    listed = _listed(result, check_links(links))
     return {
         "metadata": _metadata(result),
         "qParams": {
@@ -59,13 +93,13 @@ def graph_json(result: Result) -> dict[str, Any]:
             "sg_pos": "",
         },
         "nodes": _nodes(result),
-        "links": _links(result),
-        "qkattr": header(result),
+        "links": _links(result, listed),
+        "qkattr": header(result, len(listed)),
     }
 
 
-def header(result: Result) -> dict[str, Any]:
-    """The `qkattr` object: everything but nodes and links."""
+def header(result: Result, listed: int) -> dict[str, Any]:
+    """The `qkattr` object: everything but nodes and links, of which so many are listed."""
     graph = result.graph
     return {
         "version": result.provenance["qkattr"],
@@ -80,7 +114,7 @@ def header(result: Result) -> dict[str, Any]:
         "completeness": graph.completeness,
         "replacement": graph.replacement,
         "leak": graph.leak,
-        "links": {"listed": min(LINKS, len(graph.edges)), "all": len(graph.edges)},
+        "links": {"listed": listed, "all": len(graph.edges)},
         "sinks": result.sinks,
         "scores": result.scores.tolist(),
         "labels": {f"{b}:{i}": text for (b, i), text in result.labels.items()},
@@ -149,9 +183,8 @@ def _node(result: Result, i: int, pre: bool, probability: dict[int, float]) -> d
     return node
 
 
-def _links(result: Result) -> list[dict[str, Any]]:
+def _links(result: Result, at: np.ndarray) -> list[dict[str, Any]]:
     edges = result.graph.edges
-    at = _listed(result)
     names = [result.node_id(i) for i in range(len(result.graph.nodes))]
     columns = zip(
         edges.source[at].tolist(),
@@ -176,12 +209,12 @@ def _links(result: Result) -> list[dict[str, Any]]:
     ]
 
 
-def _listed(result: Result) -> np.ndarray:
+def _listed(result: Result, most: int | None) -> np.ndarray:
     """Which edges the file lists, in their order: all, or the strongest by influence."""
     influence = result.graph.edge_influence()
-    if len(influence) <= LINKS:
+    if most is None or len(influence) <= most:
         return np.arange(len(influence))
-    return np.sort(np.argsort(-influence, kind="stable")[:LINKS])
+    return np.sort(np.argsort(-influence, kind="stable")[:most])
 
 
 def _significant(x: np.ndarray, digits: int = 6) -> np.ndarray:
