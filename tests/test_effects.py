@@ -4,10 +4,10 @@ The reference (`frozen`) is in float64: blocks whose patterns and norm scales ar
 run, and whose derivatives JAX takes.
 """
 
+# ruff: noqa: F811 (fixtures of another module)
 from __future__ import annotations
 
 import dataclasses
-import functools
 
 import frozen
 import jax
@@ -16,141 +16,25 @@ import naive
 import numpy as np
 import pytest
 import tiny
-from qk_places import FOUR
+from effects_tried import (  # noqa: F401
+    ACCOUNT,
+    EFFECT,
+    FINITE,
+    SAME,
+    Targets,
+    largest,
+    pulled,
+    run,
+    seen_of,
+    targets_of,
+    tried,
+)
 from tiny import within
 
-from qkattr.graph.effects import ACCOUNT_KINDS, Effects, effects, effects_at
-from qkattr.graph.targets import logit_covectors, score_covectors
+from qkattr.graph.effects import ACCOUNT_KINDS, Effects, effects
 from qkattr.model.linear import freeze, pull_stream, push
 from qkattr.model.mlp import LINEARISATIONS
-from qkattr.qk.pair_effects import pair_effects
-from qkattr.qk.terms import qk_terms
 from qkattr.types import Kind
-
-ACCOUNT = 1e-4  # of the target: what the method asks for
-EFFECT = 1e-5  # of the largest effect of its kind: three blocks of float32 matmuls
-PAIR = 5e-5  # of the largest: products of a term and a derivative, both rounded
-SAME = 2e-5  # of the largest: the same sums in another order
-FINITE = 1e-6  # of the largest: a central difference in float64
-
-
-@dataclasses.dataclass
-class Targets:
-    boundary: np.ndarray
-    position: np.ndarray
-    covector: np.ndarray
-    constant: np.ndarray
-
-    def arguments(self):
-        return self.boundary, self.position, self.covector, self.constant
-
-
-def targets_of(case) -> Targets:
-    """A logit, a difference of logits, and two scores on their query and on their key side."""
-    T, L = len(case.tokens), case.cfg.n_blocks
-    best = jnp.argsort(-case.logits[-1])[:2]
-    logits = logit_covectors(
-        case.params, case.trace.boundaries[-1, -1], best, jnp.array([-1, best[0]]), cfg=case.cfg
-    )
-    places = np.array([[L - 1, 0, T - 1, T - 2], [1, 1, 4, 4]])
-    scores = score_covectors(
-        case.params.blocks, case.trace.boundaries, jnp.asarray(places), cfg=case.cfg.block
-    )
-    covector, constant = (
-        np.concatenate([a, np.reshape(b, (4, *np.shape(a)[1:]))])
-        for a, b in zip(logits, scores, strict=True)
-    )
-    boundary = np.concatenate([[L, L], places[:, 0].repeat(2)])
-    return Targets(
-        boundary, np.concatenate([[T - 1, T - 1], places[:, 2:].ravel()]), covector, constant
-    )
-
-
-def run(case, targets: Targets, linearisation="jacobian", **more) -> Effects:
-    inputs = case.params.blocks, case.trace.boundaries, case.components, *targets.arguments()
-    return effects(*inputs, cfg=case.cfg.block, linearisation=linearisation, **more)
-
-
-@functools.cache
-def seen_of(house: str) -> list[naive.Seen]:
-    case = tiny.case(house)
-    return [naive.run_block(*case.block(b)[:2], case.cfg.block) for b in range(tiny.L)]
-
-
-@dataclasses.dataclass
-class Tried:
-    """A case with its targets, their effects, and the frozen model to hold them against."""
-
-    case: tiny.Case
-    targets: Targets
-    linearisation: str
-    found: Effects
-    seen: list[naive.Seen]
-
-    @functools.cached_property
-    def blocks(self):
-        """First asked for with x64 on."""
-        return [
-            frozen.frozen_block(
-                self.case.block(b)[0], self.x(b), self.case.cfg.block, self.linearisation, seen=seen
-            )
-            for b, seen in enumerate(self.seen)
-        ]
-
-    def x(self, b: int):
-        return jnp.asarray(np.asarray(self.case.trace.boundaries[b], np.float64))
-
-    def derivative(self, b: int, what: str, at) -> np.ndarray:
-        """`[R, ...]` of all targets with respect to one argument of block b; "x" of boundary b."""
-        blocks, t = self.blocks, self.targets
-
-        def values(argument):
-            x = argument if what == "x" else self.x(b)
-            more = {} if what == "x" else {what: argument}
-            read = {b: x}
-            for above in range(b, self.case.cfg.n_blocks):
-                x = blocks[above](x, **(more if above == b else {}))
-                read[above + 1] = x
-            live = [
-                read[at][p] @ g if at >= b + (what != "x") else 0.0 * x.sum()
-                for at, p, g in zip(t.boundary, t.position, t.covector, strict=True)
-            ]
-            return jnp.stack(live)
-
-        return np.asarray(jax.jacrev(values)(at))
-
-    def only(self, b: int, mask) -> np.ndarray:
-        """`[R, T, D]` with respect to boundary b through the masked places of its heads alone."""
-        above = self.derivative(b + 1, "x", self.x(b + 1))
-        _, vjp = jax.vjp(lambda x: self.blocks[b](x, only=mask), self.x(b))
-        return pulled(vjp, above)
-
-
-#: Every house with the default, two with the other linearisations.
-TRIED = [(house, LINEARISATIONS[0]) for house in tiny.HOUSES] + [
-    (house, other) for house in ("everything", "neox") for other in LINEARISATIONS[1:]
-]
-
-
-@pytest.fixture(scope="module", params=TRIED, ids="-".join)
-def tried(request) -> Tried:
-    house, linearisation = request.param
-    case = tiny.case(house)
-    targets = targets_of(case)
-    found = jax.device_get(run(case, targets, linearisation))
-    return Tried(case, targets, linearisation, found, seen_of(house))
-
-
-def pulled(vjp, g) -> np.ndarray:
-    """A row of covectors through a vjp of one argument."""
-    return np.array(jax.vmap(lambda one: vjp(one)[0])(jnp.asarray(g)))
-
-
-def largest(a: np.ndarray) -> np.ndarray:
-    """Of every row, to hold errors against; 1 where there is nothing."""
-    size = np.abs(a).max(tuple(range(1, a.ndim)), keepdims=True)
-    return np.where(size > 0, size, 1.0)
-
 
 # The account --------------------------------------------------------------------------------------
 
@@ -251,92 +135,6 @@ def test_pull_stream_is_the_transpose_of_push(case):
     transpose = jax.linear_transpose(lambda v: push(made, v), x)
     expected = np.stack([transpose(jnp.asarray(one))[0] for one in g])
     within("pull_stream", pull_stream(made, g).below, expected, SAME, np.abs(expected).max())
-
-
-# At places ----------------------------------------------------------------------------------------
-
-PLACES = np.array([[0, 0, 5, 3], [1, 2, 8, 8], [2, 3, 4, 3], [2, 1, 8, 7]])
-
-
-def at_places(tried: Tried):
-    return jax.device_get(effects_at(
-        tried.case.params.blocks, tried.case.trace.boundaries, tried.case.components,
-        tried.found.covector, PLACES, cfg=tried.case.cfg.block, linearisation=tried.linearisation,
-    ))  # fmt: skip
-
-
-def test_places_split_a_head_effect_by_source(tried):
-    at = at_places(tried)
-    with jax.enable_x64(True):
-        for i, (b, n, t, s) in enumerate(PLACES):
-            head = tried.found.head[b, :, n, t, s]
-            size = largest(tried.found.head[b])[:, 0, 0, 0]
-            within("sum over components", at.head[i].sum(-1), head, SAME, size)
-            mask = jnp.zeros(tried.seen[b].pattern.shape).at[n, t, s].set(1.0)
-            parts = jax.tree.map(lambda a, b=b: a[b], tried.case.components)
-            vectors = np.asarray(parts.vectors()[s], np.float64)
-            expected = np.einsum("RD,CD->RC", tried.only(b, mask)[:, s], vectors)
-            within("by component", at.head[i], expected, EFFECT, np.maximum(
-                size[:, None], np.abs(expected).max(1, keepdims=True)
-            ))  # fmt: skip
-            expected = tried.found.derivative[b, :, n, t]
-            size = largest(tried.found.derivative[b])[:, :, 0, 0]
-            within("derivative", at.derivative[i], expected, SAME, size)
-
-
-def same_slots(parts, s: int, c: int, other: int) -> list[int]:
-    """The slots of another position that hold the same component."""
-    kind, index = np.asarray(parts.kind), np.asarray(parts.index)
-    here = (kind[s, c], index[s, c])
-    return [i for i in range(kind.shape[1]) if (kind[other, i], index[other, i]) == here]
-
-
-@pytest.mark.parametrize("house", [*FOUR, "olmo2"])
-def test_pair_effects_are_terms_times_autodiffs_derivative(house):
-    """With every term of NumPy's, at this key and over all keys that the head sees."""
-    case = tiny.case(house)
-    targets, seen = targets_of(case), seen_of(house)
-    tried = Tried(case, targets, "half", run(case, targets, "half"), seen)
-    at = at_places(tried)
-    inputs = case.params.blocks, case.trace.boundaries, case.components, PLACES, at.derivative
-    found = jax.device_get(pair_effects(*inputs, cfg=case.cfg.block))
-    for i, (b, n, t, s) in enumerate(PLACES):
-        weights, _, parts = case.block(b)
-        with jax.enable_x64(True):
-            slope = tried.derivative(b, "scores", jnp.asarray(seen[b].scores))[:, n, t]
-        vectors = np.asarray(parts.vectors())
-        how = weights, seen[b], case.cfg.block
-        q = naive.qk_vectors(*how, vectors[t], n, t, "query")
-        over = np.zeros((len(slope), len(q), len(q)))
-        for key in range(t + 1):
-            k = naive.qk_vectors(*how, vectors[key], n, key, "key")
-            terms = case.cfg.block.scale * q @ k.T
-            if key == s:
-                here = slope[:, s, None, None] * terms
-                total = slope[:, s] * seen[b].scores[n, t, s]
-            for c in range(len(q)):
-                matched = terms[:, same_slots(parts, s, c, key)].sum(1)
-                over[:, :, c] += slope[:, key, None] * matched
-        size = np.maximum(largest(here), largest(over))
-        within("here", found.here[i], here, PAIR, size)
-        within("over keys", found.over_keys[i], over, PAIR, size)
-        within("sum", found.here[i].sum((1, 2)), total, PAIR, size[:, 0, 0])
-        library = qk_terms(*case.block(b), head=n, query=t, key=s, cfg=case.cfg.block).terms
-        within("terms", found.here[i], at.derivative[i][:, s, None, None] * library, SAME, size)
-
-
-def test_a_match_that_is_equal_at_all_keys_moves_nothing():
-    """The constants of W_Q with those of W_K in a model without rotary embedding: at a boundary
-    without a dictionary the bias slots hold nothing else."""
-    case, (b, n, t, s) = tiny.case("gpt2"), (2, 0, 8, 7)
-    derivative = run(case, targets_of(case)).derivative[b, :, n, t]
-    inputs = case.params.blocks, case.trace.boundaries, case.components
-    found = pair_effects(*inputs, np.array([[b, n, t, s]]), derivative[None], cfg=case.cfg.block)
-    bias = case.components.n_slots - 2
-    here = np.asarray(found.here[0, :, bias, bias])
-    assert (here[:2] != 0).all()
-    size = np.abs(derivative).max() * np.abs(here[0] / derivative[0, s])
-    within("over all keys", found.over_keys[0, :, bias, bias], 0.0, SAME, size)
 
 
 # What it leaves out, what it compiles, and where it runs ------------------------------------------

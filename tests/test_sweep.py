@@ -13,6 +13,7 @@ import naive
 import numpy as np
 import pytest
 import tiny
+from naive_graph import graph, list_sources
 from tiny import within
 
 from qkattr.graph.sweep import SweepConfig, sweep
@@ -78,7 +79,7 @@ def naive_graph(case, targets, config):
     parts = case.components
     vectors = jax.vmap(lambda one: one.vectors())(parts)
     sources = [
-        naive.list_sources(b, vectors[b], np.asarray(parts.kind[b]), np.asarray(parts.index[b]))
+        list_sources(b, vectors[b], np.asarray(parts.kind[b]), np.asarray(parts.index[b]))
         for b in range(tiny.L + 1)
     ]
     real = np.asarray(targets.boundary) >= 0
@@ -97,9 +98,7 @@ def naive_graph(case, targets, config):
     options = dataclasses.asdict(config)
     del options["precision"]
     blocks = [tiny.block_weights(case.params, b) for b in range(tiny.L)]
-    return naive.graph(
-        blocks, naive.f64(case.trace.boundaries), sources, rows, case.cfg.block, **options
-    )
+    return graph(blocks, naive.f64(case.trace.boundaries), sources, rows, case.cfg.block, **options)
 
 
 def names(graph):
