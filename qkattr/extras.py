@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+import importlib
+from types import ModuleType
+
 from qkattr.errors import InputError
 
 
-def need_pandas():
-    """pandas.
+def need(library: str, use: str) -> ModuleType:
+    """A library, by its name. use: what needs it, as the error has it.
 
     Raises:
       InputError: it is not installed.
     """
     try:
-        import pandas
+        return importlib.import_module(library)
     except ImportError as e:
-        raise InputError(
-            "to_pandas needs pandas, which is not installed; pip install pandas"
-        ) from e
-    return pandas
+        raise InputError(f"{use} {library}, which is not installed; pip install {library}") from e

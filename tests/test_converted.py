@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -218,6 +219,16 @@ def test_interrupted_while_it_is_written(gguf, tmp_path, monkeypatch):
             opened(gguf, tmp_path / "folder")
     assert list((tmp_path / "folder").iterdir()) == []
     assert from_folder(opened(gguf, tmp_path / "folder"))
+
+
+def test_what_a_killed_process_left_behind_is_removed(gguf, tmp_path):
+    """Once it is old: another process may be writing now."""
+    old, new = (tmp_path / f".model.safetensors.{name}" for name in ("old", "new"))
+    for left in (old, new):
+        left.write_bytes(b"part")
+    os.utime(old, (0, 0))
+    opened(gguf, tmp_path)
+    assert not old.exists() and new.exists()
 
 
 def test_several_processes_at_once(gguf, tmp_path):

@@ -37,7 +37,7 @@ from qkattr.experiments.edits import (
     place_edits,
 )
 from qkattr.experiments.runs import EditedRuns, clean_patterns, log_softmax, run_edits
-from qkattr.extras import need_pandas
+from qkattr.extras import need
 from qkattr.load.bundle import Bundle, Prompt
 from qkattr.model.edits import Edits
 from qkattr.options import make_options
@@ -107,7 +107,7 @@ class Steering:
             for token, probability in self.tracked.items()
             for i, scale in enumerate(self.scales)
         ]
-        return need_pandas().DataFrame(rows)
+        return need("pandas", "to_pandas needs").DataFrame(rows)
 
     def figure(self, path: str | Path) -> Path:
         """Draw probabilities and the edited heads' attention against scale, as SVG, PNG or PDF.

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from qkattr.errors import InputError, clipped, printable
 from qkattr.export.folder import write_files
+from qkattr.extras import need
 from qkattr.load.mapped import some
 
 if TYPE_CHECKING:
@@ -36,13 +37,7 @@ def need_pyplot():
     Raises:
       InputError: it is not installed.
     """
-    try:
-        import matplotlib
-    except ImportError as e:
-        raise InputError(
-            "figures need matplotlib, which is not installed; pip install matplotlib"
-        ) from e
-    matplotlib.use("agg")
+    need("matplotlib", "figures need").use("agg")
     import matplotlib.pyplot as plt
 
     return plt

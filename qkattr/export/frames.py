@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from qkattr.errors import InputError
-from qkattr.extras import need_pandas
+from qkattr.extras import need
 from qkattr.types import Kind
 
 if TYPE_CHECKING:
@@ -21,7 +21,9 @@ def frame(result: Result, table: str):
     """See `Result.to_pandas`."""
     if table not in TABLES:
         raise InputError(f"no table {table!r}; expected one of {', '.join(TABLES)}")
-    return need_pandas().DataFrame(dict(nodes=_nodes, edges=_edges, heads=_heads)[table](result))
+    return need("pandas", "to_pandas needs").DataFrame(
+        dict(nodes=_nodes, edges=_edges, heads=_heads)[table](result)
+    )
 
 
 def _names(result: Result) -> np.ndarray:

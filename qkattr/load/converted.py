@@ -19,6 +19,7 @@ import hashlib
 import math
 import os
 import shutil
+import time
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -40,6 +41,7 @@ from qkattr.load.writing import replacing
 _MANIFEST, _WEIGHTS, _VERSION = "manifest.json", "model.safetensors", 1
 _ALIGNMENT = 8  # of the data in a safetensors file
 _SPARE = 2**20  # bytes, for the small files
+_OLD = 3600  # seconds: nothing takes that long to write
 
 
 class _Manifest(msgspec.Struct, forbid_unknown_fields=True):
@@ -151,6 +153,7 @@ def _write(file: GGUF, tokenizer: Tokenizer | None, source: str, folder: Path) -
                 special | dict(chat_template=tokenizer.template)
             ),
         }
+    _sweep(folder)
     size = 4 * sum(math.prod(shape) for shape in file.shapes().values())
     if shutil.disk_usage(folder).free < size + _SPARE:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
@@ -161,6 +164,14 @@ def _write(file: GGUF, tokenizer: Tokenizer | None, source: str, folder: Path) -
     digests = {name: hashlib.sha256(text).hexdigest() for name, text in texts.items()}
     manifest = _Manifest(_VERSION, source, digests, checksums)
     _replace(folder / _MANIFEST, msgspec.json.encode(manifest))
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what a process that was killed while it wrote left behind: it is old by now."""
+    for left in folder.glob(f".{_WEIGHTS}.*"):
+        with contextlib.suppress(OSError):
+            if time.time() - left.stat().st_mtime > _OLD:
+                left.unlink()
 
 
 def _replace(path: Path, content: bytes) -> None:

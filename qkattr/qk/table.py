@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from qkattr.errors import InputError, quoted
-from qkattr.extras import need_pandas
+from qkattr.extras import need
 from qkattr.qk.terms import QKTerms
 from qkattr.types import Kind
 
@@ -64,7 +64,9 @@ class QKAttribution:
         known = ("pairs", "query_marginals", "key_marginals")
         if table not in known:
             raise InputError(f"no table {table!r}; expected one of {', '.join(known)}")
-        return need_pandas().DataFrame([_flat(row) for row in getattr(self, table)])
+        return need("pandas", "to_pandas needs").DataFrame(
+            [_flat(row) for row in getattr(self, table)]
+        )
 
     def to_json(self, top: int | None = None) -> dict[str, Any]:
         """A plain object; `top` bounds the pairs and the marginals listed."""
