@@ -194,6 +194,10 @@ def root(tmp_path_factory):
     )
     folders.write_model(root / "neither", tokenizer=True)
     (root / "neither" / "tokenizer_config.json").write_text(json.dumps(dict(bos_token=None)))
+    folders.write_model(root / "strange", tokenizer=True)
+    (root / "strange" / "tokenizer_config.json").write_text(
+        json.dumps(dict(bos_token=None, eos_token="<not a token>"))
+    )
     folders.write_saes(root / "saes")
     return root
 
@@ -206,8 +210,11 @@ def test_the_eos_stands_for_a_bos_that_saes_want(root):
     (note,) = bundle.notes
     assert "as in TransformerLens" in note and folders.BOS in note
     assert open_bundle(root / "eos").tokenize("hi")[1] == "no BOS, as the tokenizer does"
-    with pytest.raises(InputError, match="names none"):
-        open_bundle(root / "neither", root / "saes").tokenize("hi")
+    for name in ("neither", "strange"):
+        bundle = open_bundle(root / name, root / "saes")
+        assert bundle.tokenize([1, 2])[0] == (1, 2)
+        with pytest.raises(InputError, match="names none"):
+            bundle.tokenize("hi")
 
 
 def test_another_token_for_the_bos(root):

@@ -279,7 +279,7 @@ def _beginning(
     bos = None if saes is None else _prepend_bos(saes.dictionaries)
     if bos is None and model == smollm2.NAME:
         return _Beginning(tokenizer, True, "as the SAEs in the package were trained")
-    if bos and tokenizer is not None and tokenizer.bos is None and tokenizer.eos is not None:
+    if bos and tokenizer is not None and tokenizer.bos is None and tokenizer.has(tokenizer.eos):
         note = (
             f"the SAEs were trained with a BOS and the tokenizer has none; its EOS, "
             f"{tokenizer.eos}, stands for it, as in TransformerLens (--bos-token names another)"

