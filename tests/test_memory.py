@@ -39,8 +39,9 @@ def memory(name):
     with open("/proc/self/status") as file:
         return next(int(line.split()[1]) * 1024 for line in file if line.startswith(name))
 jax.block_until_ready(jax.numpy.zeros(3))
+load = qkattr.load  # imports the library, whose own size is not measured
 before = memory("VmRSS")
-params = qkattr.load(sys.argv[1], dtype=sys.argv[2]).params
+params = load(sys.argv[1], dtype=sys.argv[2]).params
 size = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
 print(size, memory("VmHWM") - before, *params.blocks.wk_DKH[31, :3, 2, 1].tolist())
 """
