@@ -2,6 +2,7 @@
 
     bundle = qkattr.load("smollm2", saes)       a model and an SAE after every block
     result = qkattr.trace(bundle, prompt)       features acting on features, and through which heads
+    qkattr.effects(result)                      what the prediction is made of, signed
     qkattr.qk_attribution(result, layer=, head=, query=, key=)     why a head looked where it did
     qkattr.steer(result, None, edits, scales=)  is it true? scale features in the QK circuit only
 
@@ -17,6 +18,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from qkattr.analyses.effects import TargetEffects, effects
     from qkattr.analysis import run, trace
     from qkattr.errors import InputError
     from qkattr.experiments.choose import choose_edits
@@ -37,8 +39,10 @@ _HOMES = {
     "InputError": "errors",
     "Result": "result",
     "Steering": "experiments.steer",
+    "TargetEffects": "analyses.effects",
     "TraceOptions": "options",
     "choose_edits": "experiments.choose",
+    "effects": "analyses.effects",
     "load": "load.bundle",
     "open": "export.folder",
     "qk_attribution": "scores",
@@ -55,8 +59,10 @@ __all__ = [
     "InputError",
     "Result",
     "Steering",
+    "TargetEffects",
     "TraceOptions",
     "choose_edits",
+    "effects",
     "load",
     "open",
     "qk_attribution",

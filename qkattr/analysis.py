@@ -20,29 +20,25 @@ import jax.numpy as jnp
 import numpy as np
 
 import qkattr
+from qkattr.analyses.targets import Asked, targets_of
 from qkattr.errors import InputError
 from qkattr.export.summary import shown_cards
 from qkattr.graph.paths import Place, ranked_scores
-from qkattr.graph.sweep import DirectTargets, sweep
-from qkattr.graph.tables import Graph, build_graph
-from qkattr.graph.targets import direct_targets, logit_covectors, score_covectors
+from qkattr.graph.tables import Graph, with_effects
 from qkattr.load.bundle import Bundle, Prompt, need_bundle
 from qkattr.model.forward import CAPTURE, forward
-from qkattr.options import TraceOptions, make_options, one_of
+from qkattr.options import TraceOptions, make_options, one_of, saved_options
 from qkattr.result import Result
-from qkattr.scores import find_place_in, qk_tables
+from qkattr.scores import qk_tables
 from qkattr.session import (
     Progress,
-    Session,
     pad_tokens,
     prompt_labels,
     prompt_text,
     start_session,
-    token_id,
     token_text,
     token_texts,
 )
-from qkattr.sharding import bucket
 from qkattr.types import NO_WINDOW, Kind, Trace
 
 
@@ -97,23 +93,22 @@ def trace(
     need_bundle(bundle)
     ids, bos = bundle.tokenize(prompt, opts.bos)
     tokens = token_texts(bundle, ids)
-    score = find_place_in(bundle.config, tokens, opts.score) if opts.score else None
-    asked = [token_id(bundle, token) for token in opts.contrast or opts.target]
+    asked = Asked.of(bundle, tokens, opts)
 
     session = start_session(bundle, ids, opts, progress)
     progress("sweep")
-    predictions = _predictions(bundle, session.logits, asked, opts)
-    start = _Targets(session, len(ids) - 1, opts)
-    if score:
-        start.add_scores([score], [1.0])
-    else:
-        start.add_logits(predictions)
+    start, predictions = asked.targets(session, opts)
     graph = start.sweep()
     if opts.through_qk:
         progress("sweep through QK")
         places, influence = _strongest_scores(graph, opts.through_qk)
         start.add_scores(places, influence)
         graph = start.sweep()
+    progress("effects")
+    found = start.effects()
+    session = dataclasses.replace(session, target=start.main())
+    kind, index = jax.device_get((session.components.kind, session.components.index))
+    graph = with_effects(graph, found, kind, index)
     progress("QK attributions")
     result = Result(
         tokens=tokens,
@@ -161,122 +156,11 @@ def attach(result: Result, bundle: Bundle) -> Result:
             f"the result was made with {result.settings['dtype']} weights, the model given has "
             f"{bundle.dtype}; load it with dtype={result.settings['dtype']!r}"
         )
-    names = {field.name for field in dataclasses.fields(TraceOptions)}
-    opts = TraceOptions(**{k: _tupled(v) for k, v in result.settings.items() if k in names})
-    return dataclasses.replace(result, session=start_session(bundle, result.token_ids, opts))
-
-
-def _tupled(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
-
-
-class _Targets:
-    """Direct targets as they are gathered, and the sweep from them."""
-
-    def __init__(self, session: Session, last: int, opts: TraceOptions):
-        self.session, self.last, self.opts = session, last, opts
-        self.columns: list[
-            tuple
-        ] = []  # boundary, position, covector, constant, influence, kind, index
-        self.scores: list[tuple[int, ...]] = []
-
-    def add_logits(self, predictions: list[dict[str, Any]]) -> None:
-        targets = [p for p in predictions if p["target"]]
-        tokens = np.array([p["id"] for p in targets])
-        against = np.array([p["against"] for p in targets])
-        weight = np.array([p["probability"] for p in targets])
-        weight = np.ones(1) if against[0] >= 0 else weight / max(weight.sum(), 1e-30)
-        bundle = self.session.bundle
-        g, constant = logit_covectors(
-            bundle.params,
-            self.session.boundaries[-1, self.last],
-            tokens,
-            against,
-            cfg=bundle.config,
-        )
-        n_blocks = self.session.boundaries.shape[0] - 1
-        for i, token in enumerate(tokens):
-            row = (n_blocks, self.last, g[i], constant[i], weight[i], Kind.LOGIT, token)
-            self.columns.append(row)
-
-    def add_scores(self, places: Sequence[Place], influence: Sequence[float]) -> None:
-        """Each score is read on both sides, half its influence on each."""
-        if not places:
-            return
-        bundle = self.session.bundle
-        g, constant = score_covectors(
-            bundle.params.blocks,
-            self.session.boundaries,
-            jnp.asarray(places, jnp.int32),
-            cfg=bundle.config.block,
-            precision=self.opts.precision,
-        )
-        for i, (block, head, query, key) in enumerate(places):
-            for side, position in enumerate((query, key)):
-                number = len(self.scores)
-                self.scores.append((block, head, query, key, side))
-                row = (block, position, g[i, side], constant[i, side], influence[i] / 2)
-                self.columns.append((*row, Kind.SCORE, number))
-
-    def score_table(self) -> np.ndarray:
-        return np.array(self.scores, int).reshape(-1, 5)
-
-    def sweep(self) -> Graph:
-        boundary, position, covector, constant, influence, kinds, index = zip(
-            *self.columns, strict=True
-        )
-        targets: DirectTargets = direct_targets(
-            np.array(boundary),
-            np.array(position),
-            jnp.stack(covector),
-            jnp.stack(constant),
-            np.array(influence, np.float32),
-            padded_to=bucket(len(self.columns), smallest=16),
-        )
-        session = self.session
-        swept = sweep(
-            session.bundle.params.blocks,
-            session.boundaries,
-            session.components,
-            targets,
-            cfg=session.bundle.config.block,
-            config=self.opts.sweep,
-        )
-        return build_graph(swept, targets, np.array(kinds), np.array(index))
-
-
-def _predictions(
-    bundle: Bundle, logits: jax.Array, asked: list[int], opts: TraceOptions
-) -> list[dict[str, Any]]:
-    """The likeliest next tokens, and which of them (or which others) are targets."""
-    probability = np.asarray(jax.nn.softmax(logits))
-    order = np.argsort(-probability, kind="stable")[: max(opts.max_logits, 10)]
-    before = np.cumsum(probability[order]) - probability[order]
-    found = {
-        int(v): (not asked and opts.score is None)
-        and i < opts.max_logits
-        and before[i] < opts.logit_mass
-        for i, v in enumerate(order)
-    }
-    for token in asked:
-        found[token] = True
-    against = -1
-    if opts.contrast:
-        against = asked[1]
-        if asked[0] == against:
-            raise InputError(f"contrast compares two tokens, both given are {opts.contrast[0]!r}")
-        found[against] = False
-    return [
-        dict(
-            token=token_text(bundle, token),
-            id=token,
-            probability=float(probability[token]),
-            logit=float(logits[token]),
-            target=bool(target),
-            against=against if target else -1,
-        )
-        for token, target in found.items()
-    ]
+    opts = saved_options(result.settings)
+    session = start_session(bundle, result.token_ids, opts)
+    start = targets_of(result, session, opts)
+    session = dataclasses.replace(session, target=start.main())
+    return dataclasses.replace(result, session=session)
 
 
 def _strongest_scores(graph: Graph, n: int) -> tuple[list[Place], list[float]]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from qkattr.errors import InputError, quoted
 from qkattr.graph.sweep import SweepConfig
@@ -79,6 +80,13 @@ class TraceOptions:
     def sweep(self) -> SweepConfig:
         names = [field.name for field in dataclasses.fields(SweepConfig)]
         return SweepConfig(**{name: getattr(self, name) for name in names})
+
+
+def saved_options(settings: Mapping[str, Any]) -> TraceOptions:
+    """The options among the settings of a result, which may have been saved as JSON."""
+    names = {field.name for field in dataclasses.fields(TraceOptions)}
+    given = {name: value for name, value in settings.items() if name in names}
+    return TraceOptions(**{k: tuple(v) if isinstance(v, list) else v for k, v in given.items()})
 
 
 def one_of(name: str, value: str, known: Sequence[str]) -> None:

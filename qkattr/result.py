@@ -5,16 +5,17 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from qkattr.errors import printable
+from qkattr.errors import InputError, printable, quoted
 from qkattr.features.cards import Card
 from qkattr.graph.paths import Route, strongest_routes
 from qkattr.graph.tables import Graph
+from qkattr.options import one_of
 from qkattr.qk.table import QKAttribution
 from qkattr.session import Session, find_position
 from qkattr.types import Kind
@@ -22,6 +23,23 @@ from qkattr.types import Kind
 #: What names the nodes of one end of an edge: a position (index, negative index or token text), a
 #: node id, or several of them.
 Ends = int | str | Iterable["int | str"]
+
+#: Kinds of nodes that edges lead into.
+TARGET_KINDS = (Kind.FEATURE, Kind.ERROR, Kind.LOGIT, Kind.SCORE)
+
+
+def logit_name(predictions: Sequence[dict[str, Any]], target: dict[str, Any]) -> str:
+    """What a person calls the logit of a token, or its difference to that of another."""
+    name = f"logit of {quoted(target['token'])}"
+    if target["against"] < 0:
+        return name
+    other = next(p["token"] for p in predictions if p["id"] == target["against"])
+    return f"{name} less that of {quoted(other)}"
+
+
+def score_name(block: int, head: int, query: int, key: int) -> str:
+    """What a person calls an attention score as a target."""
+    return f"score of {block}.{head} at {query} to {key}"
 
 
 def ranked_heads(value: np.ndarray, n: int | None = None) -> list[tuple[int, int]]:
@@ -34,13 +52,17 @@ def ranked_heads(value: np.ndarray, n: int | None = None) -> list[tuple[int, int
 class HeadLoadings:
     """Head loadings summed over the edges between two sets of nodes.
 
-    loadings: `[L, N]` signed sums, in the units of the targets. influence: `[L, N]` what flows
-    through the head there, as a share of the targets' influence. residual, mlp: the other parts'
-    sums. n_edges: how many edges were summed.
+    Loadings of edges into features, errors, logits and scores have no unit in common: ask for one
+    kind of target (`into`) before you read much into a sum.
+
+    into: the kind of the edges' targets, None: all. loadings: `[L, N]` signed sums. influence:
+    `[L, N]` what flows through the head there, as a share of the targets' influence. residual, mlp:
+    the other parts' sums. n_edges: how many edges were summed.
     """
 
     source: str
     target: str
+    into: str | None
     loadings: np.ndarray
     influence: np.ndarray
     residual: float
@@ -50,7 +72,8 @@ class HeadLoadings:
     def __repr__(self) -> str:
         first = ", ".join(f"{h['layer']}.{h['head']} {h['loading']:+.4g}" for h in self.top(3))
         return (
-            f"<HeadLoadings from {self.source} to {self.target}: {self.n_edges} edges, "
+            f"<HeadLoadings from {self.source} to {self.target}: {self.n_edges} edges"
+            f"{'' if self.into is None else f' into nodes of kind {self.into}'}, "
             f"{first or 'no head'}>"
         )
 
@@ -160,18 +183,22 @@ class Result:
 
         return dataclasses.replace(self, settings={**self.settings, "scan": check_scan(scan)})
 
-    def head_loadings(self, *, source: Ends, target: Ends) -> HeadLoadings:
+    def head_loadings(self, *, source: Ends, target: Ends, into: str | None = None) -> HeadLoadings:
         """Every head's loading between two ends, summed over the edges of the graph between them.
 
         Args:
           source, target: a position, a node id, or several of either; a position means all nodes
             there.
+          into: only edges into nodes of this kind, "feature", "error", "logit" or "score".
 
         Raises:
-          InputError: there is no such position or node.
+          InputError: there is no such position, node or kind of target.
         """
         edges = self.graph.edges
         between = self._at(source)[edges.source] & self._at(target)[edges.target]
+        if into is not None:
+            one_of("into", into, [kind.label for kind in TARGET_KINDS])
+            between &= self.graph.nodes.kind[edges.target] == Kind[into.upper()]
         through = np.flatnonzero(between & (edges.block >= 0))
         shape = (self.n_blocks, edges.heads.shape[1])
         loadings, influence = np.zeros(shape), np.zeros(shape)
@@ -180,12 +207,52 @@ class Result:
         return HeadLoadings(
             source=self._describe(source),
             target=self._describe(target),
+            into=into,
             loadings=loadings,
             influence=influence,
             residual=float(edges.residual[through].sum(dtype=float)),
             mlp=float(edges.mlp[through].sum(dtype=float)),
             n_edges=len(through),
         )
+
+    def head_effects(
+        self, n: int | None = None, *, source: int | str | None = None,
+        target: int | str | None = None,
+    ) -> list[dict[str, Any]]:  # fmt: skip
+        """Places (layer, head, query, key) by falling |effect| on the main target, each with its
+        score, attention and influence.
+
+        Args:
+          n: how many; None: all that the result holds.
+          source, target: positions, both or neither. The head looks from the target (the query) at
+            the source (the key). Neither: places between two different positions.
+
+        Raises:
+          InputError: there is no such position, or only one was given.
+        """
+        heads = self.graph.heads
+        if (source is None) != (target is None):
+            raise InputError("head effects are between two positions; give both, or neither")
+        if source is None or target is None:
+            at = np.flatnonzero(heads.query != heads.key)[:n]
+        else:
+            key, query = self.position(source), self.position(target)
+            at = np.flatnonzero((heads.query == query) & (heads.key == key))[:n]
+        flow = self.graph.influence_at(heads.block[at], heads.query[at], heads.key[at])
+        influence = flow[np.arange(len(at)), heads.head[at]].tolist()
+        return [
+            row | dict(influence=share)
+            for row, share in zip(heads.rows(at), influence, strict=True)
+        ]
+
+    @property
+    def main_target(self) -> str:
+        """What effects are effects on, in words."""
+        traced = next((p for p in self.predictions if p["target"]), None)
+        if traced is not None:
+            return logit_name(self.predictions, traced)
+        block, head, query, key, _ = self.scores[0].tolist()
+        return score_name(block, head, query, key)
 
     def routes(self, n: int = 5) -> list[Route]:
         """The strongest routes from the prompt into the targets, see `graph.paths`."""
@@ -235,7 +302,8 @@ class Result:
         return path
 
     def to_pandas(self, table: str = "edges"):
-        """A DataFrame: "edges", "heads" (one row an edge and head) or "nodes".
+        """A DataFrame: "edges", "heads" (one row an edge and head), "nodes", "effects" (of heads,
+        one row a place) or "account".
 
         Raises:
           InputError: no such table, or pandas is not installed.

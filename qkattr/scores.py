@@ -12,11 +12,13 @@ import numpy as np
 
 from qkattr.config import ModelConfig
 from qkattr.errors import InputError, quoted
+from qkattr.graph.effects import PlaceEffects, effects_at
 from qkattr.graph.paths import Place
 from qkattr.load.bundle import Bundle, Prompt
 from qkattr.model.forward import block
 from qkattr.options import make_options
-from qkattr.qk.table import Labeller, QKAttribution, qk_table
+from qkattr.qk.pair_effects import pair_effects
+from qkattr.qk.table import Labeller, Moved, QKAttribution, qk_table
 from qkattr.qk.terms import QKTerms, qk_terms_many
 from qkattr.result import Result
 from qkattr.session import (
@@ -178,16 +180,12 @@ def need_session(result: Result) -> Session:
 
 
 def terms_at(session: Session, places: Sequence[Place] | np.ndarray) -> QKTerms:
-    """The terms of P places (block, head, query, key), on the host, with a leading axis P.
-
-    Places are padded to a bucket of their number, so that other numbers meet compiled code.
-    """
-    padded = np.resize(np.asarray(places, np.int32), (bucket(len(places), smallest=1), 4))
+    """The terms of P places (block, head, query, key), on the host, with a leading axis P."""
     terms = qk_terms_many(
         session.bundle.params.blocks,
         session.boundaries,
         session.components,
-        jnp.asarray(padded),
+        _padded(places),
         cfg=session.bundle.config.block,
         precision=session.precision,
     )
@@ -200,7 +198,7 @@ def qk_tables(
     """The QK attributions of several places, computed in one call."""
     if not places:
         return {}
-    terms = terms_at(session, places)
+    terms, moved = terms_at(session, places), moved_at(session, places)
     tables = {}
     for i, place in enumerate(places):
         block_, _, query, key = place
@@ -210,8 +208,87 @@ def qk_tables(
             place=place,
             label_query=labeller(session, labels, block_, query),
             label_key=labeller(session, labels, block_, key),
+            moved=moved[i],
         )
     return tables
+
+
+def moved_at(session: Session, places: Sequence[Place]) -> list[Moved | None]:
+    """What P places do to the target of the trace; None where nothing was traced."""
+    target = session.target
+    if target is None:
+        return [None] * len(places)
+    at = _effects_at(session, places)
+    pairs = pair_effects(
+        session.bundle.params.blocks,
+        session.boundaries,
+        session.components,
+        _padded(places),
+        at.derivative,
+        cfg=session.bundle.config.block,
+        precision=session.precision,
+    )
+    head, derivative, over_keys = (
+        at.head[:, 0].sum(-1),
+        at.derivative[:, 0],
+        np.asarray(pairs.over_keys)[:, 0],
+    )
+    return [
+        Moved(target.name, float(head[i]), float(derivative[i, key]), over_keys[i])
+        for i, (_, _, _, key) in enumerate(places)
+    ]
+
+
+def heads_at(result: Result, *, query: int, key: int) -> list[dict[str, Any]]:
+    """All heads at one (query, key), by falling |effect| on the main target; see
+    `Result.head_effects`.
+
+    Raises:
+      InputError: the result was opened without its model and does not hold all of them.
+    """
+    if result.graph.heads.complete:
+        return result.head_effects(source=key, target=query)
+    session = need_session(result)
+    score, probability = attention_at(session, query, key)
+    heads = list(np.ndindex(score.shape))
+    found = _effects_at(session, [(*head, query, key) for head in heads])
+    effect, derivative = found.head[:, 0].sum(-1), found.derivative[:, 0, key]
+    block, head = np.array(heads).T
+    flow = result.graph.influence_at(block, np.full(len(block), query), np.full(len(block), key))
+    rows = [
+        dict(
+            layer=b, head=n, query=query, key=key, effect=float(effect[i]),
+            derivative=float(derivative[i]), score=float(score[b, n]),
+            probability=float(probability[b, n]), influence=float(flow[i, n]),
+        )
+        for i, (b, n) in enumerate(heads)
+        if effect[i]
+    ]  # fmt: skip
+    return sorted(rows, key=lambda row: -abs(row["effect"]))
+
+
+def _effects_at(session: Session, places: Sequence[Place]) -> PlaceEffects:
+    """On the host, of the main target; for a traced session. Padding is still there."""
+    target = session.target
+    assert target is not None
+    return jax.device_get(
+        effects_at(
+            session.bundle.params.blocks,
+            session.boundaries,
+            session.components,
+            target.covector[:, None],
+            _padded(places),
+            cfg=session.bundle.config.block,
+            linearisation=target.linearisation,
+            precision=session.precision,
+        )
+    )
+
+
+def _padded(places: Sequence[Place] | np.ndarray) -> jax.Array:
+    """Padded to a bucket of their number, so that other numbers meet compiled code."""
+    wide = np.resize(np.asarray(places, np.int32), (bucket(len(places), smallest=1), 4))
+    return jnp.asarray(wide)
 
 
 def labeller(session: Session, labels: Labels, boundary: int, position: int) -> Labeller:

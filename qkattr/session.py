@@ -29,10 +29,20 @@ _INDEX = re.compile(r"\s*[+-]?[0-9]{1,9}\s*")
 
 
 @dataclasses.dataclass(frozen=True)
+class MainTarget:
+    """What effects are effects on. name: in words. covector: `[L+1, T, D]`, what it reads of every
+    boundary, with this linearisation of the MLPs."""
+
+    name: str
+    covector: Float[Array, "L+1 T D"]
+    linearisation: str
+
+
+@dataclasses.dataclass(frozen=True)
 class Session:
     """boundaries: `[L+1, T, D]` of the prompt padded to its bucket. components: of every boundary.
     logits: `[V]` after the last token. ids, tokens: the prompt's, as ids and decoded. precision: of
-    all matmuls."""
+    all matmuls. target: of the trace, where the prompt was traced."""
 
     bundle: Bundle
     ids: tuple[int, ...]
@@ -41,6 +51,7 @@ class Session:
     logits: Float[Array, "V"]
     tokens: list[str]
     precision: str
+    target: MainTarget | None = None
 
 
 def start_session(

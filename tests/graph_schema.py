@@ -81,6 +81,7 @@ QKATTR = an_object(
                         ]
                     },
                     index={"type": ["integer", "null"]},
+                    effect=NUMBER,
                 )
             )
         ),
@@ -100,7 +101,7 @@ QKATTR = an_object(
         qkattr=an_object(
             dict(
                 version=STRING,
-                schema={"const": 2},
+                schema={"const": 3},
                 settings=an_object(
                     dict(linearisation=STRING, read=STRING, precision=STRING, sinks={}, bos={})
                 ),
@@ -109,6 +110,20 @@ QKATTR = an_object(
                 ),
                 completeness=NUMBER,
                 replacement=NUMBER,
+                targets=a_list(an_object(dict(node=STRING, value=NUMBER, name=STRING))),
+                account=a_list(
+                    an_object(
+                        dict(boundary={"type": "integer"}, node=STRING)
+                        | {
+                            name: NUMBER
+                            for name in (
+                                *("target", "feature", "token", "position"),
+                                *("error", "sink", "bias", "const"),
+                            )
+                        }
+                    )
+                ),
+                heads=a_list(an_object(dict(layer=NUMBER, head=NUMBER, effect=NUMBER))),
                 leak={"type": "array", "minItems": folders.BLOCKS + 1},
                 sinks={"type": "array"},
                 cards={"type": "array"},

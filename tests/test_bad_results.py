@@ -34,7 +34,7 @@ def test_folders_that_hold_no_result(refused, tmp_path, copy):
 @pytest.mark.parametrize(
     "edit, message",
     [
-        (lambda r: r["qkattr"].update(schema=99), "has schema 99, this qkattr reads schema 2"),
+        (lambda r: r["qkattr"].update(schema=99), "has schema 99, this qkattr reads schema 3"),
         (lambda r: r.pop("qkattr"), "is not a qkattr graph"),
         (lambda r: r["qkattr"].pop("provenance"), "is not a qkattr graph"),
         (lambda r: r["qkattr"]["provenance"].update(run="x"), "graph.npz of different runs"),

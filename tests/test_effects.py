@@ -61,7 +61,48 @@ def test_the_account_is_the_node_effects_by_kind(tried):
         scale = np.abs(node).sum((2, 3))
         within(name.label, tried.found.account[..., i], expected, SAME, scale)
     assert ACCOUNT_KINDS[-1] == Kind.CONST
-    np.testing.assert_array_equal(tried.found.account[..., -1], tried.found.constant)
+
+
+def test_constants_are_what_blocks_add_to_their_linear_part(tried):
+    """Of a `const` node, at every position; and the account holds those of all blocks above."""
+    t, total = tried.targets, np.zeros((tiny.L + 1, len(tried.targets.boundary)))
+    with jax.enable_x64(True):
+        for b in range(tiny.L + 1):
+            expected = np.zeros((len(t.boundary), len(tried.case.tokens)))
+            if b:
+                x = tried.x(b - 1)
+                given = np.subtract(*jax.jvp(tried.blocks[b - 1], (x,), (x,)))
+                expected = np.einsum("RTD,TD->RT", tried.derivative(b, "x", tried.x(b)), given)
+            total[:b] += expected.sum(1)
+            own = np.flatnonzero(t.boundary == b)
+            expected[own, t.position[own]] += t.constant[own]
+            size = np.maximum(largest(expected), np.abs(tried.found.value)[:, None])
+            within("const", tried.found.constant[b], expected, EFFECT, size)
+    total += np.where(np.arange(tiny.L + 1)[:, None] <= t.boundary, t.constant, 0.0)
+    size = np.maximum(np.abs(total), np.abs(tried.found.value))
+    within("const of the account", tried.found.account[..., -1], total, ACCOUNT, size)
+
+
+def test_the_strongest_places_are_those_of_the_dense_head_effects(tried):
+    case, weights = tried.case, np.array([1.0, -0.5, 0, 0, 2.0, 0], np.float32)
+    found = jax.device_get(
+        run(case, tried.targets, tried.linearisation, weights=weights, strongest=20, heads=False)
+    ).places
+    for b, seen in enumerate(tried.seen):
+        at = found.head[b], found.query[b], found.key[b]
+        assert len(set(zip(*at, strict=True))) == 20
+        for name in ("head", "derivative"):
+            dense = np.einsum("R,RNTS->NTS", weights, getattr(tried.found, name)[b])
+            got = found.effect[b] if name == "head" else found.derivative[b]
+            within(name, got, dense[at], SAME, np.abs(dense).max())
+            if name == "head":
+                largest_20 = -np.sort(-np.abs(dense).ravel())[:20]
+                within("order", np.abs(got), largest_20, SAME, np.abs(dense).max())
+        within("probability", found.probability[b], seen.pattern[at], SAME, 1.0)
+        allowed = found.probability[b] > 0
+        scores = np.where(allowed, seen.scores[at], 0.0)
+        got = np.where(allowed, found.score[b], 0.0)
+        within("score", got, scores, SAME, np.abs(scores).max())
 
 
 # Against autodiff ---------------------------------------------------------------------------------

@@ -18,8 +18,8 @@ from qkattr.cli import qk as qk_cli
 from qkattr.cli.main import main
 from qkattr.errors import InputError
 from qkattr.export import graph_json
+from qkattr.export.folder import TABLES
 from qkattr.export.html import page
-from qkattr.graph.tables import Edges, Nodes
 
 # The parts of a link are rounded to 7 digits, and were summed in float32 over a row.
 PARTS_TOLERANCE = 1e-4
@@ -118,7 +118,7 @@ def test_stored_qk_attributions_sum_to_their_score(graph):
 
 def test_columns_survive_to_the_last_bit(result, tmp_path):
     saved = qkattr.open(result.save(tmp_path / "out").parent)
-    for table, kind in (("nodes", Nodes), ("edges", Edges)):
+    for table, kind in TABLES.items():
         for field in dataclasses.fields(kind):
             was = getattr(getattr(result.graph, table), field.name)
             now = getattr(getattr(saved.graph, table), field.name)
@@ -209,11 +209,13 @@ def test_tables_for_pandas(result):
     scale = through.weight.abs().max()
     parts = through.residual + through.mlp + through.attention
     np.testing.assert_allclose(parts, through.weight, atol=PARTS_TOLERANCE * scale)
-    with pytest.raises(InputError, match="no table 'rows'; expected one of edges, heads, nodes"):
+    with pytest.raises(
+        InputError, match="no table 'rows'; expected one of edges, heads, nodes, effects, account"
+    ):
         result.to_pandas("rows")
 
 
-@pytest.mark.parametrize("table", ["edges", "heads", "nodes"])
+@pytest.mark.parametrize("table", ["edges", "heads", "nodes", "effects", "account"])
 def test_tables_without_pandas(result, table, monkeypatch):
     """As after a plain install."""
     monkeypatch.setitem(sys.modules, "pandas", None)

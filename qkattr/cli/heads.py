@@ -1,4 +1,4 @@
-"""`qkattr heads`: every head's loading between two positions, with its score."""
+"""`qkattr heads`: the effects of heads on the target, between two positions or anywhere."""
 
 from __future__ import annotations
 
@@ -15,9 +15,18 @@ def heads(
         str, typer.Argument(metavar="PROMPT|DIR", help="Text, or a folder of `qkattr trace`.")
     ],
     source: Annotated[
-        str, typer.Option("--from", help='Source position: index, or token text (" Aunt#2").')
-    ],
-    target: Annotated[str, typer.Option("--to", help="Target position.")],
+        str | None,
+        typer.Option(
+            "--from",
+            help='Source position (the key): index, or token text (" Aunt#2"). Without it and '
+            "--to: the strongest heads anywhere.",
+            show_default=False,
+        ),
+    ] = None,
+    target: Annotated[
+        str | None,
+        typer.Option("--to", help="Target position (the query).", show_default=False),
+    ] = None,
     model: options.Saes = options.Saes(),
     top: Annotated[
         int | None,
@@ -28,13 +37,15 @@ def heads(
     reading: options.Subject = options.Subject(),
     json: common.Json = False,
 ) -> None:
-    """Which heads carried information between two positions, and how strongly they looked."""
+    """Which heads moved the target, and how strongly they looked; between two positions or
+    anywhere."""
     with common.progress() as progress:
         if common.is_result(prompt):
             result = options.open_saved(prompt, context)
             _ends(result.tokens, source, target)
-            progress("loading the model")
-            result = options.with_model(result, model)
+            if not _holds(result, source, target, top):
+                progress("loading the model")
+                result = options.with_model(result, model)
         else:
             from qkattr.analysis import trace
             from qkattr.session import token_texts
@@ -44,18 +55,24 @@ def heads(
             tokens = token_texts(bundle, bundle.tokenize(given, reading.bos)[0])
             _ends(tokens, source, target)
             result = trace(bundle, given, progress=progress, qk=0, **reading.components)
-        report = heads_between(result, source, target)
+        report = heads_report(result, source, target)
     if json:
         common.print_json({**report, "heads": report["heads"][:top]}, result.notes)
     else:
         _show(report, top or 20)
 
 
-def _ends(tokens: list[str], source: str, target: str) -> tuple[int, int]:
-    """Both positions, in the order in which attention runs."""
+def _ends(
+    tokens: list[str], source: str | None, target: str | None
+) -> tuple[int | None, int | None]:
+    """Both positions, in the order in which attention runs, or neither."""
     from qkattr.errors import InputError
     from qkattr.session import find_position
 
+    if source is None and target is None:
+        return None, None
+    if source is None or target is None:
+        raise InputError("--from and --to go together; give both, or neither for all positions")
     s, t = find_position(tokens, source), find_position(tokens, target)
     if s > t:
         raise InputError(
@@ -64,29 +81,32 @@ def _ends(tokens: list[str], source: str, target: str) -> tuple[int, int]:
     return s, t
 
 
-def heads_between(result, source: str, target: str) -> dict[str, Any]:
-    """The loadings with scores and attention, by falling |loading|."""
-    from qkattr.scores import attention_at, need_session
+def _holds(result, source: str | None, target: str | None, top: int | None) -> bool:
+    """Whether a saved result answers by itself."""
+    heads = result.graph.heads
+    return heads.complete or (source is None and (top or 20) <= len(result.head_effects(top or 20)))
 
+
+def heads_report(result, source: str | None, target: str | None) -> dict[str, Any]:
+    """The heads by falling |effect|: between two positions with their loadings, or anywhere."""
     s, t = _ends(result.tokens, source, target)
-    loadings = result.head_loadings(source=s, target=t)
-    score, probability = attention_at(need_session(result), t, s)
-    rows = [
-        {
-            **row,
-            "score": float(score[row["layer"], row["head"]]),
-            "probability": float(probability[row["layer"], row["head"]]),
-        }
-        for row in loadings.top()
+    report = dict(tokens=result.tokens, of=result.main_target, source=s, target=t)
+    if s is None or t is None:
+        return dict(report, heads=result.head_effects(), settings=result.settings)
+    from qkattr.scores import heads_at
+
+    loadings = result.head_loadings(source=s, target=t, into="feature")
+    heads = [
+        row | dict(loading=float(loadings.loadings[row["layer"], row["head"]]))
+        for row in heads_at(result, query=t, key=s)
     ]
     return dict(
-        tokens=result.tokens,
-        source=s,
-        target=t,
+        report,
+        into=loadings.into,
         edges=loadings.n_edges,
         residual=loadings.residual,
         mlp=loadings.mlp,
-        heads=rows,
+        heads=heads,
         settings=result.settings,
     )
 
@@ -96,18 +116,28 @@ def _show(report: dict[str, Any], top: int) -> None:
     from qkattr.errors import quoted
 
     out, tokens = console(), report["tokens"]
-    s, t = report["source"], report["target"]
-    ends = f"{quoted(tokens[s])} {s} to {quoted(tokens[t])} {t}"
-    say(out, f"From {ends}: {report['edges']} edges of the graph")
+    at = lambda p: f"{quoted(tokens[p])} {p}"
+    between = report["source"] is not None
+    where = f", from {at(report['source'])} to {at(report['target'])}" if between else ""
     rows = [
         (
             f"{h['layer']}.{h['head']}",
-            f"{h['loading']:+.5g}",
+            *(() if between else (at(h["key"]), at(h["query"]))),
+            f"{h['effect']:+.4g}",
             percent(h["influence"]),
             f"{h['score']:.3f}",
             f"{h['probability']:.4f}",
+            f"{h['derivative']:+.3g}",
         )
         for h in report["heads"][:top]
     ]
-    columns = ("head", "loading|", "influence|", "score|", "attention|")
-    show_table(out, "Heads by loading, summed over those edges", columns, rows)
+    ends = () if between else ("from", "to")
+    columns = ("head", *ends, "effect|", "influence|", "score|", "attention|", "slope|")
+    show_table(out, f"Heads by their effect on the {report['of']}{where}", columns, rows)
+    say(
+        out,
+        "Effect: how much the head adds to the target with what it reads there, with attention, "
+        "norm scales and MLPs frozen; below zero it works against it. Slope: how much the target "
+        "moves with the head's score, to first order."
+        + ("" if between else " Places where a head looks at its own position are left out."),
+    )

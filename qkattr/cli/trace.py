@@ -175,7 +175,7 @@ def _place(score: str | None) -> tuple[int, int, str, str] | None:
 def summarise(result: Result) -> None:
     """Predictions, the strongest routes, the heads that carried most, and what leaked."""
     from qkattr.cli.show import console, percent, say, show_table
-    from qkattr.export.summary import carrying_heads, route_hops
+    from qkattr.export.summary import route_hops, strongest_heads
 
     out, graph = console(), result.graph
     say(
@@ -196,13 +196,15 @@ def summarise(result: Result) -> None:
             h["head"],
             f"{quoted(h['source'])} {h['key']}",
             f"{quoted(h['target'])} {h['query']}",
+            h["effect"],
+            f"{h['attention']:.3f}",
             percent(h["influence"]),
-            h["loading"],
         )
-        for h in carrying_heads(result, 8)
+        for h in strongest_heads(result, 8)
     ]
-    columns = ("head", "from", "to", "influence|", "loading|")
-    show_table(out, "Heads that carried most between positions", columns, rows)
+    columns = ("head", "from", "to", "effect|", "attention|", "influence|")
+    show_table(out, f"Heads by their effect on the {result.main_target}", columns, rows)
+    _account(result, out)
     _leak(result, out)
 
 
@@ -211,11 +213,29 @@ def _hop(hop: dict) -> str:
     return f"{hop['via']}{quoted(hop['text'])}" + (f" {position}" if position != "" else "")
 
 
+def _every_fifth(rows: list) -> list:
+    return [row for i, row in enumerate(rows) if i % 5 == 0 or i == len(rows) - 1]
+
+
+def _account(result: Result, out) -> None:
+    from qkattr.cli.show import show_table
+    from qkattr.export.summary import ACCOUNTED, accounts
+
+    columns = ("boundary|", *(f"{name}|" for name, _ in ACCOUNTED))
+    for account in accounts(result):
+        rows = [
+            (row["boundary"], *(f"{100 * share:.1f} %" for share in row["shares"]))
+            for row in _every_fifth(account["rows"])
+        ]
+        title = f"What the {account['name']} of {account['value']:+.4g} is made of"
+        show_table(out, f"{title} (signed shares; every fifth boundary)", columns, rows)
+
+
 def _leak(result: Result, out) -> None:
     from qkattr.cli.show import say, show_table
 
     leak = result.graph.leak
-    shown = [row for i, row in enumerate(leak) if i % 5 == 0 or i == len(leak) - 1]
+    shown = _every_fifth(leak)
     columns = (
         "boundary|",
         "arriving|",

@@ -26,6 +26,7 @@ from qkattr.errors import InputError
 from qkattr.export.graph_json import SCHEMA, encoded, graph_json
 from qkattr.export.html import page
 from qkattr.features.cards import Card
+from qkattr.graph.accounts import Account, HeadEffects
 from qkattr.graph.tables import Edges, Graph, Nodes
 from qkattr.qk.table import QKAttribution
 from qkattr.result import Result
@@ -172,10 +173,17 @@ def open_result(folder: str | Path, *, bundle: Bundle | None = None) -> Result:
     return attach(result, bundle)
 
 
+#: The tables of a graph, by their names in `graph.npz`.
+TABLES = {"nodes": Nodes, "edges": Edges, "account": Account, "heads": HeadEffects}
+
+
 def _build(header: dict[str, Any], columns: dict[str, np.ndarray]) -> Result:
+    tables = {
+        name: kind(**{f.name: columns[f"{name}.{f.name}"] for f in dataclasses.fields(kind)})
+        for name, kind in TABLES.items()
+    }
     graph = Graph(
-        nodes=Nodes(**{f.name: columns[f"nodes.{f.name}"] for f in dataclasses.fields(Nodes)}),
-        edges=Edges(**{f.name: columns[f"edges.{f.name}"] for f in dataclasses.fields(Edges)}),
+        **tables,
         leak=header["leak"],
         replacement=header["replacement"],
         completeness=header["completeness"],
@@ -209,7 +217,7 @@ def _prompt(header: dict[str, Any]) -> str:
 
 def _check_columns(graph: Graph, *, n_tokens: int) -> None:
     """The columns of each table are equally long, and what they point at exists."""
-    for table in (graph.nodes, graph.edges):
+    for table in (getattr(graph, name) for name in TABLES):
         lengths = {len(getattr(table, field.name)) for field in dataclasses.fields(table)}
         if len(lengths) != 1:
             raise ValueError(f"columns of {sorted(lengths)} rows in one table")
@@ -217,6 +225,10 @@ def _check_columns(graph: Graph, *, n_tokens: int) -> None:
         (graph.edges.source, len(graph.nodes)),
         (graph.edges.target, len(graph.nodes)),
         (graph.nodes.position, n_tokens),
+        (graph.account.node, len(graph.nodes)),
+        (graph.heads.query, n_tokens),
+        (graph.heads.key, n_tokens),
+        (graph.heads.head, graph.edges.heads.shape[1]),
     )
     for column, size in pointers:
         if len(column) and not 0 <= column.min() <= column.max() < size:
@@ -231,7 +243,7 @@ def _labels(raw: dict[str, str]) -> dict[tuple[int, int], str]:
 def _columns(result: Result) -> bytes:
     arrays = {
         f"{table}.{field.name}": getattr(getattr(result.graph, table), field.name)
-        for table, fields in (("nodes", Nodes), ("edges", Edges))
+        for table, fields in TABLES.items()
         for field in dataclasses.fields(fields)
     }
     buffer = io.BytesIO()

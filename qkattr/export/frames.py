@@ -14,7 +14,7 @@ from qkattr.types import Kind
 if TYPE_CHECKING:
     from qkattr.result import Result
 
-TABLES = ("edges", "heads", "nodes")
+TABLES = ("edges", "heads", "nodes", "effects", "account")
 
 
 def frame(result: Result, table: str):
@@ -22,7 +22,9 @@ def frame(result: Result, table: str):
     if table not in TABLES:
         raise InputError(f"no table {table!r}; expected one of {', '.join(TABLES)}")
     return need("pandas", "to_pandas needs").DataFrame(
-        dict(nodes=_nodes, edges=_edges, heads=_heads)[table](result)
+        dict(nodes=_nodes, edges=_edges, heads=_heads, effects=_effects, account=_account)[table](
+            result
+        )
     )
 
 
@@ -32,6 +34,7 @@ def _names(result: Result) -> np.ndarray:
 
 def _nodes(result: Result) -> dict:
     columns = dataclasses.asdict(result.graph.nodes)
+    columns["effect"] = result.graph.effect()
     columns["kind"] = [Kind(k).label for k in columns["kind"]]
     tokens = [result.tokens[t] for t in columns["position"]]
     label = [result.label(i) for i in range(len(result.graph.nodes))]
@@ -63,3 +66,13 @@ def _heads(result: Result) -> dict:
         loading=edges.heads[at, head],
         influence=result.graph.head_influence()[at, head],
     )
+
+
+def _effects(result: Result) -> list[dict]:
+    """One row a place of a head."""
+    return result.head_effects()
+
+
+def _account(result: Result) -> dict:
+    columns = dataclasses.asdict(result.graph.account)
+    return dict(columns, node=_names(result)[columns["node"]])

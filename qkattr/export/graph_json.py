@@ -21,14 +21,18 @@ import numpy as np
 from qkattr.errors import InputError
 from qkattr.export.summary import name
 from qkattr.export.viewers import FEATURE_TYPES, node_layer, node_number, scan_of, source_of
+from qkattr.graph.accounts import ACCOUNT_COLUMNS
 from qkattr.result import Result
 from qkattr.types import Kind
 
-SCHEMA = 2
+SCHEMA = 3
 
 #: Links listed where nobody says how many, the strongest by influence: a file of a few megabytes,
 #: more than a viewer can draw. `graph.npz` has all.
 LINKS = 10_000
+
+#: Places of heads listed, the strongest by |effect|; `graph.npz` has more.
+HEADS = 1000
 
 #: Pairs and marginals listed of each QK attribution in the file.
 LISTED = 100
@@ -113,6 +117,9 @@ def header(result: Result, listed: int) -> dict[str, Any]:
         "predictions": result.predictions,
         "completeness": graph.completeness,
         "replacement": graph.replacement,
+        "targets": _targets(result),
+        "account": _account(result),
+        "heads": [_rounded(row) for row in result.head_effects(HEADS)],
         "leak": graph.leak,
         "links": {"listed": listed, "all": len(graph.edges)},
         "sinks": result.sinks,
@@ -145,10 +152,46 @@ def _metadata(result: Result) -> dict[str, Any]:
     }
 
 
+def _targets(result: Result) -> list[dict[str, Any]]:
+    """What the trace started from, in the order of a node's `effects`."""
+    graph = result.graph
+    value = _significant(graph.effect()).tolist()
+    return [
+        {"node": result.node_id(i), "value": value[i], "name": result.label(i)}
+        for i in graph.targets
+    ]
+
+
+def _account(result: Result) -> list[dict[str, Any]]:
+    """One row a target and boundary, of numbers that add up to the target."""
+    account = result.graph.account
+    names = {int(i): result.node_id(int(i)) for i in result.graph.targets}
+    columns = [getattr(account, name).tolist() for name in ("target", *ACCOUNT_COLUMNS)]
+    return [
+        {"boundary": b, "node": names[i]}
+        | dict(zip(("target", *ACCOUNT_COLUMNS), values, strict=True))
+        for b, i, *values in zip(
+            account.boundary.tolist(), account.node.tolist(), *columns, strict=True
+        )
+    ]
+
+
+def _rounded(row: dict[str, Any]) -> dict[str, Any]:
+    return {k: _round(v) if isinstance(v, float) else v for k, v in row.items()}
+
+
 def _nodes(result: Result) -> list[dict[str, Any]]:
     pre = source_of(result.settings).get("pre", False)
     probability = {p["id"]: p["probability"] for p in result.predictions}
-    return [_node(result, i, pre, probability) for i in range(len(result.graph.nodes))]
+    effect = _significant(result.graph.effect()).tolist()
+    nodes = [_node(result, i, pre, probability) for i in range(len(result.graph.nodes))]
+    for node, value in zip(nodes, effect, strict=True):
+        node["effect"] = value
+    if result.graph.nodes.effect.shape[1] > 1:
+        every = _significant(result.graph.nodes.effect).tolist()
+        for node, values in zip(nodes, every, strict=True):
+            node["effects"] = values
+    return nodes
 
 
 def _node(result: Result, i: int, pre: bool, probability: dict[int, float]) -> dict[str, Any]:

@@ -13,15 +13,17 @@ import jinja2
 from qkattr.characters import joined
 from qkattr.errors import quoted
 from qkattr.export.summary import (
+    ACCOUNTED,
     MARGINALS_SHOWN,
     PAIRS_SHOWN,
-    carrying_heads,
+    accounts,
     component,
     feature_in,
     pieces,
     quality,
     route_hops,
     strongest_edges,
+    strongest_heads,
     visible,
 )
 from qkattr.features.cards import Card, Example
@@ -44,7 +46,10 @@ def page(result: Result) -> str:
         tokens=[dict(text=t, sink=sinks.get(i)) for i, t in enumerate(result.tokens)],
         predictions=[{**p, "note": _note(result, p)} for p in result.predictions],
         routes=[dict(share=r.share, hops=route_hops(result, r)) for r in result.routes(8)],
-        heads=carrying_heads(result),
+        main=result.main_target,
+        heads=strongest_heads(result),
+        accounted=[name for name, _ in ACCOUNTED],
+        accounts=accounts(result),
         qk=[_qk(table) for table in result.qk.values()],
         edges=[
             dict(e, ends=zip((e["source"], e["target"]), e["features"], strict=True))

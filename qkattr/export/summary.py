@@ -9,7 +9,8 @@ import numpy as np
 from qkattr.characters import whole
 from qkattr.errors import clipped, printable, quoted
 from qkattr.features.cards import Card, Cards, Example
-from qkattr.graph.paths import Route, ranked_scores
+from qkattr.graph.accounts import main_weights
+from qkattr.graph.paths import Route
 from qkattr.result import Result
 from qkattr.types import Kind
 
@@ -144,28 +145,56 @@ def _leading_head(result: Result, block: int, source: int, target: int) -> int:
     return int(result.graph.head_influence()[there].sum(0).argmax())
 
 
-def carrying_heads(result: Result, n: int = 15) -> list[dict[str, Any]]:
-    """The (head, query, key) through which most influence flowed between two positions."""
-    ranked = ranked_scores(result.graph, n)
-    edges, nodes = result.graph.edges, result.graph.nodes
-    source, target = nodes.position[edges.source], nodes.position[edges.target]
-    most = max((influence for _, influence in ranked), default=1.0)
-    rows = []
-    for (block, head, query, key), influence in ranked:
-        there = (edges.block == block) & (source == key) & (target == query)
-        rows.append(
-            dict(
-                head=f"{block}.{head}",
-                query=query,
-                key=key,
-                source=result.tokens[key],
-                target=result.tokens[query],
-                influence=influence,
-                bar=influence / max(most, 1e-30),
-                loading=number(edges.heads[there, head].sum(dtype=float)),
-            )
+def strongest_heads(result: Result, n: int = 15) -> list[dict[str, Any]]:
+    """The places (head, query, key) with the largest |effect| between two positions."""
+    rows = result.head_effects(n)
+    most = max((abs(row["effect"]) for row in rows), default=1.0)
+    return [
+        dict(
+            head=f"{row['layer']}.{row['head']}",
+            query=row["query"],
+            key=row["key"],
+            source=result.tokens[row["key"]],
+            target=result.tokens[row["query"]],
+            effect=number(row["effect"]),
+            negative=row["effect"] < 0,
+            bar=abs(row["effect"]) / max(most, 1e-30),
+            attention=row["probability"],
+            influence=row["influence"],
         )
-    return rows
+        for row in rows
+    ]
+
+
+#: What the account is said by: a name, and the columns that it sums.
+ACCOUNTED = (
+    ("features", ("feature",)),
+    ("tokens", ("token", "position")),
+    ("errors", ("error",)),
+    ("sinks", ("sink",)),
+    ("bias", ("bias",)),
+    ("constants", ("const",)),
+)
+
+
+def accounts(result: Result) -> list[dict[str, Any]]:
+    """The account of the main target: its name and value, and of every boundary the share of it on
+    each of `ACCOUNTED`. A score has two, one of each side."""
+    account, graph = result.graph.account, result.graph
+    weights = main_weights(graph.nodes.kind[graph.targets])
+    found = []
+    for node in graph.targets[weights != 0].tolist():
+        at = np.flatnonzero(account.node == node)
+        value = float(account.target[at[0]])
+        parts = [sum(getattr(account, c)[at] for c in columns) for _, columns in ACCOUNTED]
+        shares = (np.stack(parts, 1) / value).tolist() if value else np.stack(parts, 1).tolist()
+        rows = [
+            dict(boundary=int(b), shares=row)
+            for b, row in zip(account.boundary[at], shares, strict=True)
+        ]
+        name = result.label(node) if len(result.scores) else result.main_target
+        found.append(dict(name=name, value=value, rows=rows))
+    return found
 
 
 def strongest_edges(result: Result, n: int = EDGES_SHOWN) -> list[dict[str, Any]]:

@@ -49,24 +49,47 @@ POSITIONS_AT_ONCE = 16
 
 
 @struct.dataclass
+class HeadPlaces:
+    """The K places of every block where a head has the largest |effect| on one target (or on a
+    weighted sum of targets), by falling |effect|; places without any effect at the end.
+
+    head, query, key: `[L, K]`. effect, derivative: `[L, K]` as in `Effects`. score: before the
+    softcap. probability: the attention.
+    """
+
+    head: Int[Array, "L K"]
+    query: Int[Array, "L K"]
+    key: Int[Array, "L K"]
+    effect: Float[Array, "L K"]
+    derivative: Float[Array, "L K"]
+    score: Float[Array, "L K"]
+    probability: Float[Array, "L K"]
+
+
+@struct.dataclass
 class Effects:
     """The account of R targets at every boundary.
 
-    value: `[R]` the targets. covector: `[L+1, R, T, D]` G. constant: `[L+1, R]` K.
+    value: `[R]` the targets. covector: `[L+1, R, T, D]` G. constant: `[L+1, R, T]` what the block
+    below the boundary adds at t that comes from no component (b >= 1), and at the target's own
+    boundary and position the target's constant.
     node: `[L+1, R, T, C]` the effect of every component. account: `[L+1, R, X]` the effects summed
-    by `ACCOUNT_KINDS`; up to the target's own boundary its rows sum to the target.
+    by `ACCOUNT_KINDS`, the last being K; up to the target's own boundary its rows sum to the
+    target.
     head: `[L, R, N, T, S]` the effect of every head from s to t, all components at s together.
     derivative: `[L, R, N, T, S]` of the target with respect to every attention score; its rows
     sum to 0 over S without a softcap. Both are None when they were not asked for.
+    places: the strongest places of every block, where they were asked for.
     """
 
     value: Float[Array, "R"]
     covector: Float[Array, "L+1 R T D"]
-    constant: Float[Array, "L+1 R"]
+    constant: Float[Array, "L+1 R T"]
     node: Float[Array, "L+1 R T C"]
     account: Float[Array, "L+1 R X"]
     head: Float[Array, "L R N T S"] | None = None
     derivative: Float[Array, "L R N T S"] | None = None
+    places: HeadPlaces | None = None
 
 
 @struct.dataclass
@@ -82,7 +105,7 @@ class PlaceEffects:
     derivative: Float[Array, "P R S"]
 
 
-@partial(jax.jit, static_argnames=("cfg", "linearisation", "precision", "heads"))
+@partial(jax.jit, static_argnames=("cfg", "linearisation", "precision", "heads", "strongest"))
 @on_any_mesh
 def effects(
     blocks: BlockWeights,
@@ -97,6 +120,8 @@ def effects(
     linearisation: str = "jacobian",
     precision: str = "highest",
     heads: bool = True,
+    weights: Float[Array, "R"] | None = None,
+    strongest: int = 0,
 ) -> Effects:
     """Carry R targets back to the embeddings, one reversed scan over the blocks.
 
@@ -109,40 +134,47 @@ def effects(
       cfg: the block's configuration (static).
       linearisation: of the MLP (static).
       heads: return head effects and derivatives as well (static).
+      strongest: list so many places of every block (static), by the head effects on the sum of the
+        targets times `weights`.
     """
     n_blocks, R = boundaries.shape[0] - 1, covector.shape[0]
     rows = jnp.arange(R)
 
-    def enter(g: Array, k: Array, b) -> tuple[Array, Array]:
+    def enter(g: Array, b) -> Array:
         """The targets of this boundary join those that were carried down to it."""
-        here = target_boundary == b
-        own = jnp.where(here[:, None], covector, 0.0)
-        return g.at[rows, target_position].add(own), k + jnp.where(here, constant, 0.0)
+        own = jnp.where((target_boundary == b)[:, None], covector, 0.0)
+        return g.at[rows, target_position].add(own)
 
-    def step(carry, inputs):
-        above, k = carry
-        weights, x, b = inputs
-        frozen = freeze(weights, x, cfg=cfg, linearisation=linearisation, precision=precision)
+    def step(above, inputs):
+        block, x, b = inputs
+        frozen = freeze(block, x, cfg=cfg, linearisation=linearisation, precision=precision)
         pulled = pull_stream(frozen, above)
-        g, k = enter(pulled.below, k + pulled.constant, b)
-        return (g, k), (g, k, _of_heads(frozen, pulled.heads, x) if heads else (None, None))
+        g = enter(pulled.below, b)
+        dense = _of_heads(frozen, pulled.heads, x) if heads else (None, None)
+        places = _strongest(frozen, pulled.heads, x, weights, strongest) if strongest else None
+        return g, (g, pulled.constant, dense, places)
 
-    top = enter(jnp.zeros((R, *boundaries.shape[1:])), jnp.zeros(R), n_blocks)
+    top = enter(jnp.zeros((R, *boundaries.shape[1:])), n_blocks)
     with jax.named_scope("effects"):
         inputs = blocks, boundaries[:-1], jnp.arange(n_blocks)
-        _, (g, k, (head, derivative)) = jax.lax.scan(step, top, inputs, reverse=True)
-    g, k = (jnp.concatenate([low, last[None]]) for low, last in zip((g, k), top, strict=True))
+        _, (g, added, (head, derivative), places) = jax.lax.scan(step, top, inputs, reverse=True)
+    g, added = jnp.concatenate([g, top[None]]), jnp.pad(added, ((1, 0), (0, 0), (0, 0)))
     node, by_kind = jax.lax.map(lambda inputs: _account(*inputs), (g, components))
+    from_above = jax.lax.cumsum(added.sum(-1), axis=0, reverse=True)[1:]
+    below_target = jnp.arange(n_blocks + 1)[:, None] <= target_boundary
+    constants = jnp.pad(from_above, ((0, 1), (0, 0))) + jnp.where(below_target, constant, 0.0)
     read = boundaries[target_boundary, target_position]
     value = jnp.einsum("RD,RD->R", covector, read, precision="highest") + constant
+    is_target = target_boundary >= 0
     return Effects(
-        value=jnp.where(target_boundary >= 0, value, 0.0),
+        value=jnp.where(is_target, value, 0.0),
         covector=g,
-        constant=k,
+        constant=added.at[target_boundary, rows, target_position].add(is_target * constant),
         node=node,
-        account=jnp.concatenate([by_kind, k[..., None]], axis=-1),
+        account=jnp.concatenate([by_kind, constants[..., None]], axis=-1),
         head=head,
         derivative=derivative,
+        places=places,
     )
 
 
@@ -194,6 +226,21 @@ def _of_heads(frozen: FrozenBlock, heads: Array, x: Array) -> tuple[Array, Array
         reads, pattern = head_reads(frozen, heads, x), frozen.seen.pattern_NTS
         slope = _cap_slope(frozen.seen.scores_NTS, frozen.cfg)
         return pattern * reads, _softmax_derivative(pattern, reads) * slope
+
+
+def _strongest(frozen: FrozenBlock, heads: Array, x: Array, weights: Array, most: int):
+    """`HeadPlaces` of one block."""
+    one = jnp.einsum("R,RTNH->TNH", weights, heads, precision="highest")[None]
+    effect, derivative = (of_one[0] for of_one in _of_heads(frozen, one, x))
+    _, flat = jax.lax.top_k(jnp.abs(effect).ravel(), min(most, effect.size))
+    place = jnp.unravel_index(flat, effect.shape)
+    return HeadPlaces(
+        *place,
+        effect=effect[place],
+        derivative=derivative[place],
+        score=frozen.seen.scores_NTS[place],
+        probability=frozen.seen.pattern_NTS[place],
+    )
 
 
 def _softmax_derivative(pattern: Float[Array, "... S"], reads: Float[Array, "... S"]) -> Array:

@@ -7,10 +7,22 @@ to, and what of it was kept. Rows of NumPy throughout: no loop over nodes or edg
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax
 import numpy as np
 
+from qkattr.graph.accounts import (
+    Account,
+    HeadEffects,
+    account_table,
+    head_table,
+    main_weights,
+    no_account,
+    no_heads,
+    node_columns,
+)
+from qkattr.graph.effects import Effects
 from qkattr.graph.sweep import LEAK_KINDS, DirectTargets, Sweep
 from qkattr.types import Kind
 
@@ -26,6 +38,8 @@ class Nodes:
     targets (logits, scores, and kept nodes that the sweep went on from): total, what the row sums
     to, const included; absolute: sum of |edge| over sources that depend on the prompt; error: of
     it, from errors; kept: of it, by edges in the table. NaN elsewhere.
+    effect: `[X, P]` on each of P targets (`Graph.targets`), in its unit; a target's own value on
+    itself.
     """
 
     boundary: np.ndarray
@@ -39,6 +53,7 @@ class Nodes:
     absolute: np.ndarray
     error: np.ndarray
     kept: np.ndarray
+    effect: np.ndarray
 
     def __len__(self) -> int:
         return len(self.kind)
@@ -69,7 +84,8 @@ class Graph:
     """Nodes, edges, and what the graph leaves out.
 
     leak: one row a boundary, from the last to the first. replacement, completeness: see
-    `docs/method.md`.
+    `docs/method.md`. account: what the targets are made of. heads: the strongest places of heads,
+    by their effect on the main target.
     """
 
     nodes: Nodes
@@ -77,6 +93,20 @@ class Graph:
     leak: list[dict]
     replacement: float
     completeness: float
+    account: Account = dataclasses.field(default_factory=no_account)
+    heads: HeadEffects = dataclasses.field(default_factory=no_heads)
+
+    @property
+    def targets(self) -> np.ndarray:
+        """`[P]` the nodes that the sweep started from, in order."""
+        return np.flatnonzero(np.isin(self.nodes.kind, (Kind.LOGIT, Kind.SCORE)))
+
+    def effect(self) -> np.ndarray:
+        """`[X]` every node's effect on the main target (see `main_weights`); a target's value."""
+        effect, targets = self.nodes.effect, self.targets
+        main = effect @ main_weights(self.nodes.kind[targets])
+        main[targets] = effect[targets].sum(1)
+        return main
 
     def edge_influence(self) -> np.ndarray:
         """`[X]` the influence that flows through each edge: its target's,
@@ -95,6 +125,46 @@ class Graph:
         scale = self.nodes.influence[target] / np.maximum(self.nodes.absolute[target], 1e-30)
         depends = ~np.isin(self.nodes.kind[self.edges.source], (Kind.BIAS, Kind.CONST))
         return np.where(depends, scale, 0.0)[:, None] * np.abs(self.edges.heads)
+
+    def influence_at(self, block: np.ndarray, query: np.ndarray, key: np.ndarray) -> np.ndarray:
+        """`[X, N]` what flows through every head of a block from one position (the key) to another,
+        as a share of the targets' influence."""
+        nodes, edges = self.nodes, self.edges
+        span = int(nodes.position.max(initial=0)) + 1
+        code = lambda b, t, s: (np.asarray(b, np.int64) * span + t) * span + s
+        asked, where = np.unique(code(block, query, key), return_inverse=True)
+        through = np.flatnonzero(edges.block >= 0)
+        ends = nodes.position[edges.target[through]], nodes.position[edges.source[through]]
+        flows = code(edges.block[through], *ends)
+        found = np.minimum(np.searchsorted(asked, flows), max(len(asked) - 1, 0))
+        known = np.flatnonzero(asked[found] == flows) if len(asked) else np.zeros(0, int)
+        total = np.zeros((len(asked), edges.heads.shape[1]))
+        np.add.at(total, found[known], self.head_influence()[through[known]])
+        return total[where]
+
+
+def with_effects(
+    graph: Graph, found: Sequence[Effects], kind: np.ndarray, index: np.ndarray
+) -> Graph:
+    """The graph with the effects on its targets.
+
+    Args:
+      graph: from `build_graph`.
+      found: on the host, of one group of targets after the other, in their order; the first has
+        `places`.
+      kind, index: `[L+1, T, C]` of the components.
+    """
+    nodes, targets = graph.nodes, graph.targets
+    where = dict(boundary=nodes.boundary, position=nodes.position)
+    effect = node_columns(found, kind, index, **where, kind_X=nodes.kind, index_X=nodes.index)
+    effect = effect[:, : len(targets)]
+    effect[targets] = np.diag(np.concatenate([one.value for one in found])[: len(targets)])
+    return dataclasses.replace(
+        graph,
+        nodes=dataclasses.replace(nodes, effect=effect),
+        account=account_table(found, targets, nodes.boundary[targets]),
+        heads=head_table(found[0].places),
+    )
 
 
 def build_graph(
@@ -124,7 +194,7 @@ def build_graph(
     _append(nodes, _target_nodes(swept, targets, is_target, kinds, indices))
     edges = _name_extras(nodes, edges)
     graph = Graph(
-        nodes=Nodes(**nodes),
+        nodes=Nodes(**nodes, effect=np.zeros((len(nodes["kind"]), 0))),
         edges=Edges(**edges),
         leak=_leak_table(swept),
         replacement=_replacement(swept),

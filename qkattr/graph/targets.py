@@ -18,6 +18,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from qkattr.config import BlockConfig, ModelConfig
@@ -118,12 +119,12 @@ def _pull_score(weights, other, position, w, bias, head, gain, head_scale, scale
 def direct_targets(
     boundary, position, covector, constant, influence, *, padded_to: int
 ) -> DirectTargets:
-    """Gather targets and pad them to a bucket; padding has boundary -1 and influence 0."""
+    """Pad targets to a bucket, on the host; padding has boundary -1 and influence 0."""
 
     def pad(array, fill=0):
-        array = jnp.asarray(array)
+        array = np.asarray(array)
         widths = ((0, padded_to - array.shape[0]), *((0, 0),) * (array.ndim - 1))
-        return jnp.pad(array, widths, constant_values=fill)
+        return np.pad(array, widths, constant_values=fill)
 
     return DirectTargets(
         boundary=pad(boundary, -1),

@@ -67,12 +67,12 @@ class PulledStream:
     """Covectors on all positions of boundary b+1, carried back through a frozen block.
 
     below: `[R, T, D]` covectors on boundary b. heads: `[R, T, N, H]` covectors on each head's
-    output at query t, before its pattern. constant: `[R]` what the block's constants give.
+    output at query t, before its pattern. constant: `[R, T]` what the block's constants give at t.
     """
 
     below: Float[Array, "R T D"]
     heads: Float[Array, "R T N H"]
-    constant: Float[Array, "R"]
+    constant: Float[Array, "R T"]
 
 
 def freeze(
@@ -142,7 +142,7 @@ def pull_stream(frozen: FrozenBlock, g: Float[Array, "R T D"]) -> PulledStream:
         on_normed = _einsum(frozen, "RSKH,DKH->RSD", on_values, w.wv_DKH)
         through = norm_transpose(w.norm_attn, on_normed, cfg=frozen.cfg)
         below = pulled.residual + pulled.mlp + through * seen.scale_attn_T[:, None]
-    return PulledStream(below=below, heads=pulled.heads, constant=pulled.constant.sum(-1))
+    return PulledStream(below=below, heads=pulled.heads, constant=pulled.constant)
 
 
 def head_reads(

@@ -29,6 +29,10 @@ class QKAttribution:
     shares: by "query kind-key kind", the signed sums (adding to the score) and the absolute shares
     (adding to 1).
     pairs: by falling |value|; n_pairs: how many there are, listed or not. contrast: see `qk.terms`.
+    target: of the trace, in words; effect: what the head brings it from the key to the query;
+    derivative: of the target with respect to the score. All three are None where no target was
+    traced; with one, every pair and marginal has its `effect` on it over all keys (see
+    `qk.pair_effects`).
     """
 
     tokens: list[str]
@@ -46,6 +50,9 @@ class QKAttribution:
     n_pairs: int
     query_marginals: list[dict[str, Any]]
     key_marginals: list[dict[str, Any]]
+    target: str | None = None
+    effect: float | None = None
+    derivative: float | None = None
 
     def __repr__(self) -> str:
         query, key = (f"{quoted(self.tokens[p], 20)} {p}" for p in (self.query, self.key))
@@ -105,6 +112,22 @@ def _flat(row: dict[str, Any]) -> dict[str, Any]:
     return flat
 
 
+@dataclasses.dataclass(frozen=True)
+class Moved:
+    """What one place does to a target. name: the target, in words. effect: what the head brings it
+    from the key. derivative: with respect to the score. pairs: `[A, C]` what each pair's match
+    moves it by, over all keys."""
+
+    name: str
+    effect: float
+    derivative: float
+    pairs: np.ndarray
+
+    @property
+    def numbers(self) -> dict[str, Any]:
+        return dict(target=self.name, effect=self.effect, derivative=self.derivative)
+
+
 def qk_table(
     terms: QKTerms,
     *,
@@ -112,8 +135,9 @@ def qk_table(
     place: tuple[int, int, int, int],
     label_query: Labeller,
     label_key: Labeller,
+    moved: Moved | None = None,
 ) -> QKAttribution:
-    """The table of one place (block, head, query, key)."""
+    """The table of one place (block, head, query, key). moved: what it does to a target."""
     terms = jax.device_get(terms)
     rows, columns = np.flatnonzero(terms.query_used), np.flatnonzero(terms.key_used)
     value = terms.terms[np.ix_(rows, columns)].astype(float)
@@ -124,12 +148,19 @@ def qk_table(
     keys = describe(terms.key_kind, terms.key_index, terms.key_activation, columns, label_key)
     order = np.argsort(-np.abs(value), axis=None, kind="stable")
     at = zip(*np.unravel_index(order, value.shape), strict=True)
+    effect = None if moved is None else moved.pairs[np.ix_(rows, columns)].astype(float)
+    known = {} if moved is None else moved.numbers
     pairs = [
         dict(
-            query=queries[a], key=keys[c], value=float(value[a, c]), contrast=float(contrast[a, c])
+            query=queries[a],
+            key=keys[c],
+            value=float(value[a, c]),
+            contrast=float(contrast[a, c]),
+            **({} if effect is None else dict(effect=float(effect[a, c]))),
         )
         for a, c in at
     ]
+    by_query, by_key = (None, None) if effect is None else (effect.sum(1), effect.sum(0))
     layer, head, query, key = place
     return QKAttribution(
         tokens=tokens,
@@ -145,8 +176,9 @@ def qk_table(
         shares=_shares(value, terms.query_kind[rows], terms.key_kind[columns]),
         pairs=pairs,
         n_pairs=len(pairs),
-        query_marginals=_marginals(queries, value.sum(1), terms.query_contrast[rows]),
-        key_marginals=_marginals(keys, value.sum(0), contrast.sum(0)),
+        query_marginals=_marginals(queries, value.sum(1), terms.query_contrast[rows], by_query),
+        key_marginals=_marginals(keys, value.sum(0), contrast.sum(0), by_key),
+        **known,
     )
 
 
@@ -175,9 +207,13 @@ def _shares(value, query_kind, key_kind) -> dict[str, dict[str, float]]:
     return dict(sorted(shares.items(), key=lambda item: -item[1]["absolute"]))
 
 
-def _marginals(described, values, contrasts) -> list[dict[str, Any]]:
+def _marginals(described, values, contrasts, effects) -> list[dict[str, Any]]:
+    columns = dict(value=values, contrast=contrasts)
+    if effects is not None:
+        columns["effect"] = effects
     listed = [
-        dict(kind=d["kind"], index=d["index"], label=d["label"], value=float(v), contrast=float(c))
-        for d, v, c in zip(described, values, contrasts, strict=True)
+        {k: d[k] for k in ("kind", "index", "label")}
+        | {name: float(column[i]) for name, column in columns.items()}
+        for i, d in enumerate(described)
     ]
     return sorted(listed, key=lambda m: -abs(m["value"]))
