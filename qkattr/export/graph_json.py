@@ -19,6 +19,7 @@ import msgspec
 import numpy as np
 
 from qkattr.errors import InputError
+from qkattr.export.routes import routes_json
 from qkattr.export.summary import name
 from qkattr.export.viewers import FEATURE_TYPES, node_layer, node_number, scan_of, source_of
 from qkattr.result import Result
@@ -114,6 +115,7 @@ def header(result: Result, listed: int) -> dict[str, Any]:
         "completeness": graph.completeness,
         "replacement": graph.replacement,
         "leak": graph.leak,
+        "routes": routes_json(result),
         "links": {"listed": listed, "all": len(graph.edges)},
         "sinks": result.sinks,
         "scores": result.scores.tolist(),

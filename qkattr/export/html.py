@@ -12,6 +12,7 @@ import jinja2
 
 from qkattr.characters import joined
 from qkattr.errors import quoted
+from qkattr.export.routes import ROUTES_LISTED, about_routes, route_tables
 from qkattr.export.summary import (
     MARGINALS_SHOWN,
     PAIRS_SHOWN,
@@ -20,7 +21,6 @@ from qkattr.export.summary import (
     feature_in,
     pieces,
     quality,
-    route_hops,
     strongest_edges,
     visible,
 )
@@ -43,7 +43,8 @@ def page(result: Result) -> str:
         cut=joined(result.tokens) != "".join(result.tokens),
         tokens=[dict(text=t, sink=sinks.get(i)) for i, t in enumerate(result.tokens)],
         predictions=[{**p, "note": _note(result, p)} for p in result.predictions],
-        routes=[dict(share=r.share, hops=route_hops(result, r)) for r in result.routes(8)],
+        routes=route_tables(result, ROUTES_LISTED),
+        about_routes=about_routes(result),
         heads=carrying_heads(result),
         qk=[_qk(table) for table in result.qk.values()],
         edges=[

@@ -1,4 +1,4 @@
-"""What the page and the terminal both say of a result, as rows: routes, heads, edges."""
+"""What the page and the terminal both say of a result, as rows: heads, edges."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 from qkattr.characters import whole
 from qkattr.errors import clipped, printable, quoted
 from qkattr.features.cards import Card, Cards, Example
-from qkattr.graph.paths import Route, ranked_scores
+from qkattr.graph.paths import ranked_scores
 from qkattr.result import Result
 from qkattr.types import Kind
 
@@ -116,32 +116,6 @@ def pieces(example: Example) -> list[Piece]:
         Piece(text, max(example.activations[i] for i in tokens), example.at in tokens)
         for tokens, text in whole(example.tokens)
     ]
-
-
-def route_hops(result: Result, route: Route) -> list[dict[str, Any]]:
-    """The positions of a route, each with the head that brought its strongest path there."""
-    nodes, edges = result.graph.nodes, result.graph.edges
-    first = int(nodes.position[route.nodes[0]])
-    hops = [dict(via="", position=first, text=result.tokens[first])]
-    for edge in route.edges:
-        source, target = nodes.position[edges.source[edge]], nodes.position[edges.target[edge]]
-        if source == target:
-            continue
-        head = _leading_head(result, int(edges.block[edge]), int(source), int(target))
-        via = f" → {edges.block[edge]}.{head} → "
-        hops.append(dict(via=via, position=int(target), text=result.tokens[target]))
-    target = route.nodes[-1]
-    hops.append(dict(via=" → ", position="", text=result.label(target)))
-    return hops
-
-
-def _leading_head(result: Result, block: int, source: int, target: int) -> int:
-    """The head of a block that carried most influence from one position to another."""
-    edges, nodes = result.graph.edges, result.graph.nodes
-    there = edges.block == block
-    there &= nodes.position[edges.source] == source
-    there &= nodes.position[edges.target] == target
-    return int(result.graph.head_influence()[there].sum(0).argmax())
 
 
 def carrying_heads(result: Result, n: int = 15) -> list[dict[str, Any]]:
