@@ -60,7 +60,7 @@ def trace(
     max_logits: Annotated[int, Option(help="Likeliest tokens taken as targets, at most.")] = 10,
     logit_mass: Annotated[float, Option(help="Probability that they cover.")] = 0.95,
     qk: Annotated[
-        int, Option(help="QK attributions to include, of the heads that carried most.")
+        int, Option(help="QK attributions to include, of the heads that carried most to no sink.")
     ] = 8,
     cards: Annotated[
         Path | None,

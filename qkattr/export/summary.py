@@ -8,7 +8,9 @@ import numpy as np
 
 from qkattr.characters import whole
 from qkattr.errors import clipped, printable, quoted
+from qkattr.export.qk_rows import unfolded
 from qkattr.features.cards import Card, Cards, Example
+from qkattr.features.labels import strongest_tokens
 from qkattr.graph.paths import ranked_scores
 from qkattr.result import Result
 from qkattr.types import Kind
@@ -39,7 +41,7 @@ def name(result: Result, node: int) -> str:
     kind, t, b = Kind(nodes.kind[node]), int(nodes.position[node]), int(nodes.boundary[node])
     label, token = result.label(node), quoted(result.tokens[t])
     if kind == Kind.FEATURE:
-        said = f" {visible(label)}" if label else ""
+        said = f" {called(label)}" if label else ""
         return f"feature {b}:{nodes.index[node]}{said} on {token} {t}"
     if kind == Kind.LOGIT:
         return f"logit {quoted(label)}"
@@ -50,13 +52,19 @@ def name(result: Result, node: int) -> str:
     return f"{kind.label} {b} on {token} {t}"
 
 
+def called(label: str) -> str:
+    """What a feature is called. Where no rule describes it, by the tokens it is strongest on."""
+    tokens = strongest_tokens(label)
+    return visible(f"strongest on {tokens}" if tokens else label)
+
+
 def component(described: dict[str, Any]) -> str:
     """A component of a QK attribution in words."""
     kind, index, label = described["kind"], described["index"], described.get("label", "")
     text = kind if index is None else f"{kind} {index}"
     if not label:
         return text
-    return f"{text} {quoted(label) if kind == Kind.TOKEN.label else visible(label)}"
+    return f"{text} {quoted(label) if kind == Kind.TOKEN.label else called(label)}"
 
 
 def feature_of(result: Result, node: int) -> tuple[int, int] | None:
@@ -78,12 +86,20 @@ def shown_cards(result: Result, cards: Cards) -> dict[tuple[int, int], Card]:
     """The cards of the features that the page shows: those of QK attributions and of edges."""
     shown = {feature for row in strongest_edges(result) for feature in row["features"]}
     for table in result.qk.values():
-        sides = [pair[side] for pair in table.pairs[:PAIRS_SHOWN] for side in ("query", "key")]
+        shown_pairs = unfolded(table.pairs)[:PAIRS_SHOWN]
+        sides = [pair[side] for pair in shown_pairs for side in ("query", "key")]
         for marginals in (table.query_marginals, table.key_marginals):
-            sides += marginals[:MARGINALS_SHOWN]
+            sides += unfolded(marginals)[:MARGINALS_SHOWN]
         shown |= {feature_in(table.layer, side) for side in sides}
     known = [feature for feature in shown if feature and feature[1] < cards.width(feature[0])]
     return {feature: cards.card(*feature) for feature in sorted(known)}
+
+
+def both_aucs(card: Card) -> str:
+    """The AUC of the label's rule for all activations, and for strong ones."""
+    measured = ((card.auc, "overall"), (card.strong_auc, "when strong"))
+    said = [f"{auc:.2f} {which}" for auc, which in measured if auc is not None]
+    return f"AUC {', '.join(said)}" if said else ""
 
 
 def quality(card: Card) -> str:
@@ -93,11 +109,11 @@ def quality(card: Card) -> str:
     if card.auc is None:
         return f"AUC not measured: {card.n} held-out positions activate it."
     said = (
-        f"AUC {card.auc:.2f} of its rule: {card.n} held-out positions that activate it against all "
-        f"others"
+        f"AUC {card.auc:.2f} of its rule overall: {card.n} held-out positions that activate it "
+        f"against all others"
     )
     if card.strong_auc is not None:
-        said += f"; {card.strong_auc:.2f} for its strongest fifth ({card.strong_n})"
+        said += f"; {card.strong_auc:.2f} when strong, for its strongest fifth ({card.strong_n})"
     return f"{said}. 0.5 is chance; of an unclear label, the best rule found."
 
 

@@ -212,11 +212,13 @@ def _runs(start: int, *keys: np.ndarray) -> list[slice]:
     return [slice(int(a), int(b)) for a, b in itertools.pairwise(cuts) if b > a]
 
 
-def ranked_scores(graph: Graph, n: int) -> list[tuple[Place, float]]:
-    """The (block, head, query, key) that carry most influence between two positions."""
+def ranked_scores(graph: Graph, n: int, *, sinks: bool = True) -> list[tuple[Place, float]]:
+    """The (block, head, query, key) that carry most influence between two positions; without
+    sinks, only those whose key is none."""
     nodes, edges = graph.nodes, graph.edges
     query, key = nodes.position[edges.target], nodes.position[edges.source]
-    crossing = np.flatnonzero((edges.block >= 0) & (query != key))
+    sink = nodes.kind[edges.source] == Kind.SINK
+    crossing = np.flatnonzero((edges.block >= 0) & (query != key) & (sinks | ~sink))
     if not len(crossing):
         return []
     span = int(nodes.position.max()) + 1
