@@ -44,8 +44,8 @@ def context(example: Example) -> str:
 
 def lines(card: Card) -> list[str]:
     """One feature."""
-    auc = "not measured" if card.auc is None else f"{card.auc:.2f} ({card.n})"
-    strong = "" if card.strong_auc is None else f", strongest fifth {card.strong_auc:.2f}"
+    auc = "not measured" if card.auc is None else f"{card.auc:.2f} overall ({card.n})"
+    strong = "" if card.strong_auc is None else f", {card.strong_auc:.2f} when strong"
     made = [
         f"### {card.boundary}:{card.index} {code(card.label, 160)}",
         "",

@@ -11,9 +11,9 @@ A block of a page is a comment with the command, and below it what it prints:
     ```
 
 The numbers are lines of the output, from 1; what lies between two of the ranges is shown as `...`.
-Commands run in one temporary folder, in the order of the pages, so that one may read what an earlier
-one wrote. Figures are listed in `FIGURES`, each with its command; they need matplotlib. The README's
-page is a screenshot of what `qkattr demo` writes, and needs Chromium.
+Commands run in one temporary folder, in the order of the pages, so that one may read what an
+earlier one wrote. Figures are listed in `FIGURES`, each with its command; they need matplotlib. The
+README's page is a screenshot of what `qkattr demo` writes, and needs Chromium.
 """
 
 from __future__ import annotations

@@ -126,7 +126,7 @@ def trace(
         vocabulary=_vocabulary(bundle, graph),
         session=session,
     )
-    places = [place for place, _ in ranked_scores(graph, opts.qk)]
+    places = [place for place, _ in ranked_scores(graph, opts.qk, sinks=False)]
     tables = qk_tables(session, places, result.labels)
     result = dataclasses.replace(
         result, qk={".".join(map(str, place)): table for place, table in tables.items()}

@@ -255,7 +255,8 @@ class Result:
         return score_name(block, head, query, key)
 
     def routes(self, n: int = 5) -> list[Route]:
-        """The strongest routes from the prompt into the targets, see `graph.paths`."""
+        """The n strongest routes from the prompt into each target, see `graph.paths`; the target
+        with most influence comes first."""
         return strongest_routes(self.graph, n)
 
     def _at(self, ends: Ends) -> np.ndarray:

@@ -43,6 +43,9 @@ class Kind(IntEnum):
 #: influence.
 PROMPT_KINDS = (Kind.FEATURE, Kind.ERROR, Kind.TOKEN, Kind.POSITION, Kind.SINK)
 
+#: Kinds that explain nothing of an attention score; tables fold their rows into one line.
+FOLDED_KINDS = (Kind.BIAS, Kind.ERROR, Kind.SINK)
+
 
 @struct.dataclass
 class Norm:

@@ -114,7 +114,7 @@ def test_groups(run):
 
 
 def test_pairs_of_a_prompt(run):
-    found = run("pairs", *PROMPT, "--layer", 1, "--top", 6)
+    found = run("pairs", *PROMPT, "--layer", 1, "--top", 6, "--all")
     assert found["layers"] == [1] and set(found["heads"]) == {f"1.{n}" for n in range(4)}
     for name, sign in (("positive", 1), ("negative", -1)):
         values = [sign * p["value"] for p in found[name]]
@@ -128,10 +128,30 @@ def test_pairs_of_a_prompt(run):
             pair[s]["index"] for s in ("query", "key")
         ]
         assert best["probability"] == pytest.approx(qk["probability"], rel=1e-5)
-    alone = run("pairs", "./result", "--layer", 1, "--head", 2, "--features")
+    alone = run("pairs", "./result", "--layer", 1, "--head", 2)
     assert list(alone["heads"]) == ["1.2"] and alone["error_share"] == 0
     kinds = {p[s]["kind"] for p in alone["positive"] for s in ("query", "key")}
     assert kinds == {"feature"}
+
+
+@pytest.mark.parametrize("subject", [PROMPT, ("./result",)])
+def test_pairs_lists_the_strongest_feature_pairs_of_all_not_those_among_the_strongest(run, subject):
+    every = run("pairs", *subject, "--layer", 1, "--top", 4096, "--all")
+    for top in (1, 5, 40):
+        found = run("pairs", *subject, "--layer", 1, "--top", top)
+        assert found["features"] and found["searched"] < every["searched"]
+        for name in ("positive", "negative"):
+            among = [p for p in every[name] if p["query"]["kind"] == p["key"]["kind"] == "feature"]
+            assert len(found[name]) == min(top, len(among))
+            values, expected = ([p["value"] for p in x[:top]] for x in (found[name], among))
+            within("value", values, expected, 1e-5, np.abs(expected))
+    assert "--all lists them" in run("pairs", *subject, json_=False)
+    assert "Error slots have" in run("pairs", *subject, "--all", json_=False)
+
+
+def test_pairs_without_features_says_so(run):
+    said = run("pairs", *PROMPT, "--layer", 0, json_=False)
+    assert "0 terms searched" in said and "No position has features" in said
 
 
 def test_pairs_of_weights(run, root):
@@ -225,7 +245,7 @@ def test_bad_places(refused, command, more, said):
         (("pairs", *PROMPT, "--distance", "1"), "--distance goes without a prompt"),
         (("pairs", *PROMPT, "--top", "0"), "top should lie in 1..4096, got 0"),
         ((*WEIGHTS[:-2],), "give --layer and --head, or a prompt"),
-        ((*WEIGHTS, "--head", "0", "--features"), "--features goes with a prompt"),
+        ((*WEIGHTS, "--head", "0", "--all"), "--all goes with a prompt"),
         ((*WEIGHTS, "--head", "0", "--distance", "9999"), "distance 9999 should lie in 0.."),
         ((*WEIGHTS, "--head", "0", "--typical"), "there are no cards for boundary 1"),
         ((*WEIGHTS[:-2], "--layer", "0", "--head", "0"), "boundary 0, which has no SAE"),

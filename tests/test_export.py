@@ -282,9 +282,9 @@ def test_the_pairs_shown_are_stored(plain, tmp_path, monkeypatch, capsys):
     table = max(plain.qk.values(), key=lambda table: table.n_pairs)
     names = ("layer", "head", "query", "key")
     place = [part for n in names for part in (f"--{n}", str(getattr(table, n)))]
-    ask = ["qk", folder, *place]
+    ask = ["qk", folder, *place, "--all"]
     assert table.n_pairs > 6
-    qk_cli.show(table, 5)  # of the result in memory, which has all pairs
+    qk_cli.show(table, 5, all=True)  # of the result in memory, which has all pairs
     with_model = capsys.readouterr().out
     loaded = []
 

@@ -118,16 +118,16 @@ def top_pairs(
     layer: int | None = None,
     head: int | None = None,
     top: int = 20,
-    features: bool = False,
+    features: bool = True,
     labels: Labels | None = None,
     progress: Progress = lambda stage: None,
     **options: Any,
 ) -> TopPairs:
-    """The strongest positive and negative terms over all heads and all (query, key) of a prompt.
+    """The strongest positive and negative pairs over all heads and all (query, key) of a prompt.
 
     subject: a result, or a bundle with a prompt and options (see `TraceOptions`). layer, head:
     only these. top: pairs of either sign, overall and of each head. features: only pairs of
-    two features.
+    two features are searched; False: of all components.
 
     Raises:
       InputError: there is no such block or head, or the prompt or an option cannot be used.

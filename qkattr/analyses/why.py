@@ -23,7 +23,7 @@ from qkattr.qk.table import describe
 from qkattr.result import Result
 from qkattr.scores import Labels, labeller, open_place
 from qkattr.session import Progress, Session
-from qkattr.types import Kind
+from qkattr.types import FOLDED_KINDS, Kind
 
 #: A key "got attention" from here on: it is compared with the one asked about.
 ATTENDED = 0.01
@@ -86,6 +86,7 @@ def why(
     key: int | str,
     form: str = "odds",
     top: int = 20,
+    folded: bool = False,
     labels: Labels | None = None,
     progress: Progress = lambda stage: None,
     **options: Any,
@@ -94,6 +95,8 @@ def why(
 
     subject: a result, or a bundle with a prompt and options (see `TraceOptions`). query, key:
     positions or token texts. form: "odds" or "log". top: rows and components of each list.
+    folded: leave rows and components with bias, error or sink on either side out of the lists; the
+    sums and shares are of all.
 
     Raises:
       InputError: the place, the form, the prompt or an option cannot be used; or the query sees no
@@ -104,7 +107,7 @@ def why(
         subject, prompt, (layer, head, query, key), labels=labels, progress=progress, **options
     )
     progress("competition")
-    listed = _Described(session, labels, place)
+    listed = _Described(session, labels, place, folded)
     found = _compete(session, place, listed, form, top)
     if found.seen_S.sum() < 2:
         raise InputError(
@@ -152,8 +155,8 @@ def _compete(
     return jax.device_get(
         competition(
             weights, x, parts, listed.identity, head=head, query=query, key=key, other=other,
-            form=form, top=top, kinds=len(Kind), cfg=session.bundle.config.block,
-            precision=session.precision,
+            listed=listed.shown(listed.kind), form=form, top=top, kinds=len(Kind),
+            cfg=session.bundle.config.block, precision=session.precision,
         )
     )  # fmt: skip
 
@@ -161,7 +164,8 @@ def _compete(
 class _Described:
     """Slots of the place's boundary in words."""
 
-    def __init__(self, session: Session, labels: Labels, place):
+    def __init__(self, session: Session, labels: Labels, place, folded: bool):
+        self.folded = folded
         self.layer, _, self.query, _ = place
         self.session, self.labels = session, labels
         parts = jax.tree.map(lambda a: a[self.layer], session.components)
@@ -179,6 +183,10 @@ class _Described:
         columns = (self.kind[position], self.index[position], self.activation[position])
         label = labeller(self.session, self.labels, self.layer, position)
         return describe(*columns, slots, label)
+
+    def shown(self, kind: np.ndarray) -> np.ndarray:
+        """Which slots are listed."""
+        return ~(np.isin(kind, FOLDED_KINDS) & self.folded)
 
     def rows(self, rows: Rows) -> list[dict[str, Any]]:
         return [
@@ -207,7 +215,7 @@ class _Described:
         return found
 
     def query_side(self, found: Competition) -> list[dict[str, Any]]:
-        slots = np.flatnonzero(found.query_used)
+        slots = np.flatnonzero(found.query_used & self.shown(self.kind[self.query]))
         described = self.at(self.query, slots)
         values = [
             dict(d, value=float(found.by_query_A[a])) for d, a in zip(described, slots, strict=True)
@@ -218,7 +226,7 @@ class _Described:
         """Key-side components of one kind and index, summed over positions."""
         total: dict[tuple, float] = defaultdict(float)
         places: dict[tuple, list[tuple[int, int]]] = defaultdict(list)
-        used = found.key_used_SC & found.seen_S[:, None]
+        used = found.key_used_SC & found.seen_S[:, None] & self.shown(self.kind)
         for s, c in zip(*np.nonzero(used), strict=True):
             name = (int(self.kind[s, c]), int(self.index[s, c]))
             total[name] += float(found.by_component_SC[s, c])

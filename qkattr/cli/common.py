@@ -19,6 +19,12 @@ Labels = Annotated[
         show_default=False,
     ),
 ]
+All = Annotated[
+    bool,
+    typer.Option(
+        "--all", help="Also list rows with bias, error or sink, which are folded into one line."
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 

@@ -240,7 +240,7 @@ def _search(cards: Cards, text: str, boundary: int | None, json: bool) -> None:
         (f"{r['boundary']}:{r['index']}", _auc(r["auc"]), _auc(r["strong_auc"]), r["label"])
         for r in rows
     )
-    columns = ("feature|", "AUC|", "when strong|", "label")
+    columns = ("feature|", "AUC overall|", "AUC when strong|", "label")
     show_table(console(), f"{len(rows)} features", columns, said)
 
 
@@ -265,7 +265,7 @@ def _overview(cards: Cards, boundary: int | None, json: bool) -> None:
     out, meta = console(), cards.meta
     columns = (
         *("boundary|", "features|", "silent here|", "density|", "labelled|", "when strong|"),
-        "median AUC|",
+        "median AUC overall|",
     )
     said = (
         (

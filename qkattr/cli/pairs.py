@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from qkattr.load.bundle import Bundle
 
 #: Options of one of the two uses.
-_PROMPT = ("features", "sink", "bos", "bos_token", "ids")
+_PROMPT = ("all", "sink", "bos", "bos_token", "ids")
 _WEIGHTS = ("distance", "typical", "text")
 #: Rows of a text that are read, at most; norm scales are medians over 128 of them.
 ROWS = 4096
@@ -39,8 +39,12 @@ def pairs(
     ] = None,
     model: options.Saes = options.Saes(),
     top: Annotated[int, typer.Option(help="Pairs of either sign.")] = 20,
-    features: Annotated[
-        bool, typer.Option("--features", help="With a prompt: only pairs of two features.")
+    all: Annotated[
+        bool,
+        typer.Option(
+            "--all",
+            help="With a prompt: search pairs with bias, errors, sinks and tokens too.",
+        ),
     ] = False,
     distance: Annotated[
         int, typer.Option(help="Without a prompt: of the key before the query.")
@@ -65,8 +69,8 @@ def pairs(
     reading: options.Subject = options.Subject(),
     json: common.Json = False,
 ) -> None:
-    """The strongest terms over all heads and places of a prompt; or, without one, the strongest
-    feature pairs of a head over the whole dictionary."""
+    """The strongest feature pairs over all heads and places of a prompt; or, without one, of a head
+    over the whole dictionary."""
     from qkattr.analyses import pairs as analyses
 
     analyses.check_top(top)
@@ -87,7 +91,7 @@ def pairs(
                 labels=labels, progress=progress,
             )  # fmt: skip
             found = analyses.top_pairs(
-                subject, given, **how, features=features, progress=progress, **components
+                subject, given, **how, features=not all, progress=progress, **components
             )
             draw, say = "pairs_figure", show
         if figure is not None:
@@ -145,7 +149,11 @@ def show(found: TopPairs) -> None:
     of = "pairs of two features" if found.features else "pairs of components"
     heads = f"{len(found.heads)} head{'s' * (len(found.heads) != 1)}"
     say(out, f"{found.searched:,} terms searched: {of} of {heads} at all places")
-    say(out, f"Error slots have {percent(found.error_share)} of the sum of |value| listed")
+    if found.features:
+        left_out = "bias, errors and sinks are left out (--all lists them)"
+        say(out, left_out if found.searched else f"No position has features: {left_out}")
+    else:
+        say(out, f"Error slots have {percent(found.error_share)} of the sum of |value| listed")
     at = lambda c: f"{quoted(c['token'])} {c['position']}"
     for title, listed in (("Strongest", found.positive), ("Most negative", found.negative)):
         most = max((abs(p["value"]) for p in listed), default=1.0)

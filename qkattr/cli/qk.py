@@ -48,6 +48,7 @@ def qk(
         ),
     ] = None,
     labels: common.Labels = None,
+    all: common.All = False,
     reading: options.Subject = options.Subject(),
     json: common.Json = False,
 ) -> None:
@@ -58,6 +59,7 @@ def qk(
     named = {} if groups is None else read_groups(groups)
     with common.progress() as progress:
         if common.is_result(prompt):
+            from qkattr.export.qk_rows import enough_stored
             from qkattr.scores import place_in, qk_attribution, stored_in_full
 
             subject = result = options.open_saved(prompt, context)
@@ -65,7 +67,7 @@ def qk(
                 result = place.relabelled(result, labels)
             shown = None if json or groups or label else top or 20
             table = stored_in_full(result, place_in(result, (layer, head, query, key)), shown)
-            if table is None:
+            if table is None or (shown and not all and not enough_stored(table, shown)):
                 progress("loading the model")
                 result = options.with_model(result, model)
                 table = qk_attribution(result, layer=layer, head=head, query=query, key=key)
@@ -93,15 +95,16 @@ def qk(
         found = table.to_json(top) | ({} if sums is None else dict(groups=sums))
         common.print_json(found, subject.notes)
         return
-    show(table, top or 20)
+    show(table, top or 20, all)
     if sums is not None:
         show_groups(sums)
 
 
-def show(table: QKAttribution, top: int) -> None:
-    """The score, its shares, the strongest pairs and marginals."""
-    from qkattr.cli.show import bar, console, percent, say, show_table
-    from qkattr.export.summary import component
+def show(table: QKAttribution, top: int, all: bool = False) -> None:
+    """The score, its shares, the strongest pairs and marginals. Rows with bias, error or sink are
+    folded into one line, unless `all`."""
+    from qkattr.cli.show import console, percent, say, show_table
+    from qkattr.export.qk_rows import folded_line, rests_on
 
     out = console()
     query, key = (f"{quoted(table.tokens[p])} {p}" for p in (table.query, table.key))
@@ -120,7 +123,29 @@ def show(table: QKAttribution, top: int) -> None:
         (name, f"{s['signed']:+.4f}", percent(s["absolute"])) for name, s in table.shares.items()
     ]
     show_table(out, "Shares", ("query side-key side", "signed|", "of the absolute sum|"), rows)
-    most = max((abs(p["value"]) for p in table.pairs), default=1.0)
+    sink = rests_on(table)
+    if sink and not all:
+        say(
+            out,
+            f"This head rests on {sink}. A sink is one component as a whole, so no pair of "
+            "features explains the score. --all lists its rows.",
+        )
+    else:
+        _pairs(table, top, all, out)
+        if not all and (folded := folded_line(table.shares)):
+            say(out, f"{folded[:1].upper()}{folded[1:]}. --all lists these rows.")
+    for side, marginals in (("query", table.query_marginals), ("key", table.key_marginals)):
+        if rows := _marginals(marginals, min(top, 8), all):
+            show_table(out, f"Marginals, {side} side", ("component", "value|", "contrast|"), rows)
+
+
+def _pairs(table: QKAttribution, top: int, all: bool, out) -> None:
+    from qkattr.cli.show import bar, show_table
+    from qkattr.export.qk_rows import unfolded
+    from qkattr.export.summary import component
+
+    shown = (table.pairs if all else unfolded(table.pairs))[:top]
+    most = max((abs(p["value"]) for p in shown), default=1.0)
     rows = [
         (
             component(p["query"]),
@@ -129,15 +154,20 @@ def show(table: QKAttribution, top: int) -> None:
             f"{p['contrast']:+.4f}",
             bar(p["value"], most),
         )
-        for p in table.pairs[:top]
+        for p in shown
     ]
-    show_table(out, "Pairs", ("query side", "key side", "value|", "contrast|", ""), rows)
-    for side, marginals in (("query", table.query_marginals), ("key", table.key_marginals)):
-        rows = [
-            (component(m), f"{m['value']:+.4f}", f"{m['contrast']:+.4f}")
-            for m in marginals[: min(top, 8)]
-        ]
-        show_table(out, f"Marginals, {side} side", ("component", "value|", "contrast|"), rows)
+    if rows:
+        show_table(out, "Pairs", ("query side", "key side", "value|", "contrast|", ""), rows)
+
+
+def _marginals(marginals: list[dict[str, Any]], top: int, all: bool) -> list[tuple[str, ...]]:
+    from qkattr.export.qk_rows import folded_marginal, unfolded
+    from qkattr.export.summary import component
+
+    shown = [(component(m), m) for m in (marginals if all else unfolded(marginals))[:top]]
+    folded = None if all or not shown else folded_marginal(marginals)
+    shown += [] if folded is None else [("bias, sink and error", folded)]
+    return [(said, f"{m['value']:+.4f}", f"{m['contrast']:+.4f}") for said, m in shown]
 
 
 def show_groups(sums: dict[str, Any]) -> None:

@@ -60,7 +60,7 @@ def trace(
     max_logits: Annotated[int, Option(help="Likeliest tokens taken as targets, at most.")] = 10,
     logit_mass: Annotated[float, Option(help="Probability that they cover.")] = 0.95,
     qk: Annotated[
-        int, Option(help="QK attributions to include, of the heads that carried most.")
+        int, Option(help="QK attributions to include, of the heads that carried most to no sink.")
     ] = 8,
     cards: Annotated[
         Path | None,
@@ -175,7 +175,7 @@ def _place(score: str | None) -> tuple[int, int, str, str] | None:
 def summarise(result: Result) -> None:
     """Predictions, the strongest routes, the heads that carried most, and what leaked."""
     from qkattr.cli.show import console, percent, say, show_table
-    from qkattr.export.summary import route_hops, strongest_heads
+    from qkattr.export.effect_rows import strongest_heads
 
     out, graph = console(), result.graph
     say(
@@ -188,9 +188,7 @@ def summarise(result: Result) -> None:
         for p in result.predictions[:5]
     ]
     show_table(out, "Next token", ("token", "probability|", ""), rows)
-    routes = result.routes(5)
-    rows = [(percent(r.share), "".join(_hop(h) for h in route_hops(result, r))) for r in routes]
-    show_table(out, "Strongest routes (share of the target's influence)", ("share|", "route"), rows)
+    _routes(result, out)
     rows = [
         (
             h["head"],
@@ -208,9 +206,26 @@ def summarise(result: Result) -> None:
     _leak(result, out)
 
 
-def _hop(hop: dict) -> str:
-    position = hop["position"]
-    return f"{hop['via']}{quoted(hop['text'])}" + (f" {position}" if position != "" else "")
+def _routes(result: Result, out, targets: int = 3) -> None:
+    """One table for each of the targets with most influence."""
+    from qkattr.cli.show import percent, say, show_table
+    from qkattr.export.routes import about_routes, route_lines, route_tables
+
+    tables = route_tables(result, 5)
+    for table in tables[:targets]:
+        rows = []
+        for row in table["routes"]:
+            route, *hops = route_lines(row, table["end"])
+            rows += [(percent(row["share"]), route), *(("", hop) for hop in hops)]
+        title = f"Strongest routes into {table['target']} (share of its influence)"
+        if rows:
+            show_table(out, title, ("share|", "route"), rows)
+        else:
+            say(out, f"No path from {table['target']} reaches the tokens; see what leaked.")
+    say(out, about_routes(result))
+    if len(tables) > targets:
+        others = ", ".join(table["target"] for table in tables[targets:])
+        say(out, f"The page (--out) has those into the other targets too: {others}.")
 
 
 def _every_fifth(rows: list) -> list:
@@ -219,7 +234,7 @@ def _every_fifth(rows: list) -> list:
 
 def _account(result: Result, out) -> None:
     from qkattr.cli.show import show_table
-    from qkattr.export.summary import ACCOUNTED, accounts
+    from qkattr.export.effect_rows import ACCOUNTED, accounts
 
     columns = ("boundary|", *(f"{name}|" for name, _ in ACCOUNTED))
     for account in accounts(result):

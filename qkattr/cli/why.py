@@ -27,6 +27,7 @@ def why(
     top: Annotated[int, typer.Option(min=1, max=4096, help="Rows of each list.")] = 12,
     figure: place.Figure = None,
     labels: common.Labels = None,
+    all: common.All = False,
     reading: options.Subject = options.Subject(),
     json: common.Json = False,
 ) -> None:
@@ -43,7 +44,7 @@ def why(
         )  # fmt: skip
         found = decompose(
             subject, given, layer=layer, head=head, query=query, key=key, form=form, top=top,
-            progress=progress, **components,
+            folded=not (all or json), progress=progress, **components,
         )  # fmt: skip
         if figure is not None:
             from qkattr.export.qk_figures import why_figure
@@ -53,14 +54,15 @@ def why(
     if json:
         common.print_json(found.to_json(), subject.notes)
         return
-    show(found, top)
+    show(found, top, all)
     if figure is not None:
         print(printable(f"Drawn: {figure}"))
 
 
-def show(found: Why, top: int) -> None:
+def show(found: Why, top: int, all: bool = False) -> None:
     """The keys, what pushes, what holds back, and the duels with the other keys."""
     from qkattr.cli.show import bar, console, percent, say, show_table
+    from qkattr.export.qk_rows import folded_line
     from qkattr.export.summary import component
 
     out, tokens = console(), found.tokens
@@ -99,6 +101,8 @@ def show(found: Why, top: int) -> None:
             for r in listed[:top]
         ]
         show_table(out, title, ("query side", "key side", "at", "value|"), rows)
+    if not all and (folded := folded_line(found.shares, "the sum of rows")):
+        say(out, f"{folded[:1].upper()}{folded[1:]}. --all lists these rows.")
     rows = [
         (
             component(f),

@@ -19,6 +19,7 @@ import msgspec
 import numpy as np
 
 from qkattr.errors import InputError
+from qkattr.export.routes import routes_json
 from qkattr.export.summary import name
 from qkattr.export.viewers import FEATURE_TYPES, node_layer, node_number, scan_of, source_of
 from qkattr.graph.accounts import ACCOUNT_COLUMNS
@@ -121,6 +122,7 @@ def header(result: Result, listed: int) -> dict[str, Any]:
         "account": _account(result),
         "heads": [_rounded(row) for row in result.head_effects(HEADS)],
         "leak": graph.leak,
+        "routes": routes_json(result),
         "links": {"listed": listed, "all": len(graph.edges)},
         "sinks": result.sinks,
         "scores": result.scores.tolist(),

@@ -12,18 +12,25 @@ import jinja2
 
 from qkattr.characters import joined
 from qkattr.errors import quoted
+from qkattr.export.effect_rows import ACCOUNTED, accounts, strongest_heads
+from qkattr.export.qk_rows import (
+    folded_line,
+    folded_marginal,
+    resting_heads,
+    rests_on,
+    unfolded,
+)
+from qkattr.export.routes import ROUTES_LISTED, about_routes, route_tables
 from qkattr.export.summary import (
-    ACCOUNTED,
     MARGINALS_SHOWN,
     PAIRS_SHOWN,
-    accounts,
+    both_aucs,
+    called,
     component,
     feature_in,
     pieces,
     quality,
-    route_hops,
     strongest_edges,
-    strongest_heads,
     visible,
 )
 from qkattr.features.cards import Card, Example
@@ -45,12 +52,14 @@ def page(result: Result) -> str:
         cut=joined(result.tokens) != "".join(result.tokens),
         tokens=[dict(text=t, sink=sinks.get(i)) for i, t in enumerate(result.tokens)],
         predictions=[{**p, "note": _note(result, p)} for p in result.predictions],
-        routes=[dict(share=r.share, hops=route_hops(result, r)) for r in result.routes(8)],
+        routes=route_tables(result, ROUTES_LISTED),
+        about_routes=about_routes(result),
         main=result.main_target,
         heads=strongest_heads(result),
         accounted=[name for name, _ in ACCOUNTED],
         accounts=accounts(result),
-        qk=[_qk(table) for table in result.qk.values()],
+        qk=[_qk(table) for table in result.qk.values() if not rests_on(table)],
+        resting=resting_heads(result),
         edges=[
             dict(e, ends=zip((e["source"], e["target"]), e["features"], strict=True))
             for e in strongest_edges(result)
@@ -93,7 +102,8 @@ def _note(result: Result, prediction: dict[str, Any]) -> str:
 
 
 def _qk(table) -> dict[str, Any]:
-    most = max((abs(p["value"]) for p in table.pairs), default=1.0)
+    shown = unfolded(table.pairs)[:PAIRS_SHOWN]
+    most = max((abs(p["value"]) for p in shown), default=1.0)
     pairs = [
         dict(
             sides=[_side(table.layer, p[side]) for side in ("query", "key")],
@@ -101,7 +111,7 @@ def _qk(table) -> dict[str, Any]:
             contrast=p["contrast"],
             bar=abs(p["value"]) / max(most, 1e-30),
         )
-        for p in table.pairs[:PAIRS_SHOWN]
+        for p in shown
     ]
     shares = [dict(name=k, **v) for k, v in table.shares.items() if v["absolute"] >= 0.005]
     return dict(
@@ -116,6 +126,7 @@ def _qk(table) -> dict[str, Any]:
         n_pairs=table.n_pairs,
         shares=shares,
         pairs=pairs,
+        folded=folded_line(table.shares),
         query_marginals=_marginals(table.layer, table.query_marginals),
         key_marginals=_marginals(table.layer, table.key_marginals),
     )
@@ -126,12 +137,20 @@ def _side(layer: int, described: dict[str, Any]) -> tuple[str, tuple[int, int] |
 
 
 def _marginals(layer: int, marginals: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [dict(m, side=_side(layer, m)) for m in marginals[:MARGINALS_SHOWN]]
+    shown = [dict(m, side=_side(layer, m)) for m in unfolded(marginals)[:MARGINALS_SHOWN]]
+    folded = folded_marginal(marginals)
+    return shown + ([] if folded is None else [dict(folded, side=("bias, sink and error", None))])
 
 
 def _card(card: Card) -> dict[str, Any]:
     contexts = [_context(example, card.max) for example in card.examples]
-    return dict(card=card, quality=quality(card), contexts=contexts)
+    return dict(
+        card=card,
+        called=called(card.label),
+        aucs=both_aucs(card),
+        quality=quality(card),
+        contexts=contexts,
+    )
 
 
 def _context(example: Example, most: float) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What the page and the terminal both say of a result, as rows: routes, heads, edges."""
+"""What the page and the terminal both say of a result, as rows: heads, edges."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import numpy as np
 
 from qkattr.characters import whole
 from qkattr.errors import clipped, printable, quoted
+from qkattr.export.qk_rows import unfolded
 from qkattr.features.cards import Card, Cards, Example
-from qkattr.graph.accounts import main_weights
-from qkattr.graph.paths import Route
+from qkattr.features.labels import strongest_tokens
 from qkattr.result import Result
 from qkattr.types import Kind
 
@@ -40,7 +40,7 @@ def name(result: Result, node: int) -> str:
     kind, t, b = Kind(nodes.kind[node]), int(nodes.position[node]), int(nodes.boundary[node])
     label, token = result.label(node), quoted(result.tokens[t])
     if kind == Kind.FEATURE:
-        said = f" {visible(label)}" if label else ""
+        said = f" {called(label)}" if label else ""
         return f"feature {b}:{nodes.index[node]}{said} on {token} {t}"
     if kind == Kind.LOGIT:
         return f"logit {quoted(label)}"
@@ -51,13 +51,19 @@ def name(result: Result, node: int) -> str:
     return f"{kind.label} {b} on {token} {t}"
 
 
+def called(label: str) -> str:
+    """What a feature is called. Where no rule describes it, by the tokens it is strongest on."""
+    tokens = strongest_tokens(label)
+    return visible(f"strongest on {tokens}" if tokens else label)
+
+
 def component(described: dict[str, Any]) -> str:
     """A component of a QK attribution in words."""
     kind, index, label = described["kind"], described["index"], described.get("label", "")
     text = kind if index is None else f"{kind} {index}"
     if not label:
         return text
-    return f"{text} {quoted(label) if kind == Kind.TOKEN.label else visible(label)}"
+    return f"{text} {quoted(label) if kind == Kind.TOKEN.label else called(label)}"
 
 
 def feature_of(result: Result, node: int) -> tuple[int, int] | None:
@@ -79,12 +85,20 @@ def shown_cards(result: Result, cards: Cards) -> dict[tuple[int, int], Card]:
     """The cards of the features that the page shows: those of QK attributions and of edges."""
     shown = {feature for row in strongest_edges(result) for feature in row["features"]}
     for table in result.qk.values():
-        sides = [pair[side] for pair in table.pairs[:PAIRS_SHOWN] for side in ("query", "key")]
+        shown_pairs = unfolded(table.pairs)[:PAIRS_SHOWN]
+        sides = [pair[side] for pair in shown_pairs for side in ("query", "key")]
         for marginals in (table.query_marginals, table.key_marginals):
-            sides += marginals[:MARGINALS_SHOWN]
+            sides += unfolded(marginals)[:MARGINALS_SHOWN]
         shown |= {feature_in(table.layer, side) for side in sides}
     known = [feature for feature in shown if feature and feature[1] < cards.width(feature[0])]
     return {feature: cards.card(*feature) for feature in sorted(known)}
+
+
+def both_aucs(card: Card) -> str:
+    """The AUC of the label's rule for all activations, and for strong ones."""
+    measured = ((card.auc, "overall"), (card.strong_auc, "when strong"))
+    said = [f"{auc:.2f} {which}" for auc, which in measured if auc is not None]
+    return f"AUC {', '.join(said)}" if said else ""
 
 
 def quality(card: Card) -> str:
@@ -94,11 +108,11 @@ def quality(card: Card) -> str:
     if card.auc is None:
         return f"AUC not measured: {card.n} held-out positions activate it."
     said = (
-        f"AUC {card.auc:.2f} of its rule: {card.n} held-out positions that activate it against all "
-        f"others"
+        f"AUC {card.auc:.2f} of its rule overall: {card.n} held-out positions that activate it "
+        f"against all others"
     )
     if card.strong_auc is not None:
-        said += f"; {card.strong_auc:.2f} for its strongest fifth ({card.strong_n})"
+        said += f"; {card.strong_auc:.2f} when strong, for its strongest fifth ({card.strong_n})"
     return f"{said}. 0.5 is chance; of an unclear label, the best rule found."
 
 
@@ -117,84 +131,6 @@ def pieces(example: Example) -> list[Piece]:
         Piece(text, max(example.activations[i] for i in tokens), example.at in tokens)
         for tokens, text in whole(example.tokens)
     ]
-
-
-def route_hops(result: Result, route: Route) -> list[dict[str, Any]]:
-    """The positions of a route, each with the head that brought its strongest path there."""
-    nodes, edges = result.graph.nodes, result.graph.edges
-    first = int(nodes.position[route.nodes[0]])
-    hops = [dict(via="", position=first, text=result.tokens[first])]
-    for edge in route.edges:
-        source, target = nodes.position[edges.source[edge]], nodes.position[edges.target[edge]]
-        if source == target:
-            continue
-        head = _leading_head(result, int(edges.block[edge]), int(source), int(target))
-        via = f" → {edges.block[edge]}.{head} → "
-        hops.append(dict(via=via, position=int(target), text=result.tokens[target]))
-    target = route.nodes[-1]
-    hops.append(dict(via=" → ", position="", text=result.label(target)))
-    return hops
-
-
-def _leading_head(result: Result, block: int, source: int, target: int) -> int:
-    """The head of a block that carried most influence from one position to another."""
-    edges, nodes = result.graph.edges, result.graph.nodes
-    there = edges.block == block
-    there &= nodes.position[edges.source] == source
-    there &= nodes.position[edges.target] == target
-    return int(result.graph.head_influence()[there].sum(0).argmax())
-
-
-def strongest_heads(result: Result, n: int = 15) -> list[dict[str, Any]]:
-    """The places (head, query, key) with the largest |effect| between two positions."""
-    rows = result.head_effects(n)
-    most = max((abs(row["effect"]) for row in rows), default=1.0)
-    return [
-        dict(
-            head=f"{row['layer']}.{row['head']}",
-            query=row["query"],
-            key=row["key"],
-            source=result.tokens[row["key"]],
-            target=result.tokens[row["query"]],
-            effect=number(row["effect"]),
-            negative=row["effect"] < 0,
-            bar=abs(row["effect"]) / max(most, 1e-30),
-            attention=row["probability"],
-            influence=row["influence"],
-        )
-        for row in rows
-    ]
-
-
-#: What the account is said by: a name, and the columns that it sums.
-ACCOUNTED = (
-    ("features", ("feature",)),
-    ("tokens", ("token", "position")),
-    ("errors", ("error",)),
-    ("sinks", ("sink",)),
-    ("bias", ("bias",)),
-    ("constants", ("const",)),
-)
-
-
-def accounts(result: Result) -> list[dict[str, Any]]:
-    """The account of the main target: its name and value, and of every boundary the share of it on
-    each of `ACCOUNTED`. A score has two, one of each side."""
-    account, graph = result.graph.account, result.graph
-    weights = main_weights(graph.nodes.kind[graph.targets])
-    found = []
-    for node in graph.targets[weights != 0].tolist():
-        at = np.flatnonzero(account.node == node)
-        value = float(account.target[at[0]])
-        parts = [sum(getattr(account, c)[at] for c in columns) for _, columns in ACCOUNTED]
-        shares = (np.stack(parts, 1) / value).tolist() if value else np.stack(parts, 1).tolist()
-        rows = [
-            dict(boundary=int(b), shares=row)
-            for b, row in zip(account.boundary[at], shares, strict=True)
-        ]
-        name = result.label(node) if len(result.scores) else result.main_target
-        found.append(dict(name=name, value=value, rows=rows))
-    return found
 
 
 def strongest_edges(result: Result, n: int = EDGES_SHOWN) -> list[dict[str, Any]]:

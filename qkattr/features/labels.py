@@ -41,6 +41,9 @@ STRONG = 0.8
 
 WHEN_STRONG = " (when strong)"
 NEVER = "never active on this text"
+#: Labels of features that no rule describes, and of those with too few activations for one.
+UNCLEAR, RARE = "unclear", "rare"
+_FOR_EXAMPLE = "; e.g. "
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,9 +125,9 @@ def label_features(
     text = []
     for f, (i, s) in enumerate(zip(chosen.tolist(), strong.tolist(), strict=True)):
         if i < 0:
-            text.append(_e_g("rare", examples[f]) if examples[f] else NEVER)
+            text.append(_e_g(RARE, examples[f]) if examples[f] else NEVER)
         elif _of_interest(held_auc[s, f], auc[f]) < CLEAR:
-            text.append(_e_g("unclear", examples[f]))
+            text.append(_e_g(UNCLEAR, examples[f]))
         else:
             ids = [int(id) for id in rules[i, s][f] if id >= 0]
             text.append(views[i].phrase(ids) + WHEN_STRONG * s)
@@ -205,6 +208,12 @@ def measure(
     return 0.5 + _gain(hits, every, every, half, total) / 2
 
 
+def strongest_tokens(label: str) -> str:
+    """Of a label without a rule, the tokens on which the feature is strongest; "" of others."""
+    what, _, tokens = label.partition(_FOR_EXAMPLE)
+    return tokens if what in (UNCLEAR, RARE) else ""
+
+
 def _e_g(what: str, examples: Sequence[str]) -> str:
     common = [quoted(text, 24) for text, _ in Counter(examples).most_common(3)]
-    return f"{what}; e.g. {', '.join(common)}" if common else what
+    return f"{what}{_FOR_EXAMPLE}{', '.join(common)}" if common else what

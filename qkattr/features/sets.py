@@ -10,7 +10,7 @@ import numpy as np
 
 from qkattr.errors import InputError
 from qkattr.features.cards import Cards
-from qkattr.features.labels import NEVER, WHEN_STRONG
+from qkattr.features.labels import NEVER, WHEN_STRONG, strongest_tokens
 from qkattr.features.levels import NOT_MEASURED
 from qkattr.load.bundle import Bundle
 
@@ -23,9 +23,7 @@ def overview(cards: Cards) -> list[dict[str, Any]]:
         part = slice(cards.first[at], cards.first[at + 1])
         texts = cards.label_text[part]
         strong = np.array([text.endswith(WHEN_STRONG) for text in texts])
-        vague = np.array(
-            [text == NEVER or text.startswith(("unclear;", "rare;")) for text in texts]
-        )
+        vague = np.array([text == NEVER or bool(strongest_tokens(text)) for text in texts])
         known_of = np.where(strong, cards.auc[part, 1], cards.auc[part, 0]) != NOT_MEASURED
         labelled = ~vague & known_of
         auc = np.where(cards.auc[part] == NOT_MEASURED, np.nan, cards.auc[part] / 254)

@@ -107,6 +107,7 @@ def competition(
     query: Int[Array, ""] | int,
     key: Int[Array, ""] | int,
     other: Int[Array, ""] | int = 0,
+    listed: Bool[Array, "S C"] | None = None,
     form: str = "odds",
     top: int = 64,
     kinds: int = 10,
@@ -119,6 +120,8 @@ def competition(
       weights: the block's. x: the residual stream it reads. components: of it.
       identity: which component a slot holds, 0 to S C - 1: the same number for the same one.
       other: the second key of form "difference"; not read otherwise.
+      listed: slots that rows among `pushes`, `pulls` and their nets may have; None: all. The sums
+        are of all rows.
       form: one of `FORMS` (static). top: rows of either sign to keep (static). kinds: how many
         values `Kind` has (static).
     """
@@ -138,7 +141,10 @@ def competition(
     k = key_components(weights, components, activations, head, cfg=cfg, precision=precision)
     k = k * (weight * ratio * cfg.scale)[:, None, None]
     rows = jnp.einsum("AH,SCH->ASC", q, k, precision=precision)
-    flat = rows.reshape(rows.shape[0], -1).T
+    shown = rows
+    if listed is not None:
+        shown = jnp.where(listed[query][:, None, None] & listed, rows, 0.0)
+    flat = shown.reshape(shown.shape[0], -1).T
     net = jax.ops.segment_sum(flat, identity.ravel(), num_segments=identity.size).T
     each = jax.vmap(lambda s: used_slots(components, s, weights.bk_KH, weights.norm_attn))
     hot_q = jax.nn.one_hot(components.kind[query], kinds)
@@ -153,8 +159,8 @@ def competition(
         entropy=entropy,
         total=rows.sum(),
         value=value,
-        pushes=_strongest(rows, top),
-        pulls=_strongest(-rows, top, sign=-1.0),
+        pushes=_strongest(shown, top),
+        pulls=_strongest(-shown, top, sign=-1.0),
         net_pushes=_nets(net, top),
         net_pulls=_nets(-net, top, sign=-1.0),
         by_key_S=rows.sum((0, 2)),

@@ -1,0 +1,98 @@
+"""Which rows of an attention score are shown: those that features explain.
+
+Bias, error and sink say nothing about why a head looked somewhere. Rows that have one of them on
+either side are folded into one line with their sum.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from qkattr.errors import quoted
+from qkattr.graph.paths import ranked_scores
+from qkattr.qk.table import QKAttribution
+from qkattr.result import Result
+from qkattr.types import FOLDED_KINDS, Kind
+
+_FOLDED = {kind.label for kind in FOLDED_KINDS}
+#: With a smaller share of the absolute sum, features are said to explain nothing.
+LEAST_EXPLAINED = 0.1
+
+
+def unfolded(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The pairs, or the components, without bias, error and sink."""
+    return [
+        row
+        for row in rows
+        if not any(side["kind"] in _FOLDED for side in (row.get("query", row), row.get("key", row)))
+    ]
+
+
+def folded_share(shares: Mapping[str, Mapping[str, float]]) -> tuple[float, float]:
+    """`(signed, absolute)` of all pairs with bias, error or sink on either side."""
+    folded = [share for name, share in shares.items() if _FOLDED & set(name.split("-"))]
+    return sum(s["signed"] for s in folded), sum(s["absolute"] for s in folded)
+
+
+def folded_line(shares: Mapping[str, Mapping[str, float]], what: str = "the score") -> str:
+    """The folded pairs in one line, and whether what is left explains anything."""
+    signed, absolute = folded_share(shares)
+    if not absolute:
+        return ""
+    said = (
+        f"bias, sink and error: {signed:+.2f} of {what} ({100 * absolute:.0f} % of the absolute "
+        "sum of its terms)"
+    )
+    if 1 - absolute >= LEAST_EXPLAINED:
+        return said
+    return (
+        f"{said}. Pairs of features have {100 * (1 - absolute):.0f} % of it: they do not explain "
+        f"{what}"
+    )
+
+
+def folded_marginal(rows: Iterable[dict[str, Any]]) -> dict[str, float] | None:
+    """The sums of the folded components of one side; None where there are none."""
+    folded = [row for row in rows if row["kind"] in _FOLDED]
+    if not folded:
+        return None
+    return {name: sum(row[name] for row in folded) for name in ("value", "contrast")}
+
+
+def rests_on(table: QKAttribution) -> str:
+    """What the head rests on where the key is a sink; "" elsewhere."""
+    if all(m["kind"] != Kind.SINK.label for m in table.key_marginals):
+        return ""
+    return sink_name(table.tokens, table.key)
+
+
+def sink_name(tokens: list[str], position: int) -> str:
+    """A sink in words."""
+    if position == 0:
+        return "the first token"
+    return f"the sink {quoted(tokens[position])} {position}"
+
+
+def enough_stored(table: QKAttribution, most: int) -> bool:
+    """Whether the pairs that a saved table lists, the strongest of all, contain the `most`
+    strongest unfolded ones."""
+    if len(table.pairs) == table.n_pairs or rests_on(table):
+        return True
+    return len(unfolded(table.pairs)) >= most
+
+
+def resting_heads(result: Result, n: int = 15) -> list[dict[str, Any]]:
+    """Those of the n heads that carried most between positions that rest on a sink."""
+    heads = ranked_scores(result.graph, n)
+    sinks = {s["position"]: set(s["boundaries"]) for s in result.sinks}
+    return [
+        dict(
+            head=f"{block}.{head}",
+            query=query,
+            query_token=result.tokens[query],
+            sink=sink_name(result.tokens, key),
+        )
+        for (block, head, query, key), _ in heads
+        if block in sinks.get(key, ())
+    ]
