@@ -38,6 +38,7 @@ def graph_of(nodes: list[tuple], edges: list[tuple], lost: float = 0.0) -> Graph
     is_target = np.isin(kind, (Kind.LOGIT, Kind.SCORE))
     zeros = np.zeros(len(nodes))
     columns = dict.fromkeys(("activation", "share", "total", "error", "kept"), zeros)
+    columns["effect"] = np.zeros((len(nodes), 0))
     influence = np.where(is_target, 1 / max(is_target.sum(), 1), 0.0)
     return Graph(
         nodes=Nodes(
