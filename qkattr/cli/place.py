@@ -11,6 +11,9 @@ from qkattr.cli import common, options
 from qkattr.errors import InputError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from qkattr.graph.paths import Place
     from qkattr.load.bundle import Bundle, Prompt
     from qkattr.result import Result
 
@@ -53,15 +56,19 @@ def open_subject(
     reading: options.Subject,
     progress,
     labels: list[str] | None = None,
+    check: Callable[[list[str], Place, Sequence[int]], None] | None = None,
 ) -> tuple[Result | Bundle, Prompt | None, dict[str, Any]]:
     """A result joined with its model, or a bundle with a prompt and its options; the place, where
-    one is asked about, is checked before weights are read."""
+    one is asked about, is checked before weights are read, and `check` is called with the tokens,
+    the place and every block's window."""
     if common.is_result(prompt):
-        from qkattr.scores import place_in
+        from qkattr.scores import place_in, windows_of
 
         result = options.open_saved(prompt, context)
         if place is not None:
-            place_in(result, place)
+            found = place_in(result, place)
+            if check is not None:
+                check(result.tokens, found, windows_of(result))
         if labels:
             result = relabelled(result, labels)
         progress("loading the model")
@@ -71,9 +78,11 @@ def open_subject(
 
     given = reading.read(prompt)
     bundle = model.open()
-    ids_ = bundle.tokenize(given, reading.bos)[0]
+    tokens = token_texts(bundle, bundle.tokenize(given, reading.bos)[0])
     if place is not None:
-        find_place_in(bundle.config, token_texts(bundle, ids_), place)
+        found = find_place_in(bundle.config, tokens, place)
+        if check is not None:
+            check(tokens, found, bundle.config.windows)
     if labels:
         from qkattr.load.labels import labelled
 
