@@ -154,7 +154,19 @@ def test_pack_as_a_table(run, tmp_path):
     text = run(
         "pack", "saes", "--out", tmp_path / "a.safetensors", "-m", "model", "--text", "rows.npy"
     )
-    assert "Of the loss recovered, packing lost" in text
+    assert "Loss recovered is undefined (-) on these" in text or "Packing lost " in text
+
+
+@pytest.mark.parametrize(
+    "before,after,lost", [(0.8, 0.6, 0.25), (None, 0.6, None), (0.8, None, None)]
+)
+def test_what_packing_lost(before, after, lost):
+    from qkattr.cli.pack import _lost, _said
+
+    row = dict(loss_recovered=dict(before=before, after=after))
+    assert _lost(row) == (None if lost is None else pytest.approx(lost))
+    said = _said(dict(rows=3, boundaries=[row]))
+    assert ("Packing lost 25" in said) == (lost is not None)
 
 
 def test_hashes_tell_files_apart(root, tmp_path):

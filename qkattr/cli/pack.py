@@ -103,20 +103,32 @@ def _show(report: dict[str, Any]) -> None:
     if measured:
         columns += ["unexplained|", "packed|", "recovered|", "packed|", "lost|"]
         for row, b in zip(rows, report["boundaries"], strict=True):
-            row += [f"{b[name][side]:.4f}" for name in _MEASURED for side in ("before", "after")]
-            row.append(percent(_lost(b)))
+            figures = [b[name][side] for name in _MEASURED for side in ("before", "after")]
+            row += ["-" if figure is None else f"{figure:.4f}" for figure in figures]
+            lost = _lost(b)
+            row.append("-" if lost is None else percent(lost))
     show_table(out, "Packed SAEs: relative error of the weights", columns, rows)
     if measured:
-        lost = [_lost(b) for b in report["boundaries"]]
-        say(
-            out,
-            f"Of the loss recovered, packing lost {percent(sum(lost) / len(lost))} on average, "
-            f"{percent(max(lost))} at most, on {report['rows']} rows.",
-        )
+        say(out, _said(report))
     print(printable(f"Wrote {report['file']}: {report['bytes']:,} bytes"))
 
 
-def _lost(boundary: dict[str, Any]) -> float:
-    """The share of the loss recovered that packing lost."""
-    recovered = boundary["loss_recovered"]
-    return (recovered["before"] - recovered["after"]) / max(recovered["before"], 1e-6)
+def _said(report: dict[str, Any]) -> str:
+    lost = [share for share in map(_lost, report["boundaries"]) if share is not None]
+    if not lost:
+        return (
+            f"Loss recovered is undefined (-) on these {report['rows']} rows: the mean in place of "
+            "the residual stream hardly raises the loss."
+        )
+    from qkattr.cli.show import percent
+
+    return (
+        f"Packing lost {percent(sum(lost) / len(lost))} of the loss recovered on average, "
+        f"{percent(max(lost))} at most, on {report['rows']} rows."
+    )
+
+
+def _lost(boundary: dict[str, Any]) -> float | None:
+    """The share of the loss recovered that packing lost; None where that is undefined."""
+    before, after = (boundary["loss_recovered"][side] for side in ("before", "after"))
+    return None if before is None or after is None else (before - after) / max(before, 1e-6)
