@@ -73,8 +73,22 @@ def steer(
         list[str] | None, Option(help="Next token to follow (repeatable).", show_default=False)
     ] = None,
     query: Annotated[str, Option(help="Position whose pattern is shown.")] = "-1",
+    control: Annotated[
+        bool,
+        Option(
+            "--control/--no-control",
+            help="Show beside the result what random edits of the same size do.",
+        ),
+    ] = True,
+    draws: Annotated[int, Option(min=1, max=1000, help="The number of random edits.")] = 8,
+    seed: Annotated[int, Option(min=0, help="The seed of the random edits.")] = 0,
     hydra: Annotated[
-        bool, Option("--hydra", help="Heads it takes, the others live and frozen.")
+        bool,
+        Option(
+            "--hydra",
+            help="Show how many heads are needed to flip the prediction, with the other patterns "
+            "recomputed and with them fixed.",
+        ),
     ] = False,
     figure: Annotated[
         Path | None, Option(help="Draw it: a .svg, .png or .pdf.", show_default=False)
@@ -129,6 +143,8 @@ def steer(
             track=track or (),
             query=query,
             labels=known,
+            draws=draws if control else 0,
+            seed=seed,
             progress=progress,
             **components,
         )
@@ -276,29 +292,64 @@ def _show(steering: Steering) -> None:
     heads = "1 head" if steering.n_heads == 1 else f"{steering.n_heads} heads"
     say(out, f"{heads}, {share} of the model's; patterns of the others {others}")
     say(out, f"norm scales of edited reads {norms}; values and everything else as they are")
-    names = list(steering.tracked)[:5]
+    control = (steering.control or {}).get("tracked", {})
+    first, *others = list(steering.tracked)[: 4 if control else 5]
     rows = [
         (
             f"{scale:g}",
             quoted(steering.top[i][0]["token"]),
-            *(f"{steering.tracked[name][i]:.4f}" for name in names),
+            f"{steering.tracked[first][i]:.4f}",
+            *_spread(control.get(first), i),
+            *(f"{steering.tracked[name][i]:.4f}" for name in others),
             f"{steering.kl[i]:.4f}",
             *_attention(steering.patterns[i], steering.keys),
         )
         for i, scale in enumerate(steering.scales)
     ]
-    columns = ("scale|", "says", *(f"P {quoted(n, 16)}|" for n in names), "KL|")
+    named, *more = (f"P {quoted(name, 16)}|" for name in (first, *others))
+    columns = ("scale|", "says", named, *(["control|"] if control else []), *more, "KL|")
     keys = some([f"{quoted(steering.tokens[k], 16)} {k}" for k in steering.keys])
     title = "Next token"
     if steering.patterns[0]:
         columns = (*columns, "attention|")
         title = f"Next token; mean attention of the edited heads to {keys}"
     show_table(out, title, columns, rows)
+    _say_control(out, steering)
     rows = [(r["head"], f"{r['attention']:.4f}", f"{r['change']:+.4f}") for r in steering.rose[:5]]
     if rows:
         at = f"at scale {steering.rose[0]['scale']:g}"
         title = f"Unedited heads that look at {keys} otherwise {at}"
         show_table(out, title, ("head", "clean attention|", "change|"), rows)
+
+
+def _spread(control: dict[str, list[float]] | None, i: int) -> list[str]:
+    """The median and range of a probability at a scale under the random edits, if there are any."""
+    if control is None:
+        return []
+    median, low, high = (control[of][i] for of in ("median", "low", "high"))
+    return [f"{median:.2f} ({low:.2f}..{high:.2f})"]
+
+
+def _say_control(out, steering: Steering) -> None:
+    """What the columns of the control are, or why there are none."""
+    from qkattr.cli.show import say
+
+    control = steering.control
+    if control is None:
+        return
+    if "reason" in control:
+        say(out, f"There is no random control. {control['reason']}")
+        return
+    what = []
+    if steering.edits:
+        what.append("other active features of the same positions and sizes")
+    if steering.ablated:
+        what.append("other heads of the same blocks")
+    say(
+        out,
+        f"control: the probability before it (median and range) when {' and '.join(what)} are "
+        f"edited instead: {control['draws']} random draws, seed {control['seed']}",
+    )
 
 
 def _attention(patterns: dict[str, list[float]], keys: list[int]) -> list[str]:
