@@ -156,7 +156,11 @@ def test_trace_of_a_score_and_of_a_contrast(cli):
     graph = cli.json("trace", PROMPT, "--contrast", "hi", " hi")
     assert [node["kind"] for node in graph["nodes"]].count("logit") == 1
     cli("trace", PROMPT, "--score", "1.2.-1. hi#2")
-    cli("trace", PROMPT, "--contrast", "hi", " hi")
+    roles = {p["role"]: p["token"] for p in graph["qkattr"]["predictions"]}
+    assert (roles["for"], roles["against"], "target" in roles) == ("hi", " hi", False)
+    said = " ".join(cli("trace", PROMPT, "--contrast", "hi", " hi").split())
+    assert re.search(r"'hi' [\d.]+ for: traced is its logit less that of ' hi'", said)
+    assert re.search(r"' hi' [\d.]+ against: its logit is subtracted from that of 'hi'", said)
 
 
 @pytest.mark.parametrize("layer", [0, 1])

@@ -175,6 +175,7 @@ def _place(score: str | None) -> tuple[int, int, str, str] | None:
 def summarise(result: Result) -> None:
     """Predictions, the strongest routes, the heads that carried most, and what leaked."""
     from qkattr.cli.show import console, percent, say, show_table
+    from qkattr.export.predictions import shown
     from qkattr.export.summary import route_hops, strongest_heads
 
     out, graph = console(), result.graph
@@ -183,10 +184,7 @@ def summarise(result: Result) -> None:
         f"{result.bos[:1].upper()}{result.bos[1:]}. {len(result.tokens)} tokens, "
         f"{len(graph.nodes)} nodes, {len(graph.edges)} edges.",
     )
-    rows = [
-        (quoted(p["token"]), f"{p['probability']:.4f}", "traced" if p["target"] else "")
-        for p in result.predictions[:5]
-    ]
+    rows = [(quoted(p["token"]), f"{p['probability']:.4f}", p["note"]) for p in shown(result, 5)]
     show_table(out, "Next token", ("token", "probability|", ""), rows)
     routes = result.routes(5)
     rows = [(percent(r.share), "".join(_hop(h) for h in route_hops(result, r))) for r in routes]

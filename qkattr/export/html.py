@@ -12,6 +12,7 @@ import jinja2
 
 from qkattr.characters import joined
 from qkattr.errors import quoted
+from qkattr.export.predictions import shown
 from qkattr.export.summary import (
     ACCOUNTED,
     MARGINALS_SHOWN,
@@ -44,7 +45,7 @@ def page(result: Result) -> str:
         prompt=result.prompt,
         cut=joined(result.tokens) != "".join(result.tokens),
         tokens=[dict(text=t, sink=sinks.get(i)) for i, t in enumerate(result.tokens)],
-        predictions=[{**p, "note": _note(result, p)} for p in result.predictions],
+        predictions=shown(result, len(result.predictions)),
         routes=[dict(share=r.share, hops=route_hops(result, r)) for r in result.routes(8)],
         main=result.main_target,
         heads=strongest_heads(result),
@@ -80,16 +81,6 @@ def _answer(result: Result) -> str:
         block, head, query, key, _ = result.scores[0]
         return f"{block}.{head}: {quoted(result.tokens[query])} to {quoted(result.tokens[key])}"
     return targets[0]
-
-
-def _note(result: Result, prediction: dict[str, Any]) -> str:
-    if not prediction["target"]:
-        return ""
-    against = prediction["against"]
-    if against < 0:
-        return "its logit"
-    other = next(p["token"] for p in result.predictions if p["id"] == against)
-    return f"its logit less that of {quoted(other)}"
 
 
 def _qk(table) -> dict[str, Any]:
