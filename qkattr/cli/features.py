@@ -78,12 +78,12 @@ def features(
         )
         return
     from qkattr.features.cards import Cards
-    from qkattr.load import smollm2
+    from qkattr.features.sets import packaged_cards
 
     into = out or cards
     if labels is not None and into is None:
         raise InputError("--out is missing; give the .npz file to write the cards to")
-    opened = Cards.open(cards or smollm2.cards_path())
+    opened = packaged_cards() if cards is None else Cards.open(cards)
     if labels is not None:
         _import(opened, labels, into, resid_pre, boundary)
     elif export is not None:
@@ -221,8 +221,11 @@ def _card(cards: Cards, boundary: int, index: int, json: bool) -> None:
         common.print_json(feature_json(card))
     else:
         from qkattr.cli.card import show_card
+        from qkattr.cli.show import console, say
+        from qkattr.features.sets import origin
 
         show_card(card)
+        say(console(), origin(cards))
 
 
 def _search(cards: Cards, text: str, boundary: int | None, json: bool) -> None:
@@ -256,7 +259,7 @@ def _auc(auc: float | None) -> str:
 
 def _overview(cards: Cards, boundary: int | None, json: bool) -> None:
     from qkattr.cli.show import console, percent, say, show_table
-    from qkattr.features.sets import overview
+    from qkattr.features.sets import origin, overview
 
     rows = [r for r in overview(cards) if r["boundary"] in _boundaries(cards, boundary)]
     if json:
@@ -280,9 +283,10 @@ def _overview(cards: Cards, boundary: int | None, json: bool) -> None:
         for r in rows
     )
     show_table(out, f"Feature cards of {meta['saes']} for {meta['model']}", columns, said)
-    read = f"{meta['text_rows']} rows of {meta['text_length']} tokens"
+    say(out, origin(cards))
     say(
         out,
-        f"From {meta['text'] or 'a text'}, {read}. Labelled: by a rule that separates activating "
-        f"from other held-out positions with an AUC of at least 0.7, all or only strong ones.",
+        "Labelled: features with a rule that separates the held-out positions that activate them "
+        "from all others with an AUC of at least 0.7. When strong: the rule does so only for the "
+        "strongest fifth of the activations.",
     )
