@@ -17,7 +17,7 @@ def check(
     text: Annotated[
         Path | None,
         typer.Option(
-            help="Text file, or .npy of token ids [rows, tokens]. Default: a packaged sample.",
+            help="A text file, or .npy of token ids [rows, tokens]. Default: a packaged sample.",
             show_default=False,
         ),
     ] = None,

@@ -25,38 +25,49 @@ def features(
     model: options.Saes = options.Saes(),
     text: Annotated[
         Path | None,
-        Option(help="Make cards from this text, or .npy of token rows.", show_default=False),
+        Option(help="Make cards from this text file, or .npy of token rows.", show_default=False),
     ] = None,
     rows: Annotated[
-        int | None, Option(min=8, help="Rows to read, at most. Default: all.", show_default=False)
+        int | None,
+        Option(min=8, help="The largest number of rows to read. Default: all.", show_default=False),
     ] = None,
-    length: Annotated[int, Option(min=2, help="Tokens of a row.")] = 128,
+    length: Annotated[int, Option(min=2, help="The number of tokens of a row.")] = 128,
     out: Annotated[
-        Path | None, Option(help="Cards to write, a .npz file.", show_default=False)
+        Path | None, Option(help="The .npz file to write the cards to.", show_default=False)
     ] = None,
-    batch: Annotated[int, Option(min=1, help="Rows at a time.")] = 32,
+    batch: Annotated[int, Option(min=1, help="The number of rows to process at a time.")] = 32,
     cards: Annotated[
-        Path | None, Option(help="Cards to read, a file of --out.", show_default="those of smollm2")
+        Path | None,
+        Option(help="The cards to read: a file that --out wrote.", show_default="those of smollm2"),
     ] = None,
-    boundary: Annotated[int | None, Option(help="Of the feature.", show_default=False)] = None,
+    boundary: Annotated[
+        int | None, Option(help="The boundary of the feature.", show_default=False)
+    ] = None,
     index: Annotated[int | None, Option(help="Print this feature.", show_default=False)] = None,
     search: Annotated[
         str | None, Option(help="List features whose label contains this.", show_default=False)
     ] = None,
     labels: Annotated[
         Path | None,
-        Option(help="Take labels from Neuronpedia's .jsonl.gz, CSV, JSON.", show_default=False),
+        Option(
+            help="Take labels from this file: Neuronpedia's .jsonl.gz, CSV or JSON.",
+            show_default=False,
+        ),
     ] = None,
     resid_pre: Annotated[
-        bool, Option("--resid-pre", help="The SAEs of --labels read the stream before a block.")
+        bool,
+        Option(
+            "--resid-pre", help="The SAEs that --labels describes read the stream before a block."
+        ),
     ] = False,
     export: Annotated[
-        Path | None, Option(help="Write a JSON file a feature here.", show_default=False)
+        Path | None,
+        Option(help="Write one JSON file for each feature into this folder.", show_default=False),
     ] = None,
     reading: options.Text = options.Text(),
     json: common.Json = False,
 ) -> None:
-    """What features do on a text: contexts, density, logits, and labels with their quality."""
+    """Show what features do on a text: contexts, density, logits, and labels with their quality."""
     asked = {
         "--index": index is not None,
         "--search": search is not None,

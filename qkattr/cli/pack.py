@@ -18,23 +18,28 @@ _MEASURED = ("unexplained_variance", "loss_recovered")
 
 def pack(
     context: typer.Context,
-    saes: Annotated[Path, typer.Argument(help="Folder of SAELens SAEs, one after every block.")],
-    out: Annotated[Path, Option(help="File to write, .safetensors.", show_default=False)],
+    saes: Annotated[Path, typer.Argument(help="A folder of SAELens SAEs, one after every block.")],
+    out: Annotated[Path, Option(help="The .safetensors file to write.", show_default=False)],
     model: options.Model = options.Model(),
-    bits: Annotated[int, Option(help="Of a weight: 4 or 8.")] = 4,
-    block: Annotated[int, Option(help="Weights of a feature that share a scale.")] = 32,
+    bits: Annotated[int, Option(help="The bits of a weight, 4 or 8.")] = 4,
+    block: Annotated[
+        int, Option(help="The number of a feature's weights that share one scale.")
+    ] = 32,
     wide: Annotated[
         list[int] | None,
-        Option(help="Boundary that gets 8 bits in any case (repeatable).", show_default=False),
+        Option(
+            help="A boundary whose SAE gets 8 bits in any case (repeatable).", show_default=False
+        ),
     ] = None,
     text: Annotated[
         Path | None,
         Option(
-            help="Measure the loss on it: a text file, or .npy of token ids [rows, tokens].",
+            help="Measure what packing costs on this text file, or .npy of token ids [rows, "
+            "tokens].",
             show_default=False,
         ),
     ] = None,
-    rows: Annotated[int, Option(min=1, help="Rows of the text to read, at most.")] = 4,
+    rows: Annotated[int, Option(min=1, help="The largest number of rows of the text to read.")] = 4,
     reading: options.Text = options.Text(),
     missing: options.Missing = "error",
     json: common.Json = False,

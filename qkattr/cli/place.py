@@ -18,16 +18,20 @@ if TYPE_CHECKING:
     from qkattr.result import Result
 
 PromptOrFolder = Annotated[
-    str, typer.Argument(metavar="PROMPT|DIR", help="Text, or a folder of `qkattr trace`.")
+    str, typer.Argument(metavar="PROMPT|DIR", help="A text, or a folder that `qkattr trace` wrote.")
 ]
-Layer = Annotated[int, typer.Option(help="Block.")]
-Head = Annotated[int, typer.Option(help="Query head.")]
+Layer = Annotated[int, typer.Option(help="The block.")]
+Head = Annotated[int, typer.Option(help="The query head.")]
 Query = Annotated[
-    str, typer.Option(help='Position: index, negative index, or token text (" Aunt#2").')
+    str,
+    typer.Option(
+        help='The query position: an index, a negative index, or the text of a token (" Aunt#2").'
+    ),
 ]
-Key = Annotated[str, typer.Option(help="Position that it looked at.")]
+Key = Annotated[str, typer.Option(help="The key position, which the head looked at.")]
 Figure = Annotated[
-    Path | None, typer.Option(help="Draw into this .svg, .png or .pdf.", show_default=False)
+    Path | None,
+    typer.Option(help="Draw a figure into this .svg, .png or .pdf file.", show_default=False),
 ]
 
 

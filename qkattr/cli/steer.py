@@ -23,56 +23,86 @@ Option = typer.Option
 def steer(
     context: typer.Context,
     prompt: Annotated[
-        str, typer.Argument(metavar="PROMPT|DIR", help="Text, or a folder of `qkattr trace`.")
+        str,
+        typer.Argument(metavar="PROMPT|DIR", help="A text, or a folder that `qkattr trace` wrote."),
     ],
     edit: Annotated[
         list[str] | None,
         Option(
-            help="B:F@POS:query|key:L.H,L.H, or B:F@POS:residual (repeatable).", show_default=False
+            help="An edit, B:F@POS:query|key:L.H,L.H or B:F@POS:residual (repeatable).",
+            show_default=False,
         ),
     ] = None,
     source: Annotated[
         str | None,
-        Option("--from", help="Choose edits: the position looked at.", show_default=False),
+        Option(
+            "--from",
+            help="Choose edits automatically: the key position, which is looked at.",
+            show_default=False,
+        ),
     ] = None,
     target: Annotated[
-        str | None, Option("--to", help="And the position that looks.", show_default=False)
+        str | None, Option("--to", help="With --from: the query position.", show_default=False)
     ] = None,
-    heads: Annotated[str, Option(help="Of --from, --to: 12, 5%, greedy:8, or L.H,L.H.")] = "5%",
-    by: Annotated[str, Option(help="Rank heads by influence or by loading.")] = "influence",
+    heads: Annotated[
+        str,
+        Option(help="With --from and --to: which heads to edit, as 12, 5%, greedy:8, or L.H,L.H."),
+    ] = "5%",
+    by: Annotated[
+        str, Option(help="With --from and --to: rank heads by influence or by loading.")
+    ] = "influence",
     features: Annotated[
-        int, Option(min=1, help="Of --from, --to: features by QK marginal, in each block.")
+        int,
+        Option(
+            min=1,
+            help="With --from and --to: the number of features to edit in each block, by QK "
+            "marginal.",
+        ),
     ] = 4,
-    side: Annotated[str, Option(help="Of --from, --to: key or query.")] = "key",
+    side: Annotated[
+        str, Option(help="With --from and --to: the side to edit, key or query.")
+    ] = "key",
     group: Annotated[
         str | None,
         Option(
-            help="Features of a group instead: FILE.toml, or FILE.toml:NAME.", show_default=False
+            help="Edit the features of a group instead: FILE.toml, or FILE.toml:NAME.",
+            show_default=False,
         ),
     ] = None,
     label: Annotated[
-        str | None, Option(help="Features whose label has this text instead.", show_default=False)
+        str | None,
+        Option(
+            help="Edit the features whose label contains this text instead.", show_default=False
+        ),
     ] = None,
     labels: Annotated[
         Path | None,
-        Option(help="A file of labels instead of the cards'.", show_default=False),
+        Option(help="Read the labels from this file instead of the cards.", show_default=False),
     ] = None,
-    scales: Annotated[str, Option(help="What the features are multiplied by.")] = (
+    scales: Annotated[str, Option(help="The factors by which the features are multiplied.")] = (
         "-1,-0.5,0,0.5,1,1.5,2"
     ),
     freeze_others: Annotated[
-        bool, Option("--freeze-others", help="Hold the patterns of unedited heads.")
+        bool,
+        Option(
+            "--freeze-others",
+            help="Keep the attention patterns of the unedited heads as they were without the"
+            " edits.",
+        ),
     ] = False,
     live_scales: Annotated[
-        bool, Option("--live-scales", help="Normalise an edited read by its own norm scale.")
+        bool,
+        Option("--live-scales", help="Normalise what an edited head reads by its own norm scale."),
     ] = False,
     ablate: Annotated[
-        str | None, Option(help="Heads whose output is zero, L.H,L.H.", show_default=False)
+        str | None,
+        Option(help="Set the output of these heads to zero: L.H,L.H.", show_default=False),
     ] = None,
     track: Annotated[
-        list[str] | None, Option(help="Next token to follow (repeatable).", show_default=False)
+        list[str] | None,
+        Option(help="A next token whose probability is shown (repeatable).", show_default=False),
     ] = None,
-    query: Annotated[str, Option(help="Position whose pattern is shown.")] = "-1",
+    query: Annotated[str, Option(help="The position whose attention is shown.")] = "-1",
     control: Annotated[
         bool,
         Option(
@@ -91,7 +121,8 @@ def steer(
         ),
     ] = False,
     figure: Annotated[
-        Path | None, Option(help="Draw it: a .svg, .png or .pdf.", show_default=False)
+        Path | None,
+        Option(help="Draw a figure into this .svg, .png or .pdf file.", show_default=False),
     ] = None,
     model: options.Saes = options.Saes(),
     reading: options.Subject = options.Subject(),

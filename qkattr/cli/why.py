@@ -38,7 +38,9 @@ def why(
         ),
     ] = "odds",
     model: options.Saes = options.Saes(),
-    top: Annotated[int, typer.Option(min=1, max=4096, help="Rows of each list.")] = 12,
+    top: Annotated[
+        int, typer.Option(min=1, max=4096, help="The number of rows of each list.")
+    ] = 12,
     figure: place.Figure = None,
     labels: common.Labels = None,
     reading: options.Subject = options.Subject(),
