@@ -73,7 +73,7 @@ def test_wide_boundaries_and_the_same_bytes_again(tmp_path):
     assert [e.bits for e in errors] == [4, 8] and errors[1].W_dec < EIGHT_BITS < errors[0].W_dec
     assert paths[0].read_bytes() == paths[1].read_bytes()
     assert open_packed(paths[0], MODEL)[2].config.k == 3
-    with pytest.raises(InputError, match="has no SAE for boundary 3, which is to be wide"):
+    with pytest.raises(InputError, match="has no SAE for boundary 3, which --wide names"):
         pack_saes(root, paths[0], wide=(3,))
 
 
@@ -200,12 +200,12 @@ def test_what_pack_refuses(refused, root, tmp_path):
     assert "no such folder" in pack("absent")
     assert "is a file; give the folder" in pack("packed.safetensors")
     saes = ("saes", tmp_path / "a.safetensors", "model")
-    assert "--rows says what of --text" in pack(*saes, "--rows", 3)
-    assert "--bos/--no-bos says what of --text" in pack(*saes, "--no-bos")
+    assert "--rows says how --text" in pack(*saes, "--rows", 3)
+    assert "--bos/--no-bos says how --text" in pack(*saes, "--no-bos")
     assert "--model is missing" in refused("pack", "saes", "--out", tmp_path / "a.safetensors")
     assert "cannot read 'absent.npy'" in pack("saes", tmp_path / "a.safetensors", "model",
                                              "--text", "absent.npy")  # fmt: skip
-    assert "which is to be wide" in pack("saes", tmp_path / "a.safetensors", "model", "--wide", 9)
+    assert "which --wide names" in pack("saes", tmp_path / "a.safetensors", "model", "--wide", 9)
     assert not list(tmp_path.iterdir())
 
 
@@ -268,7 +268,7 @@ def spoil(name, value):
     "edit, message",
     [
         (lambda a, m: a.pop(f"{HOOKS[1]}.W_dec.codes"), f"lacks {HOOKS[1]}.W_dec.codes"),
-        (put("r_mag", np.zeros(3, np.float32)), "holds blocks.0.hook_resid_post.r_mag, of which"),
+        (put("r_mag", np.zeros(3, np.float32)), "holds blocks.0.hook_resid_post.r_mag, which no"),
         (put("W_enc.codes", np.zeros((32, 15), np.uint8)), "is U8 [32, 15], its config"),
         (put("W_enc.codes", np.zeros((32, 16), np.float32)), "is F32 [32, 16], its config"),
         (put("W_enc.scales", np.zeros((32, 1), np.float32)), "is F32 [32, 1], its config"),

@@ -114,13 +114,19 @@ def _check(text, cards, boundary, index, stray_pre, asked: dict[str, bool]) -> N
         )
     given = [name for name, is_given in asked.items() if is_given]
     if text is not None and given:
-        raise InputError(f"{given[0]} goes with --cards; make the cards first, then ask of them")
+        raise InputError(
+            f"{given[0]} goes with --cards; make the cards first, then ask for what they hold"
+        )
     if len(given) > 1:
-        raise InputError(f"{' and '.join(given)} were given, expected one of them; ask in turn")
+        raise InputError(
+            f"{' and '.join(given)} were given, expected one of them; run the command once for each"
+        )
     if index is not None and boundary is None:
         raise InputError("--index names a feature of one boundary; give --boundary too")
     if stray_pre:
-        raise InputError("--resid-pre says what --labels are of; give --labels, or leave it out")
+        raise InputError(
+            "--resid-pre says which stream --labels describes; give --labels, or leave it out"
+        )
 
 
 #: Options that say how cards are made, and those that say what of them is shown.
@@ -136,7 +142,9 @@ def _check_strays(context: typer.Context, *, making: bool, imports: bool) -> Non
     of the model that was named."""
     if making:
         for name in common.given(context, *_SHOWING):
-            raise InputError(f"{name} goes with --cards; make the cards first, then ask of them")
+            raise InputError(
+                f"{name} goes with --cards; make the cards first, then ask for what they hold"
+            )
         return
     for name in common.given(context, *_MAKING):
         raise InputError(

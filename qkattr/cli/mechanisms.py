@@ -79,7 +79,7 @@ def _prompts(path: Path, prompt: str) -> list[str]:
         raise InputError("--more goes with a prompt, not with a folder; give the prompt's text")
     lines = [line for line in read_text(path).splitlines() if line.strip()]
     if not lines:
-        raise InputError(f"{path} holds no prompts; write one a line")
+        raise InputError(f"{path} holds no prompts; write one on each line")
     return lines
 
 

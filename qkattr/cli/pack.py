@@ -46,9 +46,9 @@ def pack(
 ) -> None:
     """Pack a folder of SAEs into one file of blockwise integers, for --saes."""
     if saes.is_file():
-        raise InputError(f"{str(saes)!r} is a file; give the folder of SAEs that is to be packed")
+        raise InputError(f"{str(saes)!r} is a file; give the folder of SAEs to pack")
     for name in common.given(context, "rows", "bos", "bos_token") if text is None else ():
-        raise InputError(f"{name} says what of --text is measured; give --text, or leave it out")
+        raise InputError(f"{name} says how --text is measured; give --text, or leave it out")
     model.check()
     with common.progress() as progress:
         passage = None if text is None else read_text(text)

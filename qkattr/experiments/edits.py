@@ -159,7 +159,9 @@ def check_edit(edit: Edit, shape: tuple[int, int], widths: Sequence[int | None])
         )
     if edit.side == "residual":
         if edit.heads:
-            raise InputError("a residual edit takes no heads: all of them read it; leave them out")
+            raise InputError(
+                "a residual edit takes no heads, because all heads read it; leave the heads out"
+            )
         return dataclasses.replace(edit, heads=())
     heads = edit.heads
     if heads is None:

@@ -184,7 +184,8 @@ def steer(
     if isinstance(bundle, Result):
         if prompt is not None or options:
             raise InputError(
-                "a result brings its own prompt and options; give None and no options, or a bundle"
+                "a result has its own prompt and options; give None and no "
+                "options with it, or give a bundle"
             )
         result, session = bundle, need_session(bundle)
         labels = result.labels if labels is None else labels

@@ -52,7 +52,7 @@ def check_figure(path: str | Path) -> Path:
     path = Path(path)
     if path.suffix.removeprefix(".") not in FORMATS:
         raise InputError(
-            f"cannot draw {path.name!r}: its ending names no format; use .svg, .png or .pdf"
+            f"cannot draw {path.name!r}: its ending names no figure format; use .svg, .png or .pdf"
         )
     need_pyplot()
     return path
