@@ -1,6 +1,6 @@
 """Writes docs/features.md: random features of three boundaries, with labels and contexts.
 
-    python docs/cards.py CARDS.npz [--boundaries 6,15,24] [--n 20] [--seed 0] > docs/features.md
+    python docs/cards.py [CARDS.npz] [--boundaries 6,15,24] [--n 20] [--seed 0] > docs/features.md
 
 The features are drawn with a fixed seed from all of a boundary's, silent ones included; none is
 left out or picked.
@@ -15,7 +15,7 @@ import numpy as np
 
 from qkattr.export.summary import visible
 from qkattr.features import Card, Cards, Example
-from qkattr.features.sets import overview
+from qkattr.features.sets import origin, overview, packaged_cards
 
 # What markdown would act on inside of <code>.
 _ENTITIES = {c: f"&#{ord(c)};" for c in "[]()`|*_\\~"}
@@ -77,6 +77,8 @@ def page(cards: Cards, boundaries: list[int], n: int, seed: int) -> str:
         f"with an AUC of at least 0.7; {strong} of these only where the feature is strong (above "
         f"its 80 % quantile), which the label says.",
         "",
+        origin(cards) + " [How this was counted](training.md#the-text-behind-the-packaged-set).",
+        "",
         "A rule looks at the token and what comes before it, or at the next token where that is "
         "among the feature's top logits. It is chosen on half of the rows and its AUC measured on "
         "the other half, with the number of activating positions in brackets.",
@@ -92,13 +94,14 @@ def page(cards: Cards, boundaries: list[int], n: int, seed: int) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("cards")
+    parser.add_argument("cards", nargs="?")
     parser.add_argument("--boundaries", default="6,15,24")
     parser.add_argument("--n", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
     boundaries = [int(b) for b in given.boundaries.split(",")]
-    print(page(Cards.open(given.cards), boundaries, given.n, given.seed), end="")
+    cards = packaged_cards() if given.cards is None else Cards.open(given.cards)
+    print(page(cards, boundaries, given.n, given.seed), end="")
 
 
 if __name__ == "__main__":

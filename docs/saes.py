@@ -26,7 +26,8 @@ def table(report: dict) -> str:
     """Markdown, a row a boundary."""
     rows = [
         f"{r['boundary']} | {r['unexplained_variance']:.3f} | {r['median_relative_error']:.3f} | "
-        f"{r['l0']:.1f} | {r['dead']} | {r['loss_recovered']:.4f}"
+        f"{r['l0']:.1f} | {r['dead']} | "
+        + ("-" if r["loss_recovered"] is None else f"{r['loss_recovered']:.4f}")
         for r in report["boundaries"]
     ]
     return "\n".join(f"| {row} |" for row in (HEAD, " | ".join(["---"] * 6), *rows))
@@ -42,7 +43,7 @@ def main() -> None:
     for named in given.sets:
         name, saes = named.split("=")
         rows = np.load(given.text, mmap_mode="r")[-given.rows :]
-        reports[name] = check_saes(qkattr.load("smollm2", saes), rows)
+        reports[name] = check_saes(qkattr.load("smollm2", saes), rows, text=Path(given.text).name)
         FILE.write_text(json.dumps(reports, indent=1) + "\n")
     if "shipped" in reports:
         print(table(reports["shipped"]))

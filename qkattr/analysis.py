@@ -133,7 +133,11 @@ def trace(
     )
     if bundle.cards is None:
         return result
-    return dataclasses.replace(result, cards=shown_cards(result, bundle.cards))
+    from qkattr.features.sets import origin
+
+    provenance = result.provenance | dict(cards=origin(bundle.cards))
+    cards = shown_cards(result, bundle.cards)
+    return dataclasses.replace(result, cards=cards, provenance=provenance)
 
 
 def attach(result: Result, bundle: Bundle) -> Result:

@@ -56,13 +56,13 @@ def qk_attribution(
 
 def place_in(result: Result, place: tuple) -> Place:
     """`find_place` for a result, with or without its model."""
-    settings = result.settings
-    return find_place(
-        result.tokens,
-        place,
-        n_heads=settings["n_heads"],
-        windows=[NO_WINDOW if w is None else w for w in settings["windows"]],
-    )
+    n_heads = result.settings["n_heads"]
+    return find_place(result.tokens, place, n_heads=n_heads, windows=windows_of(result))
+
+
+def windows_of(result: Result) -> list[int]:
+    """The attention window of every block."""
+    return [NO_WINDOW if w is None else w for w in result.settings["windows"]]
 
 
 def stored_in_full(result: Result, place: Place, most: int | None = None) -> QKAttribution | None:

@@ -220,7 +220,7 @@ def test_tables_folders_and_figures(run, root, tmp_path, command):
         (("--head", "99"), "head 99 is out of range"),
         (("--query", "0"), "comes after the query"),
         (("--key", "77"), "position"),
-        (("--figure", "x.bmp"), "ending names no format"),
+        (("--figure", "x.bmp"), "ending names no figure format"),
         (("-m", "nothing"), "no such model"),
     ],
 )
@@ -247,7 +247,7 @@ def test_bad_places(refused, command, more, said):
         ((*WEIGHTS[:-2],), "give --layer and --head, or a prompt"),
         ((*WEIGHTS, "--head", "0", "--all"), "--all goes with a prompt"),
         ((*WEIGHTS, "--head", "0", "--distance", "9999"), "distance 9999 should lie in 0.."),
-        ((*WEIGHTS, "--head", "0", "--typical"), "there are no cards for boundary 1"),
+        ((*WEIGHTS, "--head", "0", "--typical"), "without cards for boundary 1 nothing says"),
         ((*WEIGHTS[:-2], "--layer", "0", "--head", "0"), "boundary 0, which has no SAE"),
         (("marginals", *PROMPT, "--attention", "2"), "attention should lie in 0..1, got 2"),
         (("marginals", *PROMPT, "--top", "9999"), "top should lie in 1.."),

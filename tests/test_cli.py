@@ -8,6 +8,7 @@ import re
 import folders
 import pytest
 
+from qkattr.check import HURTS
 from qkattr.cli.main import main
 
 #: Float32 terms, thousands of them, summed in another order than the score.
@@ -155,7 +156,11 @@ def test_trace_of_a_score_and_of_a_contrast(cli):
     graph = cli.json("trace", PROMPT, "--contrast", "hi", " hi")
     assert [node["kind"] for node in graph["nodes"]].count("logit") == 1
     cli("trace", PROMPT, "--score", "1.2.-1. hi#2")
-    cli("trace", PROMPT, "--contrast", "hi", " hi")
+    roles = {p["role"]: p["token"] for p in graph["qkattr"]["predictions"]}
+    assert (roles["for"], roles["against"], "target" in roles) == ("hi", " hi", False)
+    said = " ".join(cli("trace", PROMPT, "--contrast", "hi", " hi").split())
+    assert re.search(r"'hi' [\d.]+ for: traced is its logit less that of ' hi'", said)
+    assert re.search(r"' hi' [\d.]+ against: its logit is subtracted from that of 'hi'", said)
 
 
 @pytest.mark.parametrize("layer", [0, 1])
@@ -219,12 +224,17 @@ def test_check(cli, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("hi hi 12 " * 60)
     report = cli.json("check", "-s", cli.saes, "--text", text, "--rows", 2)
-    assert report["rows"] == 2 and [row["boundary"] for row in report["boundaries"]] == [1, 2]
+    assert (report["text"], report["rows"], report["tokens"]) == ("text.txt", 2, 128)
+    assert report["fits"] == 0.8 and [row["boundary"] for row in report["boundaries"]] == [1, 2]
     for row in report["boundaries"]:
         assert 0 < row["l0"] <= 5 and row["width"] == folders.WIDTH
         assert row["unexplained_variance"] > 0 and 0 <= row["dead"] < row["width"]
+        assert (row["loss_recovered"] is None) == (row["loss_mean"] - report["clean_loss"] < HURTS)
     out = cli("check", "-s", cli.saes, "--text", text)
-    assert "do NOT fit" in out or "All boundaries fit" in out
+    assert "SAEs on text.txt (3 rows, 192 tokens)" in out and "on this text" in out
+    assert "SAEs on the packaged sample" in cli("check", "-s", cli.saes)
+    lenient = cli.json("check", "-s", cli.saes, "--text", text, "--fits", 0)
+    assert lenient["fits"] == 0
 
 
 def test_options_of_trace_default_to_the_library_s():

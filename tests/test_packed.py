@@ -73,7 +73,7 @@ def test_wide_boundaries_and_the_same_bytes_again(tmp_path):
     assert [e.bits for e in errors] == [4, 8] and errors[1].W_dec < EIGHT_BITS < errors[0].W_dec
     assert paths[0].read_bytes() == paths[1].read_bytes()
     assert open_packed(paths[0], MODEL)[2].config.k == 3
-    with pytest.raises(InputError, match="has no SAE for boundary 3, which is to be wide"):
+    with pytest.raises(InputError, match="has no SAE for boundary 3, which --wide names"):
         pack_saes(root, paths[0], wide=(3,))
 
 
@@ -154,7 +154,19 @@ def test_pack_as_a_table(run, tmp_path):
     text = run(
         "pack", "saes", "--out", tmp_path / "a.safetensors", "-m", "model", "--text", "rows.npy"
     )
-    assert "Of the loss recovered, packing lost" in text
+    assert "Loss recovered is undefined (-) on these" in text or "Packing lost " in text
+
+
+@pytest.mark.parametrize(
+    "before,after,lost", [(0.8, 0.6, 0.25), (None, 0.6, None), (0.8, None, None)]
+)
+def test_what_packing_lost(before, after, lost):
+    from qkattr.cli.pack import _lost, _said
+
+    row = dict(loss_recovered=dict(before=before, after=after))
+    assert _lost(row) == (None if lost is None else pytest.approx(lost))
+    said = _said(dict(rows=3, boundaries=[row]))
+    assert ("Packing lost 25" in said) == (lost is not None)
 
 
 def test_hashes_tell_files_apart(root, tmp_path):
@@ -188,12 +200,12 @@ def test_what_pack_refuses(refused, root, tmp_path):
     assert "no such folder" in pack("absent")
     assert "is a file; give the folder" in pack("packed.safetensors")
     saes = ("saes", tmp_path / "a.safetensors", "model")
-    assert "--rows says what of --text" in pack(*saes, "--rows", 3)
-    assert "--bos/--no-bos says what of --text" in pack(*saes, "--no-bos")
+    assert "--rows says how --text" in pack(*saes, "--rows", 3)
+    assert "--bos/--no-bos says how --text" in pack(*saes, "--no-bos")
     assert "--model is missing" in refused("pack", "saes", "--out", tmp_path / "a.safetensors")
     assert "cannot read 'absent.npy'" in pack("saes", tmp_path / "a.safetensors", "model",
                                              "--text", "absent.npy")  # fmt: skip
-    assert "which is to be wide" in pack("saes", tmp_path / "a.safetensors", "model", "--wide", 9)
+    assert "which --wide names" in pack("saes", tmp_path / "a.safetensors", "model", "--wide", 9)
     assert not list(tmp_path.iterdir())
 
 
@@ -256,7 +268,7 @@ def spoil(name, value):
     "edit, message",
     [
         (lambda a, m: a.pop(f"{HOOKS[1]}.W_dec.codes"), f"lacks {HOOKS[1]}.W_dec.codes"),
-        (put("r_mag", np.zeros(3, np.float32)), "holds blocks.0.hook_resid_post.r_mag, of which"),
+        (put("r_mag", np.zeros(3, np.float32)), "holds blocks.0.hook_resid_post.r_mag, which no"),
         (put("W_enc.codes", np.zeros((32, 15), np.uint8)), "is U8 [32, 15], its config"),
         (put("W_enc.codes", np.zeros((32, 16), np.float32)), "is F32 [32, 16], its config"),
         (put("W_enc.scales", np.zeros((32, 1), np.float32)), "is F32 [32, 1], its config"),

@@ -293,7 +293,7 @@ def _means(bundle: Bundle, boundary: int) -> np.ndarray:
     cards = bundle.cards
     if cards is None or not cards.width(boundary):
         raise InputError(
-            f"there are no cards for boundary {boundary}, which know the features' mean "
+            f"without cards for boundary {boundary} nothing says the features' mean "
             "activations; leave --typical out, or make cards with `qkattr features`"
         )
     first = cards.row_of(boundary, 0)

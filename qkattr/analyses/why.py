@@ -4,25 +4,29 @@
 
 lists what pushes the head towards the key and what pulls it away (the most inhibitory terms first,
 at the key itself and at its competitors), every key with its attention and its part, features
-summed over keys, and for each competitor the terms that decided between the two.
+summed over keys, and for each competitor the terms that decided between the two. With `against=`
+the same lists decompose the difference of two scores, s(query, key) - s(query, against), and no
+other key takes part.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections import defaultdict
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
 from qkattr.errors import InputError, quoted
+from qkattr.graph.paths import Place
 from qkattr.load.bundle import Bundle, Prompt
 from qkattr.qk.competition import Competition, Nets, Rows, competition
 from qkattr.qk.table import describe
 from qkattr.result import Result
 from qkattr.scores import Labels, labeller, open_place
-from qkattr.session import Progress, Session
+from qkattr.session import Progress, Session, find_position
 from qkattr.types import FOLDED_KINDS, Kind
 
 #: A key "got attention" from here on: it is compared with the one asked about.
@@ -35,8 +39,10 @@ COMPETITORS = 8
 class Why:
     """One place, decomposed. Attributes are the keys of the JSON.
 
-    form: "odds" or "log". value: log(A / (1 - A)) or log A; entropy: of the pattern over the keys
-    that w weighs; sum: of all rows, equal to value + entropy. pushes, pulls: pairs of a query and a
+    form: "odds", "log" or "difference". against: the other key of a difference, else None. value:
+    log(A / (1 - A)), log A, or log(A / A') = the difference of the two scores (after a softcap);
+    entropy: of the pattern over the keys that w weighs, 0 for a difference; sum: of all rows, equal
+    to value + entropy. pushes, pulls: pairs of a query and a
     key component, summed over the positions `at` of the key component, so that what is equal at all
     keys cancels; row_pushes, row_pulls: the single rows, each at one key. keys: every visible key
     with its attention, score, weight and the sum of its rows. query_side, features: components
@@ -50,6 +56,7 @@ class Why:
     head: int
     query: int
     key: int
+    against: int | None
     form: str
     probability: float
     value: float
@@ -84,6 +91,7 @@ def why(
     head: int,
     query: int | str,
     key: int | str,
+    against: int | str | None = None,
     form: str = "odds",
     top: int = 20,
     folded: bool = False,
@@ -91,24 +99,26 @@ def why(
     progress: Progress = lambda stage: None,
     **options: Any,
 ) -> Why:
-    """Decompose the log-odds (or the log) of one attention probability over all keys.
+    """Decompose the log-odds (or the log) of one attention probability over all keys, or the
+    difference between two keys.
 
-    subject: a result, or a bundle with a prompt and options (see `TraceOptions`). query, key:
-    positions or token texts. form: "odds" or "log". top: rows and components of each list.
-    folded: leave rows and components with bias, error or sink on either side out of the lists; the
-    sums and shares are of all.
+    subject: a result, or a bundle with a prompt and options (see `TraceOptions`). query, key,
+    against: positions or token texts. form: "odds" or "log"; with `against` it is "difference".
+    top: rows and components of each list. folded: leave rows and components with bias, error or
+    sink on either side out of the lists; the sums and shares are of all.
 
     Raises:
-      InputError: the place, the form, the prompt or an option cannot be used; or the query sees no
-        other key, so that nothing competes.
+      InputError: the place, the other key, the form, the prompt or an option cannot be used; or the
+        query sees no other key, so that nothing competes.
     """
-    check_form(form)
+    form = check_form(form, against)
     session, place, labels = open_place(
         subject, prompt, (layer, head, query, key), labels=labels, progress=progress, **options
     )
     progress("competition")
-    listed = _Described(session, labels, place, folded)
-    found = _compete(session, place, listed, form, top)
+    other = None if against is None else _other(session, place, against)
+    listed = _Described(session, labels, place, other, folded)
+    found = _compete(session, place, listed, form, top, other or 0)
     if found.seen_S.sum() < 2:
         raise InputError(
             f"the query at {place[2]} sees no key but {place[3]}: nothing competes with it; "
@@ -120,6 +130,7 @@ def why(
         head=place[1],
         query=place[2],
         key=place[3],
+        against=other,
         form=form,
         probability=float(found.pattern_S[place[3]]),
         value=float(found.value),
@@ -129,18 +140,55 @@ def why(
         pulls=listed.nets(found.net_pulls),
         row_pushes=listed.rows(found.pushes),
         row_pulls=listed.rows(found.pulls),
-        keys=_keys(session, found),
+        keys=_keys(session, found, listed.keys),
         query_side=listed.query_side(found)[:top],
         features=listed.features(found)[:top],
-        versus=_versus(session, place, found, listed, top),
+        versus=_versus(session, place, found, listed, top) if other is None else [],
         shares=_shares(found),
     )
 
 
-def check_form(form: str) -> None:
-    """Raise `InputError` unless it is one that `why` decomposes."""
+def check_form(form: str, against: int | str | None = None) -> str:
+    """What is decomposed: the form, or "difference" where there is another key.
+
+    Raises:
+      InputError: `why` does not decompose the form, or it does not go with the other key.
+    """
     if form not in ("odds", "log"):
         raise InputError(f"form is {quoted(form)}; give odds or log")
+    if against is None:
+        return form
+    if form != "odds":
+        raise InputError(f"form {form} weighs all keys, and against compares two; give one of them")
+    return "difference"
+
+
+def check_against(
+    tokens: list[str], place: Place, against: int | str, windows: Sequence[int]
+) -> int:
+    """The position of the other key.
+
+    Raises:
+      InputError: it is the key itself, or the query does not see it.
+    """
+    layer, _, query, key = place
+    other = find_position(tokens, against)
+    if other == key:
+        raise InputError(
+            f"against is {quoted(tokens[other])} {other}, which is the key itself; give another "
+            "position"
+        )
+    if other > query or query - other >= windows[layer]:
+        first = max(0, query - int(windows[layer]) + 1)
+        raise InputError(
+            f"the query at {query} does not see the other key, {quoted(tokens[other])} {other}; "
+            f"give a position from {first} to {query}"
+        )
+    return other
+
+
+def _other(session: Session, place: Place, against: int | str) -> int:
+    return check_against(session.tokens, place, against, session.bundle.config.windows)
 
 
 def _compete(
@@ -162,11 +210,13 @@ def _compete(
 
 
 class _Described:
-    """Slots of the place's boundary in words."""
+    """Slots of the place's boundary in words. keys: the positions that take part, all that the
+    query may see unless two are compared."""
 
-    def __init__(self, session: Session, labels: Labels, place, folded: bool):
+    def __init__(self, session: Session, labels: Labels, place, other: int | None, folded: bool):
+        self.layer, _, self.query, key = place
+        self.keys = np.arange(self.query + 1) if other is None else np.array([key, other])
         self.folded = folded
-        self.layer, _, self.query, _ = place
         self.session, self.labels = session, labels
         parts = jax.tree.map(lambda a: a[self.layer], session.components)
         self.kind, self.index, activation = jax.device_get(
@@ -209,9 +259,10 @@ class _Described:
                 continue
             s, c = self.first[identity]
             key = {k: v for k, v in self.at(s, [c])[0].items() if k != "activation"}
-            at = np.unique(np.nonzero(self.identity[: self.query + 1] == identity)[0])
+            active = (self.identity[self.keys] == identity).any(1)
+            at = np.sort(self.keys[active]).tolist()
             query = self.at(self.query, [a])[0]
-            found.append(dict(query=query, key=key, at=at.tolist(), value=float(value)))
+            found.append(dict(query=query, key=key, at=at, value=float(value)))
         return found
 
     def query_side(self, found: Competition) -> list[dict[str, Any]]:
@@ -226,7 +277,8 @@ class _Described:
         """Key-side components of one kind and index, summed over positions."""
         total: dict[tuple, float] = defaultdict(float)
         places: dict[tuple, list[tuple[int, int]]] = defaultdict(list)
-        used = found.key_used_SC & found.seen_S[:, None] & self.shown(self.kind)
+        taking_part = np.isin(np.arange(len(found.seen_S)), self.keys) & found.seen_S
+        used = found.key_used_SC & taking_part[:, None] & self.shown(self.kind)
         for s, c in zip(*np.nonzero(used), strict=True):
             name = (int(self.kind[s, c]), int(self.index[s, c]))
             total[name] += float(found.by_component_SC[s, c])
@@ -239,7 +291,7 @@ class _Described:
         return rows
 
 
-def _keys(session: Session, found: Competition) -> list[dict[str, Any]]:
+def _keys(session: Session, found: Competition, keys: np.ndarray) -> list[dict[str, Any]]:
     rows = [
         dict(
             position=int(s),
@@ -250,7 +302,7 @@ def _keys(session: Session, found: Competition) -> list[dict[str, Any]]:
             weight=float(found.weight_S[s]),
             value=float(found.by_key_S[s]),
         )
-        for s in np.flatnonzero(found.seen_S)
+        for s in keys[found.seen_S[keys]]
     ]
     return sorted(rows, key=lambda row: -row["probability"])
 

@@ -9,6 +9,7 @@ import typer
 
 from qkattr.cli import common, options
 from qkattr.cli.text import cut_rows, read_text
+from qkattr.errors import printable
 
 
 def check(
@@ -16,22 +17,34 @@ def check(
     text: Annotated[
         Path | None,
         typer.Option(
-            help="Text file, or .npy of token ids [rows, tokens]. Default: a packaged sample.",
+            help="A text file, or .npy of token ids [rows, tokens]. Default: a packaged sample.",
             show_default=False,
         ),
     ] = None,
-    rows: Annotated[int, typer.Option(min=1, help="Rows of 128 tokens to read, at most.")] = 4,
+    rows: Annotated[
+        int, typer.Option(min=1, help="The number of rows of 128 tokens to read, at most.")
+    ] = 4,
+    fits: Annotated[
+        float,
+        typer.Option(
+            min=0,
+            max=1,
+            help="An SAE that recovers less of the loss than this does not fit the text.",
+        ),
+    ] = 0.8,
     reading: options.Text = options.Text(),
     json: common.Json = False,
 ) -> None:
-    """L0, unexplained variance, dead features and loss recovered, boundary by boundary."""
+    """Measure on a text how well the SAE of every boundary fits the model."""
     with common.progress() as progress:
         passage = read_text(text)
         model.check_both()
         bundle = model.open()
         from qkattr.check import check_saes
 
-        report = check_saes(bundle, cut_rows(bundle, passage, reading.bos, rows), progress=progress)
+        cut = cut_rows(bundle, passage, reading.bos, rows)
+        name = "the packaged sample" if text is None else text.name
+        report = check_saes(bundle, cut, text=name, fits=fits, progress=progress)
     if json:
         common.print_json(report, bundle.notes)
     else:
@@ -50,8 +63,8 @@ def show(report: dict) -> None:
             f"{c['median_relative_error']:.3f}",
             f"{c['dead']}/{c['width']}",
             f"{c['loss']:.3f}",
-            f"{c['loss_recovered']:.3f}",
-            c["verdict"],
+            "-" if c["loss_recovered"] is None else f"{c['loss_recovered']:.3f}",
+            _short(c["verdict"]),
         )
         for c in report["boundaries"]
     ]
@@ -63,14 +76,49 @@ def show(report: dict) -> None:
         "silent here|",
         "loss|",
         "recovered|",
-        "",
+        "on this text",
     )
+    text = f"{report['text']} ({report['rows']} rows, {report['tokens']:,} tokens)"
     loss = f"clean next-token loss {report['clean_loss']:.3f} nats"
-    title = f"SAEs on {report['rows']} rows of text; {loss}"
     out = console()
-    show_table(out, title, columns, rows)
-    poor = sum(c["verdict"] != "ok" for c in report["boundaries"])
-    said = (
-        "All boundaries fit." if not poor else f"{poor} boundaries do NOT fit: see the last column."
-    )
-    say(out, said)
+    show_table(out, f"SAEs on {printable(text)}; {loss}", columns, rows)
+    for sentence in closing(report):
+        say(out, sentence)
+
+
+def _short(verdict: str) -> str:
+    """A verdict without the figures that stand beside it in the table."""
+    plain = "does not fit this text"
+    figures_only = verdict.startswith(plain) and "?" not in verdict
+    return plain if figures_only else verdict
+
+
+def closing(report: dict) -> list[str]:
+    """What the table comes to, in sentences."""
+    from qkattr.check import HURTS
+
+    boundaries = report["boundaries"]
+    verdicts = [c["verdict"] for c in boundaries]
+    misfits = sum("does not fit this text" in verdict for verdict in verdicts)
+    wrong = sum("used wrongly?" in verdict for verdict in verdicts)
+    undefined = [str(c["boundary"]) for c in boundaries if c["loss_recovered"] is None]
+    said = []
+    if misfits:
+        said.append(
+            f"{misfits} of {len(boundaries)} SAEs do not fit this text: they recover less than "
+            f"{report['fits']:g} of the loss or leave all of the variance unexplained. "
+            "Explanations of such text rest on error nodes there."
+        )
+    if wrong:
+        said.append(
+            f"{wrong} of {len(boundaries)} SAEs may be used wrongly: the last column says why."
+        )
+    if not misfits and not wrong:
+        said.append("All SAEs fit this text. Another text may give other figures.")
+    if undefined:
+        said.append(
+            f"Loss recovered is undefined (-) at boundaries {', '.join(undefined)}: the mean in "
+            f"place of the residual stream raises the loss by less than {HURTS:g} nats there, so "
+            "that there is nothing to recover. The other columns decide."
+        )
+    return said

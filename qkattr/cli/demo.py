@@ -13,7 +13,7 @@ PROMPT = "I always loved visiting Aunt Sally. Whenever I was feeling sad, Aunt"
 
 
 def demo(
-    out: Annotated[Path, typer.Option(help="Folder for the page and its data.")] = Path("demo"),
+    out: Annotated[Path, typer.Option(help="The folder for the page and its data.")] = Path("demo"),
 ) -> None:
     """Trace a sentence about Aunt Sally through smollm2, and write the page to open."""
     trace.trace(PROMPT, options.Saes(model="smollm2", saes="smollm2"), out=out)

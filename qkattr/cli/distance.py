@@ -23,17 +23,19 @@ def distance(
     distances: Annotated[
         int | None,
         typer.Option(
-            "--max", help="Distances, from 0 on. Default: 256, or the window.", show_default=False
+            "--max",
+            help="The number of distances, from 0 on. Default: 256, or the window.",
+            show_default=False,
         ),
     ] = None,
     model: options.Saes = options.Saes(),
-    top: Annotated[int, typer.Option(min=1, max=4096, help="Pairs to list.")] = 12,
+    top: Annotated[int, typer.Option(min=1, max=4096, help="The number of pairs to list.")] = 12,
     figure: place.Figure = None,
     labels: common.Labels = None,
     reading: options.Subject = options.Subject(),
     json: common.Json = False,
 ) -> None:
-    """A score and its strongest pairs as functions of distance, all else held."""
+    """Show a score and its strongest pairs as functions of distance, with all else fixed."""
     from qkattr.analyses.distance import check_distances
     from qkattr.analyses.distance import distance as profile
 

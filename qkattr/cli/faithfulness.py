@@ -19,7 +19,8 @@ Option = typer.Option
 
 def faithfulness(
     prompts: Annotated[
-        str, typer.Argument(metavar="PROMPT|FILE", help="Text, or a .txt or .toml of prompts.")
+        str,
+        typer.Argument(metavar="PROMPT|FILE", help="A text, or a .txt or .toml file of prompts."),
     ],
     model: options.Saes = options.Saes(),
     out: Annotated[
@@ -30,15 +31,15 @@ def faithfulness(
             show_default=False,
         ),
     ] = None,
-    measures: Annotated[str, Option(help="Which, of qk,heads,edges,nodes.")] = (
+    measures: Annotated[str, Option(help="What to measure, among qk,heads,edges,nodes.")] = (
         "qk,heads,edges,nodes"
     ),
-    draws: Annotated[int, Option(help="Random heads that are tried.")] = 20,
-    seed: Annotated[int, Option(min=0, help="Of all draws.")] = 0,
+    draws: Annotated[int, Option(help="The number of random draws of a control.")] = 20,
+    seed: Annotated[int, Option(min=0, help="The seed of all random draws.")] = 0,
     reading: options.Subject = options.Subject(),
     json: common.Json = False,
 ) -> None:
-    """Are the explanations true? Scores, heads, edges, nodes against the model, with controls."""
+    """Test explanations against the model: scores, heads, edges and nodes, with controls."""
     from qkattr.load.prompts import read_prompts
 
     chosen = [name.strip() for name in measures.split(",")]

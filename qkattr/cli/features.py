@@ -25,38 +25,49 @@ def features(
     model: options.Saes = options.Saes(),
     text: Annotated[
         Path | None,
-        Option(help="Make cards from this text, or .npy of token rows.", show_default=False),
+        Option(help="Make cards from this text file, or .npy of token rows.", show_default=False),
     ] = None,
     rows: Annotated[
-        int | None, Option(min=8, help="Rows to read, at most. Default: all.", show_default=False)
+        int | None,
+        Option(min=8, help="The largest number of rows to read. Default: all.", show_default=False),
     ] = None,
-    length: Annotated[int, Option(min=2, help="Tokens of a row.")] = 128,
+    length: Annotated[int, Option(min=2, help="The number of tokens of a row.")] = 128,
     out: Annotated[
-        Path | None, Option(help="Cards to write, a .npz file.", show_default=False)
+        Path | None, Option(help="The .npz file to write the cards to.", show_default=False)
     ] = None,
-    batch: Annotated[int, Option(min=1, help="Rows at a time.")] = 32,
+    batch: Annotated[int, Option(min=1, help="The number of rows to process at a time.")] = 32,
     cards: Annotated[
-        Path | None, Option(help="Cards to read, a file of --out.", show_default="those of smollm2")
+        Path | None,
+        Option(help="The cards to read: a file that --out wrote.", show_default="those of smollm2"),
     ] = None,
-    boundary: Annotated[int | None, Option(help="Of the feature.", show_default=False)] = None,
+    boundary: Annotated[
+        int | None, Option(help="The boundary of the feature.", show_default=False)
+    ] = None,
     index: Annotated[int | None, Option(help="Print this feature.", show_default=False)] = None,
     search: Annotated[
         str | None, Option(help="List features whose label contains this.", show_default=False)
     ] = None,
     labels: Annotated[
         Path | None,
-        Option(help="Take labels from Neuronpedia's .jsonl.gz, CSV, JSON.", show_default=False),
+        Option(
+            help="Take labels from this file: Neuronpedia's .jsonl.gz, CSV or JSON.",
+            show_default=False,
+        ),
     ] = None,
     resid_pre: Annotated[
-        bool, Option("--resid-pre", help="The SAEs of --labels read the stream before a block.")
+        bool,
+        Option(
+            "--resid-pre", help="The SAEs that --labels describes read the stream before a block."
+        ),
     ] = False,
     export: Annotated[
-        Path | None, Option(help="Write a JSON file a feature here.", show_default=False)
+        Path | None,
+        Option(help="Write one JSON file for each feature into this folder.", show_default=False),
     ] = None,
     reading: options.Text = options.Text(),
     json: common.Json = False,
 ) -> None:
-    """What features do on a text: contexts, density, logits, and labels with their quality."""
+    """Show what features do on a text: contexts, density, logits, and labels with their quality."""
     asked = {
         "--index": index is not None,
         "--search": search is not None,
@@ -78,12 +89,12 @@ def features(
         )
         return
     from qkattr.features.cards import Cards
-    from qkattr.load import smollm2
+    from qkattr.features.sets import packaged_cards
 
     into = out or cards
     if labels is not None and into is None:
         raise InputError("--out is missing; give the .npz file to write the cards to")
-    opened = Cards.open(cards or smollm2.cards_path())
+    opened = packaged_cards() if cards is None else Cards.open(cards)
     if labels is not None:
         _import(opened, labels, into, resid_pre, boundary)
     elif export is not None:
@@ -103,13 +114,19 @@ def _check(text, cards, boundary, index, stray_pre, asked: dict[str, bool]) -> N
         )
     given = [name for name, is_given in asked.items() if is_given]
     if text is not None and given:
-        raise InputError(f"{given[0]} goes with --cards; make the cards first, then ask of them")
+        raise InputError(
+            f"{given[0]} goes with --cards; make the cards first, then ask for what they hold"
+        )
     if len(given) > 1:
-        raise InputError(f"{' and '.join(given)} were given, expected one of them; ask in turn")
+        raise InputError(
+            f"{' and '.join(given)} were given, expected one of them; run the command once for each"
+        )
     if index is not None and boundary is None:
         raise InputError("--index names a feature of one boundary; give --boundary too")
     if stray_pre:
-        raise InputError("--resid-pre says what --labels are of; give --labels, or leave it out")
+        raise InputError(
+            "--resid-pre says which stream --labels describes; give --labels, or leave it out"
+        )
 
 
 #: Options that say how cards are made, and those that say what of them is shown.
@@ -125,7 +142,9 @@ def _check_strays(context: typer.Context, *, making: bool, imports: bool) -> Non
     of the model that was named."""
     if making:
         for name in common.given(context, *_SHOWING):
-            raise InputError(f"{name} goes with --cards; make the cards first, then ask of them")
+            raise InputError(
+                f"{name} goes with --cards; make the cards first, then ask for what they hold"
+            )
         return
     for name in common.given(context, *_MAKING):
         raise InputError(
@@ -221,8 +240,11 @@ def _card(cards: Cards, boundary: int, index: int, json: bool) -> None:
         common.print_json(feature_json(card))
     else:
         from qkattr.cli.card import show_card
+        from qkattr.cli.show import console, say
+        from qkattr.features.sets import origin
 
         show_card(card)
+        say(console(), origin(cards))
 
 
 def _search(cards: Cards, text: str, boundary: int | None, json: bool) -> None:
@@ -256,7 +278,7 @@ def _auc(auc: float | None) -> str:
 
 def _overview(cards: Cards, boundary: int | None, json: bool) -> None:
     from qkattr.cli.show import console, percent, say, show_table
-    from qkattr.features.sets import overview
+    from qkattr.features.sets import origin, overview
 
     rows = [r for r in overview(cards) if r["boundary"] in _boundaries(cards, boundary)]
     if json:
@@ -280,9 +302,10 @@ def _overview(cards: Cards, boundary: int | None, json: bool) -> None:
         for r in rows
     )
     show_table(out, f"Feature cards of {meta['saes']} for {meta['model']}", columns, said)
-    read = f"{meta['text_rows']} rows of {meta['text_length']} tokens"
+    say(out, origin(cards))
     say(
         out,
-        f"From {meta['text'] or 'a text'}, {read}. Labelled: by a rule that separates activating "
-        f"from other held-out positions with an AUC of at least 0.7, all or only strong ones.",
+        "Labelled: features with a rule that separates the held-out positions that activate them "
+        "from all others with an AUC of at least 0.7. When strong: the rule does so only for the "
+        "strongest fifth of the activations.",
     )

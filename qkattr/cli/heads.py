@@ -12,33 +12,36 @@ from qkattr.cli import common, options
 def heads(
     context: typer.Context,
     prompt: Annotated[
-        str, typer.Argument(metavar="PROMPT|DIR", help="Text, or a folder of `qkattr trace`.")
+        str,
+        typer.Argument(metavar="PROMPT|DIR", help="A text, or a folder that `qkattr trace` wrote."),
     ],
     source: Annotated[
         str | None,
         typer.Option(
             "--from",
-            help='Source position (the key): index, or token text (" Aunt#2"). Without it and '
-            "--to: the strongest heads anywhere.",
+            help='The source position (the key): an index, or the text of a token (" Aunt#2"). '
+            "Without it and --to, the strongest heads anywhere are listed.",
             show_default=False,
         ),
     ] = None,
     target: Annotated[
         str | None,
-        typer.Option("--to", help="Target position (the query).", show_default=False),
+        typer.Option("--to", help="The target position (the query).", show_default=False),
     ] = None,
     model: options.Saes = options.Saes(),
     top: Annotated[
         int | None,
         typer.Option(
-            min=1, help="Heads to list. Default: 20, all with --json.", show_default=False
+            min=1,
+            help="The number of heads to list. Default: 20, all with --json.",
+            show_default=False,
         ),
     ] = None,
     reading: options.Subject = options.Subject(),
     json: common.Json = False,
 ) -> None:
-    """Which heads moved the target, and how strongly they looked; between two positions or
-    anywhere."""
+    """List the heads that moved the target, between two positions or anywhere, and how strongly
+    they looked."""
     with common.progress() as progress:
         if common.is_result(prompt):
             result = options.open_saved(prompt, context)

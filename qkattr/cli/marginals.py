@@ -16,20 +16,27 @@ if TYPE_CHECKING:
 def marginals(
     context: typer.Context,
     prompt: place.PromptOrFolder,
-    attention: Annotated[float, typer.Option(help="Least attention that is listed, 0 to 1.")] = 0.3,
-    layer: Annotated[int | None, typer.Option(help="Only this block.", show_default=False)] = None,
+    attention: Annotated[
+        float, typer.Option(help="The least attention to list, from 0 to 1.")
+    ] = 0.3,
+    layer: Annotated[
+        int | None, typer.Option(help="List only this block.", show_default=False)
+    ] = None,
     head: Annotated[
-        int | None, typer.Option(help="Only this head, of --layer.", show_default=False)
+        int | None,
+        typer.Option(help="List only this head of the block --layer.", show_default=False),
     ] = None,
     query: Annotated[
-        str | None, typer.Option(help="Only this query position.", show_default=False)
+        str | None, typer.Option(help="List only this query position.", show_default=False)
     ] = None,
     key: Annotated[
-        str | None, typer.Option(help="Only this key position.", show_default=False)
+        str | None, typer.Option(help="List only this key position.", show_default=False)
     ] = None,
     model: options.Saes = options.Saes(),
-    limit: Annotated[int, typer.Option(min=1, help="Places to list, at most.")] = 30,
-    top: Annotated[int, typer.Option(min=1, help="Marginals a side of each place.")] = 5,
+    limit: Annotated[int, typer.Option(min=1, help="The largest number of places to list.")] = 30,
+    top: Annotated[
+        int, typer.Option(min=1, help="The number of marginals to list on each side of a place.")
+    ] = 5,
     sinks_too: Annotated[
         bool, typer.Option("--sinks-too", help="List keys that are sinks as well.")
     ] = False,
@@ -38,7 +45,7 @@ def marginals(
     reading: options.Subject = options.Subject(),
     json: common.Json = False,
 ) -> None:
-    """Every place of a prompt at which a head looks, with the components that make it look."""
+    """List every place of a prompt where a head looks, with the components that make it look."""
     from qkattr.analyses.marginals import check_attention, looks
 
     place.check_figure(figure)

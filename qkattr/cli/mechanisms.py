@@ -24,21 +24,26 @@ def mechanisms(
     more: Annotated[
         Path | None,
         typer.Option(
-            help="A file of further prompts, one a line, whose terms are added.",
+            help="A file of further prompts, one on each line; their terms are added.",
             show_default=False,
         ),
     ] = None,
     features: Annotated[
-        bool, typer.Option("--features", help="Only pairs of two features.")
+        bool, typer.Option("--features", help="Search only pairs of two features.")
     ] = False,
     model: options.Saes = options.Saes(),
-    top: Annotated[int, typer.Option(min=1, max=4096, help="Mechanisms, and components.")] = 6,
+    top: Annotated[
+        int,
+        typer.Option(
+            min=1, max=4096, help="The number of mechanisms, and of components of each, to list."
+        ),
+    ] = 6,
     figure: place.Figure = None,
     labels: common.Labels = None,
     reading: options.Subject = options.Subject(),
     json: common.Json = False,
 ) -> None:
-    """The singular value decomposition of a head's terms: its parallel reasons to look there."""
+    """Split a head's score into independent groups of feature pairs (by singular values)."""
     from qkattr.analyses import mechanisms as analyses
 
     place.check_figure(figure)
@@ -74,7 +79,7 @@ def _prompts(path: Path, prompt: str) -> list[str]:
         raise InputError("--more goes with a prompt, not with a folder; give the prompt's text")
     lines = [line for line in read_text(path).splitlines() if line.strip()]
     if not lines:
-        raise InputError(f"{path} holds no prompts; write one a line")
+        raise InputError(f"{path} holds no prompts; write one on each line")
     return lines
 
 

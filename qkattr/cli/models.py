@@ -18,9 +18,12 @@ FEW = 6
 
 def models(
     search: Annotated[
-        str | None, typer.Argument(help="Only names that contain this.", show_default=False)
+        str | None,
+        typer.Argument(help="List only names that contain this text.", show_default=False),
     ] = None,
-    cached: Annotated[bool, typer.Option("--cached", help="Only what needs no download.")] = False,
+    cached: Annotated[
+        bool, typer.Option("--cached", help="List only what needs no download.")
+    ] = False,
     json: common.Json = False,
 ) -> None:
     """List models and SAEs that can be named, and which of them are in the hub's cache."""

@@ -25,7 +25,12 @@ if TYPE_CHECKING:
 
 
 Missing = Annotated[
-    str, typer.Option("--missing", help="A boundary without an SAE: error, or raw, one error node.")
+    str,
+    typer.Option(
+        "--missing",
+        help="What to do at a boundary without an SAE: stop with an error, or treat it "
+        "as raw, one error node.",
+    ),
 ]
 
 
@@ -43,7 +48,9 @@ class Model:
             show_default=False,
         ),
     ] = None
-    dtype: Annotated[str, typer.Option(help="Of the weights: float32 or bfloat16.")] = "float32"
+    dtype: Annotated[str, typer.Option(help="The type of the weights: float32 or bfloat16.")] = (
+        "float32"
+    )
     bos_token: Annotated[
         str | None,
         typer.Option(
@@ -126,7 +133,8 @@ class Text:
         bool | None,
         typer.Option(
             "--bos/--no-bos",
-            help="Put a BOS first, or not. Default: as the SAEs or the tokenizer do.",
+            help="Put a BOS first, or do not. Default: as the SAEs were trained, else as the"
+            " tokenizer does.",
             show_default=False,
         ),
     ] = None
@@ -137,7 +145,7 @@ class Prompt(Text):
     """How PROMPT becomes tokens."""
 
     ids: Annotated[
-        bool, typer.Option("--ids", help="PROMPT is token ids, separated by commas.")
+        bool, typer.Option("--ids", help="Read PROMPT as token ids, separated by commas.")
     ] = False
 
     def read(self, prompt: str) -> bundle.Prompt:
@@ -160,7 +168,7 @@ class Subject(Prompt):
         bool,
         typer.Option(
             "--sink/--no-sink",
-            help="Make position 0 and positions of massive norm one component each.",
+            help="Treat position 0 and positions of massive norm as one component each.",
         ),
     ] = True
 

@@ -18,32 +18,37 @@ _MEASURED = ("unexplained_variance", "loss_recovered")
 
 def pack(
     context: typer.Context,
-    saes: Annotated[Path, typer.Argument(help="Folder of SAELens SAEs, one after every block.")],
-    out: Annotated[Path, Option(help="File to write, .safetensors.", show_default=False)],
+    saes: Annotated[Path, typer.Argument(help="A folder of SAELens SAEs, one after every block.")],
+    out: Annotated[Path, Option(help="The .safetensors file to write.", show_default=False)],
     model: options.Model = options.Model(),
-    bits: Annotated[int, Option(help="Of a weight: 4 or 8.")] = 4,
-    block: Annotated[int, Option(help="Weights of a feature that share a scale.")] = 32,
+    bits: Annotated[int, Option(help="The bits of a weight, 4 or 8.")] = 4,
+    block: Annotated[
+        int, Option(help="The number of a feature's weights that share one scale.")
+    ] = 32,
     wide: Annotated[
         list[int] | None,
-        Option(help="Boundary that gets 8 bits in any case (repeatable).", show_default=False),
+        Option(
+            help="A boundary whose SAE gets 8 bits in any case (repeatable).", show_default=False
+        ),
     ] = None,
     text: Annotated[
         Path | None,
         Option(
-            help="Measure the loss on it: a text file, or .npy of token ids [rows, tokens].",
+            help="Measure what packing costs on this text file, or .npy of token ids [rows, "
+            "tokens].",
             show_default=False,
         ),
     ] = None,
-    rows: Annotated[int, Option(min=1, help="Rows of the text to read, at most.")] = 4,
+    rows: Annotated[int, Option(min=1, help="The largest number of rows of the text to read.")] = 4,
     reading: options.Text = options.Text(),
     missing: options.Missing = "error",
     json: common.Json = False,
 ) -> None:
     """Pack a folder of SAEs into one file of blockwise integers, for --saes."""
     if saes.is_file():
-        raise InputError(f"{str(saes)!r} is a file; give the folder of SAEs that is to be packed")
+        raise InputError(f"{str(saes)!r} is a file; give the folder of SAEs to pack")
     for name in common.given(context, "rows", "bos", "bos_token") if text is None else ():
-        raise InputError(f"{name} says what of --text is measured; give --text, or leave it out")
+        raise InputError(f"{name} says how --text is measured; give --text, or leave it out")
     model.check()
     with common.progress() as progress:
         passage = None if text is None else read_text(text)
@@ -103,20 +108,32 @@ def _show(report: dict[str, Any]) -> None:
     if measured:
         columns += ["unexplained|", "packed|", "recovered|", "packed|", "lost|"]
         for row, b in zip(rows, report["boundaries"], strict=True):
-            row += [f"{b[name][side]:.4f}" for name in _MEASURED for side in ("before", "after")]
-            row.append(percent(_lost(b)))
+            figures = [b[name][side] for name in _MEASURED for side in ("before", "after")]
+            row += ["-" if figure is None else f"{figure:.4f}" for figure in figures]
+            lost = _lost(b)
+            row.append("-" if lost is None else percent(lost))
     show_table(out, "Packed SAEs: relative error of the weights", columns, rows)
     if measured:
-        lost = [_lost(b) for b in report["boundaries"]]
-        say(
-            out,
-            f"Of the loss recovered, packing lost {percent(sum(lost) / len(lost))} on average, "
-            f"{percent(max(lost))} at most, on {report['rows']} rows.",
-        )
+        say(out, _said(report))
     print(printable(f"Wrote {report['file']}: {report['bytes']:,} bytes"))
 
 
-def _lost(boundary: dict[str, Any]) -> float:
-    """The share of the loss recovered that packing lost."""
-    recovered = boundary["loss_recovered"]
-    return (recovered["before"] - recovered["after"]) / max(recovered["before"], 1e-6)
+def _said(report: dict[str, Any]) -> str:
+    lost = [share for share in map(_lost, report["boundaries"]) if share is not None]
+    if not lost:
+        return (
+            f"Loss recovered is undefined (-) on these {report['rows']} rows: the mean in place of "
+            "the residual stream hardly raises the loss."
+        )
+    from qkattr.cli.show import percent
+
+    return (
+        f"Packing lost {percent(sum(lost) / len(lost))} of the loss recovered on average, "
+        f"{percent(max(lost))} at most, on {report['rows']} rows."
+    )
+
+
+def _lost(boundary: dict[str, Any]) -> float | None:
+    """The share of the loss recovered that packing lost; None where that is undefined."""
+    before, after = (boundary["loss_recovered"][side] for side in ("before", "after"))
+    return None if before is None or after is None else (before - after) / max(before, 1e-6)

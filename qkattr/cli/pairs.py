@@ -27,33 +27,36 @@ def pairs(
         str | None,
         typer.Argument(
             metavar="[PROMPT|DIR]",
-            help="Text, or a folder of `qkattr trace`. None: weights alone.",
+            help="A text, or a folder that `qkattr trace` wrote. Without it, the weights "
+            "alone are searched.",
             show_default=False,
         ),
     ] = None,
     layer: Annotated[
-        int | None, typer.Option(help="Block. With a prompt: only this one.", show_default=False)
+        int | None,
+        typer.Option(help="The block. With a prompt, search this block only.", show_default=False),
     ] = None,
     head: Annotated[
-        int | None, typer.Option(help="Query head, of --layer.", show_default=False)
+        int | None, typer.Option(help="The query head in the block --layer.", show_default=False)
     ] = None,
     model: options.Saes = options.Saes(),
-    top: Annotated[int, typer.Option(help="Pairs of either sign.")] = 20,
+    top: Annotated[int, typer.Option(help="The number of pairs of either sign to list.")] = 20,
     all: Annotated[
         bool,
         typer.Option(
             "--all",
-            help="With a prompt: search pairs with bias, errors, sinks and tokens too.",
+            help="With a prompt, search pairs with bias, errors, sinks and tokens too.",
         ),
     ] = False,
     distance: Annotated[
-        int, typer.Option(help="Without a prompt: of the key before the query.")
+        int,
+        typer.Option(help="Without a prompt: how many positions the key lies before the query."),
     ] = 1,
     typical: Annotated[
         bool,
         typer.Option(
             "--typical",
-            help="Without a prompt: features at their mean activation, not at one unit.",
+            help="Without a prompt: take features at their mean activation instead of one unit.",
         ),
     ] = False,
     text: Annotated[

@@ -11,20 +11,27 @@ from qkattr.cli import common, options
 from qkattr.errors import InputError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from qkattr.graph.paths import Place
     from qkattr.load.bundle import Bundle, Prompt
     from qkattr.result import Result
 
 PromptOrFolder = Annotated[
-    str, typer.Argument(metavar="PROMPT|DIR", help="Text, or a folder of `qkattr trace`.")
+    str, typer.Argument(metavar="PROMPT|DIR", help="A text, or a folder that `qkattr trace` wrote.")
 ]
-Layer = Annotated[int, typer.Option(help="Block.")]
-Head = Annotated[int, typer.Option(help="Query head.")]
+Layer = Annotated[int, typer.Option(help="The block.")]
+Head = Annotated[int, typer.Option(help="The query head.")]
 Query = Annotated[
-    str, typer.Option(help='Position: index, negative index, or token text (" Aunt#2").')
+    str,
+    typer.Option(
+        help='The query position: an index, a negative index, or the text of a token (" Aunt#2").'
+    ),
 ]
-Key = Annotated[str, typer.Option(help="Position that it looked at.")]
+Key = Annotated[str, typer.Option(help="The key position, which the head looked at.")]
 Figure = Annotated[
-    Path | None, typer.Option(help="Draw into this .svg, .png or .pdf.", show_default=False)
+    Path | None,
+    typer.Option(help="Draw a figure into this .svg, .png or .pdf file.", show_default=False),
 ]
 
 
@@ -53,15 +60,19 @@ def open_subject(
     reading: options.Subject,
     progress,
     labels: list[str] | None = None,
+    check: Callable[[list[str], Place, Sequence[int]], None] | None = None,
 ) -> tuple[Result | Bundle, Prompt | None, dict[str, Any]]:
     """A result joined with its model, or a bundle with a prompt and its options; the place, where
-    one is asked about, is checked before weights are read."""
+    one is asked about, is checked before weights are read, and `check` is called with the tokens,
+    the place and every block's window."""
     if common.is_result(prompt):
-        from qkattr.scores import place_in
+        from qkattr.scores import place_in, windows_of
 
         result = options.open_saved(prompt, context)
         if place is not None:
-            place_in(result, place)
+            found = place_in(result, place)
+            if check is not None:
+                check(result.tokens, found, windows_of(result))
         if labels:
             result = relabelled(result, labels)
         progress("loading the model")
@@ -71,9 +82,11 @@ def open_subject(
 
     given = reading.read(prompt)
     bundle = model.open()
-    ids_ = bundle.tokenize(given, reading.bos)[0]
+    tokens = token_texts(bundle, bundle.tokenize(given, reading.bos)[0])
     if place is not None:
-        find_place_in(bundle.config, token_texts(bundle, ids_), place)
+        found = find_place_in(bundle.config, tokens, place)
+        if check is not None:
+            check(tokens, found, bundle.config.windows)
     if labels:
         from qkattr.load.labels import labelled
 

@@ -19,31 +19,38 @@ Option = typer.Option
 def qk(
     context: typer.Context,
     prompt: Annotated[
-        str, typer.Argument(metavar="PROMPT|DIR", help="Text, or a folder of `qkattr trace`.")
+        str,
+        typer.Argument(metavar="PROMPT|DIR", help="A text, or a folder that `qkattr trace` wrote."),
     ],
-    layer: Annotated[int, Option(help="Block.")],
-    head: Annotated[int, Option(help="Query head.")],
+    layer: Annotated[int, Option(help="The block.")],
+    head: Annotated[int, Option(help="The query head.")],
     query: Annotated[
-        str, Option(help='Position: index, negative index, or token text (" Aunt#2").')
+        str,
+        Option(
+            help="The query position: an index, a negative index, or "
+            'the text of a token (" Aunt#2").'
+        ),
     ],
-    key: Annotated[str, Option(help="Position that it looked at.")],
+    key: Annotated[str, Option(help="The key position, which the head looked at.")],
     model: options.Saes = options.Saes(),
     top: Annotated[
         int | None,
         Option(
             min=1,
-            help="Pairs and marginals to list. Default: 20, all with --json.",
+            help="The number of pairs and of marginals to list. Default: 20, all with --json.",
             show_default=False,
         ),
     ] = None,
     groups: Annotated[
         Path | None,
-        Option(help="Sum terms over the groups of a TOML file.", show_default=False),
+        Option(
+            help="Sum the terms over the groups of features in this TOML file.", show_default=False
+        ),
     ] = None,
     label: Annotated[
         list[str] | None,
         Option(
-            help="Sum terms over features whose label has this text; repeatable.",
+            help="Sum the terms over all features whose label contains this text (repeatable).",
             show_default=False,
         ),
     ] = None,
@@ -52,7 +59,7 @@ def qk(
     reading: options.Subject = options.Subject(),
     json: common.Json = False,
 ) -> None:
-    """A head's attention score as a sum over pairs of query-side and key-side components."""
+    """Write a head's attention score as a sum over pairs of query-side and key-side components."""
     from qkattr.analyses.groups import grouped
     from qkattr.load.groups import read_groups
 

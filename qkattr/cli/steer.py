@@ -23,61 +23,106 @@ Option = typer.Option
 def steer(
     context: typer.Context,
     prompt: Annotated[
-        str, typer.Argument(metavar="PROMPT|DIR", help="Text, or a folder of `qkattr trace`.")
+        str,
+        typer.Argument(metavar="PROMPT|DIR", help="A text, or a folder that `qkattr trace` wrote."),
     ],
     edit: Annotated[
         list[str] | None,
         Option(
-            help="B:F@POS:query|key:L.H,L.H, or B:F@POS:residual (repeatable).", show_default=False
+            help="An edit, B:F@POS:query|key:L.H,L.H or B:F@POS:residual (repeatable).",
+            show_default=False,
         ),
     ] = None,
     source: Annotated[
         str | None,
-        Option("--from", help="Choose edits: the position looked at.", show_default=False),
+        Option(
+            "--from",
+            help="Choose edits automatically: the key position, which is looked at.",
+            show_default=False,
+        ),
     ] = None,
     target: Annotated[
-        str | None, Option("--to", help="And the position that looks.", show_default=False)
+        str | None, Option("--to", help="With --from: the query position.", show_default=False)
     ] = None,
-    heads: Annotated[str, Option(help="Of --from, --to: 12, 5%, greedy:8, or L.H,L.H.")] = "5%",
-    by: Annotated[str, Option(help="Rank heads by influence or by loading.")] = "influence",
+    heads: Annotated[
+        str,
+        Option(help="With --from and --to: which heads to edit, as 12, 5%, greedy:8, or L.H,L.H."),
+    ] = "5%",
+    by: Annotated[
+        str, Option(help="With --from and --to: rank heads by influence or by loading.")
+    ] = "influence",
     features: Annotated[
-        int, Option(min=1, help="Of --from, --to: features by QK marginal, in each block.")
+        int,
+        Option(
+            min=1,
+            help="With --from and --to: the number of features to edit in each block, by QK "
+            "marginal.",
+        ),
     ] = 4,
-    side: Annotated[str, Option(help="Of --from, --to: key or query.")] = "key",
+    side: Annotated[
+        str, Option(help="With --from and --to: the side to edit, key or query.")
+    ] = "key",
     group: Annotated[
         str | None,
         Option(
-            help="Features of a group instead: FILE.toml, or FILE.toml:NAME.", show_default=False
+            help="Edit the features of a group instead: FILE.toml, or FILE.toml:NAME.",
+            show_default=False,
         ),
     ] = None,
     label: Annotated[
-        str | None, Option(help="Features whose label has this text instead.", show_default=False)
+        str | None,
+        Option(
+            help="Edit the features whose label contains this text instead.", show_default=False
+        ),
     ] = None,
     labels: Annotated[
         Path | None,
-        Option(help="A file of labels instead of the cards'.", show_default=False),
+        Option(help="Read the labels from this file instead of the cards.", show_default=False),
     ] = None,
-    scales: Annotated[str, Option(help="What the features are multiplied by.")] = (
+    scales: Annotated[str, Option(help="The factors by which the features are multiplied.")] = (
         "-1,-0.5,0,0.5,1,1.5,2"
     ),
     freeze_others: Annotated[
-        bool, Option("--freeze-others", help="Hold the patterns of unedited heads.")
+        bool,
+        Option(
+            "--freeze-others",
+            help="Keep the attention patterns of the unedited heads as they were without the"
+            " edits.",
+        ),
     ] = False,
     live_scales: Annotated[
-        bool, Option("--live-scales", help="Normalise an edited read by its own norm scale.")
+        bool,
+        Option("--live-scales", help="Normalise what an edited head reads by its own norm scale."),
     ] = False,
     ablate: Annotated[
-        str | None, Option(help="Heads whose output is zero, L.H,L.H.", show_default=False)
+        str | None,
+        Option(help="Set the output of these heads to zero: L.H,L.H.", show_default=False),
     ] = None,
     track: Annotated[
-        list[str] | None, Option(help="Next token to follow (repeatable).", show_default=False)
+        list[str] | None,
+        Option(help="A next token whose probability is shown (repeatable).", show_default=False),
     ] = None,
-    query: Annotated[str, Option(help="Position whose pattern is shown.")] = "-1",
+    query: Annotated[str, Option(help="The position whose attention is shown.")] = "-1",
+    control: Annotated[
+        bool,
+        Option(
+            "--control/--no-control",
+            help="Show beside the result what random edits of the same size do.",
+        ),
+    ] = True,
+    draws: Annotated[int, Option(min=1, max=1000, help="The number of random edits.")] = 8,
+    seed: Annotated[int, Option(min=0, help="The seed of the random edits.")] = 0,
     hydra: Annotated[
-        bool, Option("--hydra", help="Heads it takes, the others live and frozen.")
+        bool,
+        Option(
+            "--hydra",
+            help="Show how many heads are needed to flip the prediction, with the other patterns "
+            "recomputed and with them fixed.",
+        ),
     ] = False,
     figure: Annotated[
-        Path | None, Option(help="Draw it: a .svg, .png or .pdf.", show_default=False)
+        Path | None,
+        Option(help="Draw a figure into this .svg, .png or .pdf file.", show_default=False),
     ] = None,
     model: options.Saes = options.Saes(),
     reading: options.Subject = options.Subject(),
@@ -129,6 +174,8 @@ def steer(
             track=track or (),
             query=query,
             labels=known,
+            draws=draws if control else 0,
+            seed=seed,
             progress=progress,
             **components,
         )
@@ -276,29 +323,64 @@ def _show(steering: Steering) -> None:
     heads = "1 head" if steering.n_heads == 1 else f"{steering.n_heads} heads"
     say(out, f"{heads}, {share} of the model's; patterns of the others {others}")
     say(out, f"norm scales of edited reads {norms}; values and everything else as they are")
-    names = list(steering.tracked)[:5]
+    control = (steering.control or {}).get("tracked", {})
+    first, *others = list(steering.tracked)[: 4 if control else 5]
     rows = [
         (
             f"{scale:g}",
             quoted(steering.top[i][0]["token"]),
-            *(f"{steering.tracked[name][i]:.4f}" for name in names),
+            f"{steering.tracked[first][i]:.4f}",
+            *_spread(control.get(first), i),
+            *(f"{steering.tracked[name][i]:.4f}" for name in others),
             f"{steering.kl[i]:.4f}",
             *_attention(steering.patterns[i], steering.keys),
         )
         for i, scale in enumerate(steering.scales)
     ]
-    columns = ("scale|", "says", *(f"P {quoted(n, 16)}|" for n in names), "KL|")
+    named, *more = (f"P {quoted(name, 16)}|" for name in (first, *others))
+    columns = ("scale|", "says", named, *(["control|"] if control else []), *more, "KL|")
     keys = some([f"{quoted(steering.tokens[k], 16)} {k}" for k in steering.keys])
     title = "Next token"
     if steering.patterns[0]:
         columns = (*columns, "attention|")
         title = f"Next token; mean attention of the edited heads to {keys}"
     show_table(out, title, columns, rows)
+    _say_control(out, steering)
     rows = [(r["head"], f"{r['attention']:.4f}", f"{r['change']:+.4f}") for r in steering.rose[:5]]
     if rows:
         at = f"at scale {steering.rose[0]['scale']:g}"
         title = f"Unedited heads that look at {keys} otherwise {at}"
         show_table(out, title, ("head", "clean attention|", "change|"), rows)
+
+
+def _spread(control: dict[str, list[float]] | None, i: int) -> list[str]:
+    """The median and range of a probability at a scale under the random edits, if there are any."""
+    if control is None:
+        return []
+    median, low, high = (control[of][i] for of in ("median", "low", "high"))
+    return [f"{median:.2f} ({low:.2f}..{high:.2f})"]
+
+
+def _say_control(out, steering: Steering) -> None:
+    """What the columns of the control are, or why there are none."""
+    from qkattr.cli.show import say
+
+    control = steering.control
+    if control is None:
+        return
+    if "reason" in control:
+        say(out, f"There is no random control. {control['reason']}")
+        return
+    what = []
+    if steering.edits:
+        what.append("other active features of the same positions and sizes")
+    if steering.ablated:
+        what.append("other heads of the same blocks")
+    say(
+        out,
+        f"control: the probability before it (median and range) when {' and '.join(what)} are "
+        f"edited instead: {control['draws']} random draws, seed {control['seed']}",
+    )
 
 
 def _attention(patterns: dict[str, list[float]], keys: list[int]) -> list[str]:

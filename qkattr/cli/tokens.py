@@ -16,7 +16,7 @@ def tokens(
     reading: options.Prompt = options.Prompt(),
     json: common.Json = False,
 ) -> None:
-    """Positions and tokens of PROMPT as the model sees it."""
+    """List the positions and tokens of PROMPT as the model sees them."""
     from qkattr.session import token_texts
 
     bundle = model.open()

@@ -21,50 +21,93 @@ def trace(
     model: options.Saes = options.Saes(),
     out: Annotated[
         Path | None,
-        Option(help="Folder for graph.json, graph.npz and index.html.", show_default=False),
+        Option(
+            help="The folder to write graph.json, graph.npz and index.html into.",
+            show_default=False,
+        ),
     ] = None,
     force: Annotated[
-        bool, Option("--force", help="Write into --out although it holds other files.")
+        bool, Option("--force", help="Write into --out even though it holds other files.")
     ] = False,
     target: Annotated[
         list[str] | None,
-        Option(help="Token to explain (repeatable). Default: the likeliest.", show_default=False),
+        Option(
+            help="A next token to explain (repeatable). Default: the likeliest ones.",
+            show_default=False,
+        ),
     ] = None,
     contrast: Annotated[
         tuple[str, str] | None,
-        Option(help="Explain the difference of two tokens' logits.", show_default=False),
+        Option(
+            help="Explain the logit of the first token less that of the second.", show_default=False
+        ),
     ] = None,
     score: Annotated[
         str | None,
-        Option(help="Explain an attention score, LAYER.HEAD.QUERY.KEY.", show_default=False),
+        Option(
+            help="Explain an attention score instead of a token: LAYER.HEAD.QUERY.KEY.",
+            show_default=False,
+        ),
     ] = None,
     through_qk: Annotated[
-        int, Option(help="Also trace the scores behind the N strongest edges.")
+        int, Option(help="Also trace the attention scores behind the N strongest edges.")
     ] = 0,
     linearisation: Annotated[
         str,
         Option(
-            "--linearisation", "--linearization", help="Of the MLP: jacobian, frozen-gate or half."
+            "--linearisation",
+            "--linearization",
+            help="How the MLP is linearised: jacobian, frozen-gate or half.",
         ),
     ] = "jacobian",
     read: Annotated[
-        str, Option(help="Read features as targets by their decoder or encoder.")
+        str,
+        Option(help="The direction by which a feature is read as a target: decoder or encoder."),
     ] = "decoder",
     through_errors: Annotated[
-        bool, Option("--through-errors/--no-through-errors", help="Trace on from error nodes.")
+        bool,
+        Option(
+            "--through-errors/--no-through-errors",
+            help="Trace on from error nodes to what they come from.",
+        ),
     ] = True,
-    keep: Annotated[float, Option(help="Share of each boundary's influence to keep.")] = 0.95,
-    max_rows: Annotated[int, Option(help="Nodes kept at a boundary, at most.")] = 256,
-    max_edges: Annotated[int, Option(help="Edges kept of one target, at most.")] = 64,
-    max_slots: Annotated[int, Option(help="Features of one position, at most.")] = 256,
-    max_logits: Annotated[int, Option(help="Likeliest tokens taken as targets, at most.")] = 10,
-    logit_mass: Annotated[float, Option(help="Probability that they cover.")] = 0.95,
+    keep: Annotated[
+        float, Option(help="The share of each boundary's influence that the kept nodes carry.")
+    ] = 0.95,
+    max_rows: Annotated[
+        int, Option(help="The largest number of nodes to keep at a boundary.")
+    ] = 256,
+    max_edges: Annotated[
+        int, Option(help="The largest number of edges to keep for one target.")
+    ] = 64,
+    max_slots: Annotated[
+        int,
+        Option(
+            help="The largest number of features to keep at one position; the rest joins the error."
+        ),
+    ] = 256,
+    max_logits: Annotated[
+        int, Option(help="The largest number of next tokens to take as targets.")
+    ] = 10,
+    logit_mass: Annotated[
+        float,
+        Option(
+            help="Take as targets the likeliest next tokens that together reach this probability."
+        ),
+    ] = 0.95,
     qk: Annotated[
-        int, Option(help="QK attributions to include, of the heads that carried most to no sink.")
+        int,
+        Option(
+            help="The number of QK attributions to include, of the heads that carried most to "
+            "positions that are no sinks."
+        ),
     ] = 8,
     cards: Annotated[
         Path | None,
-        Option(help="Cards that name the features; --saes smollm2 has some.", show_default=False),
+        Option(
+            help="A file of feature cards, which name the features; --saes smollm2 brings its own.",
+            show_default=False,
+        ),
     ] = None,
     labels: common.Labels = None,
     scan: Annotated[
@@ -84,7 +127,9 @@ def trace(
         ),
     ] = None,
     reading: options.Subject = options.Subject(),
-    precision: Annotated[str, Option(help="Of matmuls: default, high or highest.")] = "highest",
+    precision: Annotated[
+        str, Option(help="The precision of matrix products: default, high or highest.")
+    ] = "highest",
     json: common.Json = False,
 ) -> None:
     """Trace the next token of PROMPT back to its tokens, with head loadings and QK attributions."""
@@ -176,6 +221,7 @@ def summarise(result: Result) -> None:
     """Predictions, the strongest routes, the heads that carried most, and what leaked."""
     from qkattr.cli.show import console, percent, say, show_table
     from qkattr.export.effect_rows import strongest_heads
+    from qkattr.export.predictions import shown
 
     out, graph = console(), result.graph
     say(
@@ -183,10 +229,7 @@ def summarise(result: Result) -> None:
         f"{result.bos[:1].upper()}{result.bos[1:]}. {len(result.tokens)} tokens, "
         f"{len(graph.nodes)} nodes, {len(graph.edges)} edges.",
     )
-    rows = [
-        (quoted(p["token"]), f"{p['probability']:.4f}", "traced" if p["target"] else "")
-        for p in result.predictions[:5]
-    ]
+    rows = [(quoted(p["token"]), f"{p['probability']:.4f}", p["note"]) for p in shown(result, 5)]
     show_table(out, "Next token", ("token", "probability|", ""), rows)
     _routes(result, out)
     rows = [

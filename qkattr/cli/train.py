@@ -20,16 +20,22 @@ Option = typer.Option
 
 
 def train(
-    config: Annotated[Path, typer.Argument(metavar="CONFIG.toml", help="What to train.")],
+    config: Annotated[
+        Path, typer.Argument(metavar="CONFIG.toml", help="The TOML file that says what to train.")
+    ],
     model: options.Model = options.Model(),
     text: Annotated[
         Path | None,
-        Option(help=".txt, .jsonl, .jsonl.gz, .parquet, or .npy of token ids.", show_default=False),
+        Option(
+            help="The text to train on: .txt, .jsonl, .jsonl.gz, .parquet, or .npy of token ids.",
+            show_default=False,
+        ),
     ] = None,
     out: Annotated[
         Path | None,
         Option(
-            help="Folder for the SAEs, metrics and checkpoints. A run that was stopped goes on.",
+            help="The folder for the SAEs, metrics and checkpoints. A run that was stopped "
+            "there is continued.",
             show_default=False,
         ),
     ] = None,
@@ -39,10 +45,17 @@ def train(
     ] = None,
     mesh: Annotated[
         str | None,
-        Option(help="DATA,MODEL: devices that share tokens, and dictionaries.", show_default=False),
+        Option(
+            help="DATA,MODEL: the numbers of devices that share the tokens and the dictionaries.",
+            show_default=False,
+        ),
     ] = None,
     distributed: Annotated[
-        bool, Option("--distributed", help="One process of several: jax.distributed.initialize().")
+        bool,
+        Option(
+            "--distributed",
+            help="This process is one of several: call jax.distributed.initialize().",
+        ),
     ] = False,
     reading: options.Text = options.Text(),
 ) -> None:

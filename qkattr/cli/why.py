@@ -10,7 +10,10 @@ from qkattr.cli import common, options, place
 from qkattr.errors import printable, quoted
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from qkattr.analyses.why import Why
+    from qkattr.graph.paths import Place
 
 
 def why(
@@ -20,31 +23,50 @@ def why(
     head: place.Head,
     query: place.Query,
     key: place.Key,
+    against: Annotated[
+        str | None,
+        typer.Option(
+            metavar="POSITION",
+            help="Compare the key with this one only: the difference of their two scores.",
+            show_default=False,
+        ),
+    ] = None,
     form: Annotated[
-        str, typer.Option(help="What is decomposed: odds, log(A / (1 - A)), or log, log A.")
+        str,
+        typer.Option(
+            help="The quantity to decompose: odds for log(A / (1 - A)), or log for log A."
+        ),
     ] = "odds",
     model: options.Saes = options.Saes(),
-    top: Annotated[int, typer.Option(min=1, max=4096, help="Rows of each list.")] = 12,
+    top: Annotated[
+        int, typer.Option(min=1, max=4096, help="The number of rows of each list.")
+    ] = 12,
     figure: place.Figure = None,
     labels: common.Labels = None,
     all: common.All = False,
     reading: options.Subject = options.Subject(),
     json: common.Json = False,
 ) -> None:
-    """Why a head looked at one key and not at the others, term by term."""
-    from qkattr.analyses.why import check_form
+    """Explain why a head looked at one key and not at the others, term by term."""
+    from qkattr.analyses.why import check_against, check_form
     from qkattr.analyses.why import why as decompose
 
-    check_form(form)
+    check_form(form, against)
+
+    def check(tokens: list[str], at: Place, windows: Sequence[int]) -> None:
+        """Fail before weights are read."""
+        if against is not None:
+            check_against(tokens, at, against, windows)
+
     place.check_figure(figure)
     with common.progress() as progress:
         subject, given, components = place.open_subject(
             context, prompt, (layer, head, query, key), model=model, reading=reading,
-            labels=labels, progress=progress,
+            labels=labels, progress=progress, check=check,
         )  # fmt: skip
         found = decompose(
-            subject, given, layer=layer, head=head, query=query, key=key, form=form, top=top,
-            folded=not (all or json), progress=progress, **components,
+            subject, given, layer=layer, head=head, query=query, key=key, against=against,
+            form=form, top=top, folded=not (all or json), progress=progress, **components,
         )  # fmt: skip
         if figure is not None:
             from qkattr.export.qk_figures import why_figure
@@ -72,13 +94,20 @@ def show(found: Why, top: int, all: bool = False) -> None:
         f"Head {found.layer}.{found.head} at {at(found.query)}: attention {found.probability:.4f} "
         f"to {at(found.key)}",
     )
-    left = "log(A / (1 - A))" if found.form == "odds" else "log A"
-    say(
-        out,
-        f"{left} = {found.value:+.4f}: rows sum to {found.sum:+.4f}, less an entropy of "
-        f"{found.entropy:.4f}. Rows with an error slot: {percent(found.error_share)} of the "
-        "absolute sum",
-    )
+    error = f"Rows with an error slot: {percent(found.error_share)} of the absolute sum"
+    if found.against is None:
+        left = "log(A / (1 - A))" if found.form == "odds" else "log A"
+        say(
+            out,
+            f"{left} = {found.value:+.4f}: rows sum to {found.sum:+.4f}, less an entropy of "
+            f"{found.entropy:.4f}. {error}",
+        )
+    else:
+        say(
+            out,
+            f"Its score less that of {at(found.against)}, log(A / A') = {found.value:+.4f}: rows "
+            f"sum to {found.sum:+.4f}. {error}",
+        )
     most = max((abs(k["value"]) for k in found.keys), default=1.0)
     rows = [
         (
@@ -92,9 +121,12 @@ def show(found: Why, top: int, all: bool = False) -> None:
     ]
     columns = ("key", "attention|", "score|", "part|", "")
     show_table(out, "Keys, and what each one's rows add", columns, rows)
+    pulls, pushes = "Holds it back", "Pushes it"
+    if found.against is not None:
+        pulls, pushes = f"For {at(found.against)}", f"For {at(found.key)}"
     for title, listed in (
-        ("Holds it back: pairs, summed over keys", found.pulls),
-        ("Pushes it: pairs, summed over keys", found.pushes),
+        (f"{pulls}: pairs, summed over keys", found.pulls),
+        (f"{pushes}: pairs, summed over keys", found.pushes),
     ):
         rows = [
             (component(r["query"]), component(r["key"]), _positions(r["at"]), f"{r['value']:+.4f}")
@@ -111,7 +143,10 @@ def show(found: Why, top: int, all: bool = False) -> None:
         )
         for f in found.features[:top]
     ]
-    show_table(out, "Key-side components, over all keys", ("component", "at", "value|"), rows)
+    over = "all keys" if found.against is None else "both keys"
+    show_table(out, f"Key-side components, over {over}", ("component", "at", "value|"), rows)
+    if not found.versus:
+        return
     rows = [
         (
             at(v["key"]),

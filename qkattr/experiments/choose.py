@@ -113,7 +113,10 @@ def check_choice(
     one_of("side", side, SIDES[:2])
     one_of("by", by, RANKINGS)
     if features < 1:
-        raise InputError(f"features should be at least 1, got {features}; give how many a block")
+        raise InputError(
+            f"features should be at least 1, got {features}; give the number of "
+            "features to edit in each block"
+        )
     asked_heads(heads, shape)
     key, query = (find_position(tokens, where) for where in (source, target))
     if key > query:
@@ -172,7 +175,8 @@ def how_many(asked: str | int | float, n_heads: int) -> int:
         )
     except (ValueError, OverflowError) as e:
         raise InputError(
-            f"{quoted(text)} is no number of heads; give one, as in 12, or a share, as in 5%"
+            f"{quoted(text)} is not a number of heads; give a number, as in 12, or a "
+            "share, as in 5%"
         ) from e
     if not 1 <= n <= n_heads:
         raise InputError(

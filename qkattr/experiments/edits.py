@@ -24,7 +24,14 @@ import numpy as np
 from qkattr.errors import InputError, quoted
 from qkattr.load.bundle import Bundle
 from qkattr.load.mapped import some
-from qkattr.model.edits import BlockEdits, Edits, PatternEdits, ReadEdits, ResidualEdits
+from qkattr.model.edits import (
+    BlockEdits,
+    Edits,
+    PatternEdits,
+    ReadEdits,
+    ResidualEdits,
+    batched_axes,
+)
 from qkattr.session import Session, find_position
 from qkattr.sharding import bucket
 from qkattr.sources.components import find_slots
@@ -152,7 +159,9 @@ def check_edit(edit: Edit, shape: tuple[int, int], widths: Sequence[int | None])
         )
     if edit.side == "residual":
         if edit.heads:
-            raise InputError("a residual edit takes no heads: all of them read it; leave them out")
+            raise InputError(
+                "a residual edit takes no heads, because all heads read it; leave the heads out"
+            )
         return dataclasses.replace(edit, heads=())
     heads = edit.heads
     if heads is None:
@@ -294,7 +303,7 @@ def _read_edits(session: Session, edits: list[Placed], shape: tuple[int, int]) -
     boundary = np.broadcast_to(np.arange(n_blocks)[:, None], position.shape)
     return ReadEdits(
         position_E=jnp.asarray(position),
-        vector_ED=_vectors(session.components, boundary, position, slot),
+        vector_ED=vectors_at(session.components, boundary, position, slot),
         scale_E=jnp.asarray(scale),
         heads_EN=jnp.asarray(heads),
     )
@@ -304,13 +313,14 @@ def _residual_edits(session: Session, edits: list[Placed]) -> ResidualEdits:
     padding = bucket(len(edits), smallest=1) - len(edits)
     columns = np.array([(e.boundary, e.position, e.slot) for e in edits]).T
     boundary, position, slot = np.pad(columns, ((0, 0), (0, padding)), constant_values=0)
-    vectors = _vectors(session.components, boundary, position, slot)
+    vectors = vectors_at(session.components, boundary, position, slot)
     boundary = np.where(np.arange(len(boundary)) < len(edits), boundary, -1)
     return ResidualEdits(jnp.asarray(boundary), jnp.asarray(position), -vectors)
 
 
 @jax.jit
-def _vectors(components, boundary, position, slot):
+def vectors_at(components, boundary, position, slot):
+    """The vectors of some slots, which may be of any shape."""
     return components.at(position, slot, boundary)
 
 
@@ -335,6 +345,24 @@ def at_scales(edits: Edits, scales: Sequence[float]) -> Edits:
         blocks, query=scaled(blocks.query), key=scaled(blocks.key), head_scale_TN=ablated
     )
     return Edits(residual=residual, blocks=blocks)
+
+
+def join_batches(batches: Sequence[Edits]) -> Edits:
+    """Several batches of edits as one, one after the other. What is equal in all of them stays
+    without a batch axis, so that it is computed once."""
+    axes = batched_axes(batches[0])
+    sizes = jax.tree.map(lambda leaf, axis: None if axis is None else len(leaf), batches[0], axes)
+    size = jax.tree.leaves(sizes)[0]
+
+    def join(leaf, axis, *others):
+        leaves = [leaf, *others]
+        if axis == 0:
+            return jnp.concatenate(leaves)
+        if all(other is leaf or bool(jnp.array_equal(other, leaf)) for other in others):
+            return leaf
+        return jnp.concatenate([jnp.broadcast_to(part, (size, *part.shape)) for part in leaves])
+
+    return jax.tree.map(join, batches[0], axes, *batches[1:])
 
 
 def freeze_others(edits: Edits, patterns: jax.Array, live: np.ndarray) -> Edits:

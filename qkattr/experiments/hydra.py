@@ -66,7 +66,10 @@ def hydra(
       InputError: an edit cannot be made, or goes through no head.
     """
     if any(edit.side == "residual" for edit in edits):
-        raise InputError("a residual edit goes through no head to count; leave it out with hydra")
+        raise InputError(
+            "hydra counts the heads that an edit goes through, and "
+            "a residual edit goes through none; leave it out"
+        )
     shape = session.bundle.config.head_grid
     counts = list(range(len(heads) + 1)) if counts is None else list(counts)
     masks = np.stack([head_mask(heads[:n], shape) for n in counts])

@@ -18,6 +18,7 @@ from flax import struct
 from jaxtyping import Array, Float, Int
 
 from qkattr.config import ModelConfig
+from qkattr.errors import InputError
 from qkattr.model.edits import Edits, batched_axes
 from qkattr.model.forward import residual_stream, unembed
 from qkattr.session import Session, pad_tokens
@@ -134,3 +135,32 @@ def run_edits(session: Session, edits: Edits, *, queries: Sequence[int]) -> Edit
         patterns=runs.patterns[..., : len(session.ids)],
         scores=runs.scores[..., : len(session.ids)],
     )
+
+
+def split_runs(runs: EditedRuns, n: int) -> list[EditedRuns]:
+    """Runs of a batch that was joined from n of one size, apart again."""
+    size = len(runs.logits) // n
+    return [jax.tree.map(lambda a, i=i: a[i * size : (i + 1) * size], runs) for i in range(n)]
+
+
+def check_finite(runs: EditedRuns, edits: Edits, scales: list[float]) -> None:
+    """
+    Raises:
+      InputError: logits are not finite; or they may be finite and wrong, because a score
+        overflowed, or the square of what a norm reads, of which the norm makes zeros.
+    """
+    reads = (edits.blocks.query, edits.blocks.key) if edits.blocks.live_scales else ()
+    vectors = [read.vector_ED for read in reads if read is not None]
+    vectors += [] if edits.residual is None else [edits.residual.delta_ED]
+    size = sum(float(np.linalg.norm(vector, axis=-1).sum()) for vector in vectors)
+    most = float(np.sqrt(np.finfo(np.float32).max)) / 2
+    for scale, logits, scores in zip(scales, runs.logits, runs.scores, strict=True):
+        if not np.isfinite(logits).all():
+            raise InputError(
+                f"at scale {scale:g} the model's logits are not finite; give scales nearer to 1"
+            )
+        if not np.isfinite(scores).all() or abs(scale - 1) * size > most:
+            raise InputError(
+                f"at scale {scale:g} an edited read or its scores overflow float32, and what "
+                f"follows would be wrong; give scales nearer to 1"
+            )

@@ -19,11 +19,10 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from qkattr.errors import InputError
+from qkattr.experiments.control import DRAWS, draw_controls, summarise
 from qkattr.experiments.edits import (
-    SIDES,
     Edit,
     Head,
-    Placed,
     ablate,
     at_scales,
     build_edits,
@@ -33,15 +32,30 @@ from qkattr.experiments.edits import (
     fit_edits,
     freeze_others,
     head_mask,
+    join_batches,
     parse_edit,
     place_edits,
 )
-from qkattr.experiments.runs import EditedRuns, clean_patterns, log_softmax, run_edits
+from qkattr.experiments.readings import (
+    by_text,
+    followed,
+    followed_keys,
+    likeliest,
+    rose,
+    rows,
+)
+from qkattr.experiments.runs import (
+    check_finite,
+    clean_patterns,
+    log_softmax,
+    run_edits,
+    split_runs,
+)
 from qkattr.extras import need
 from qkattr.load.bundle import Bundle, Prompt
 from qkattr.model.edits import Edits
 from qkattr.options import make_options
-from qkattr.result import Result, ranked_heads
+from qkattr.result import Result
 from qkattr.scores import Labels, need_session
 from qkattr.session import (
     Progress,
@@ -51,14 +65,13 @@ from qkattr.session import (
     prompt_labels,
     start_session,
     token_id,
-    token_text,
     token_texts,
 )
 
 #: The scales of the paper's figures.
 SCALES = (-1.0, -0.5, 0.0, 0.5, 1.0, 1.5, 2.0)
-#: Next tokens listed for every scale.
-TOP = 10
+#: The largest number of random controls.
+MOST_DRAWS = 1000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +84,8 @@ class Steering:
     of key-side edits; without them the one that the edited or ablated heads look at most, clean;
     without such heads those of residual edits. rose: unedited heads whose attention to the keys
     changed most, at the scale furthest from 1. edits: what was scaled. share_of_heads: edited or
-    ablated ones among all of the model.
+    ablated ones among all of the model. control: median and range over random controls, see
+    `experiments.control`; or only the `reason` why there are none; None: none was asked for.
     """
 
     tokens: list[str]
@@ -91,23 +105,31 @@ class Steering:
     share_of_heads: float
     freeze_others: bool
     live_scales: bool
+    control: dict[str, Any] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """A plain object."""
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
 
     def to_pandas(self):
-        """A DataFrame: one row a scale and tracked token, with its probability.
+        """A DataFrame: one row for each scale and tracked token, with its probability and, where
+        there is a control, its median and range there.
 
         Raises:
           InputError: pandas is not installed.
         """
         rows = [
             dict(scale=scale, token=token, probability=probability[i], kl=self.kl[i])
+            | self._control(token, i)
             for token, probability in self.tracked.items()
             for i, scale in enumerate(self.scales)
         ]
         return need("pandas", "to_pandas needs").DataFrame(rows)
+
+    def _control(self, token: str, i: int) -> dict[str, float]:
+        tracked = (self.control or {}).get("tracked")
+        spread = tracked[token] if tracked else {}
+        return {f"control_{name}": values[i] for name, values in spread.items()}
 
     def figure(self, path: str | Path) -> Path:
         """Draw probabilities and the edited heads' attention against scale, as SVG, PNG or PDF.
@@ -132,6 +154,8 @@ def steer(
     track: Sequence[str | int] = (),
     query: int | str = -1,
     labels: Labels | None = None,
+    draws: int = DRAWS,
+    seed: int = 0,
     progress: Progress = lambda stage: None,
     **options: Any,
 ) -> Steering:
@@ -146,19 +170,22 @@ def steer(
       ablate: heads whose output is zero at every scale.
       track: tokens (text or ids) to follow; with them go the likeliest at every scale.
       query: the position whose pattern is returned.
+      draws: random controls to run beside the edits, each other features matched in size; 0: none.
+      seed: of the draws.
       **options: of components, see `TraceOptions` (sinks, bos, max_slots, precision).
 
     Raises:
       InputError: the prompt, an edit, a head, a scale, a token or an option cannot be used.
     """
-    scales = check_scales(scales)
+    scales, draws = check_scales(scales), check_draws(draws)
     parsed = [parse_edit(edit) if isinstance(edit, str) else edit for edit in edits]
     if not parsed and not ablate:
         raise InputError("nothing to edit; give at least one edit, or a head to ablate")
     if isinstance(bundle, Result):
         if prompt is not None or options:
             raise InputError(
-                "a result brings its own prompt and options; give None and no options, or a bundle"
+                "a result has its own prompt and options; give None and no "
+                "options with it, or give a bundle"
             )
         result, session = bundle, need_session(bundle)
         labels = result.labels if labels is None else labels
@@ -180,6 +207,8 @@ def steer(
         track=asked[0],
         query=asked[1],
         labels=labels,
+        draws=draws,
+        seed=seed,
     )
 
 
@@ -218,6 +247,17 @@ def check_scales(scales: Sequence[float]) -> list[float]:
     return [float(scale) for scale in scales]
 
 
+def check_draws(draws: int) -> int:
+    """The number of random controls.
+
+    Raises:
+      InputError: it is negative, or more than `MOST_DRAWS`.
+    """
+    if not 0 <= draws <= MOST_DRAWS:
+        raise InputError(f"draws is {draws}, expected 0 to {MOST_DRAWS}; give another number")
+    return draws
+
+
 def make_edits(
     session: Session,
     edits: Sequence[Edit],
@@ -230,17 +270,20 @@ def make_edits(
 
     held: patterns of the heads that they do not reach (None: live).
     """
-    shape = session.bundle.config.head_grid
-    check_heads(ablated, shape)
+    check_heads(ablated, session.bundle.config.head_grid)
     placed = place_edits(session, edits)
+    return *_arrays(session, placed, held, live_scales, ablated), placed
+
+
+def _arrays(session: Session, placed, held, live_scales: bool, ablated) -> tuple[Edits, np.ndarray]:
+    shape = session.bundle.config.head_grid
     arrays = build_edits(session, placed, live_scales=live_scales)
     reached = edited_heads(placed, shape)
-    n_positions = session.boundaries.shape[1]
     if held is not None:
         arrays = freeze_others(arrays, held, reached)
     if ablated:
-        arrays = ablate(arrays, head_mask(ablated, shape), n_positions)
-    return arrays, reached, placed
+        arrays = ablate(arrays, head_mask(ablated, shape), session.boundaries.shape[1])
+    return arrays, reached
 
 
 def patterns_of(session: Session) -> Float[Array, "L N T S"]:
@@ -264,6 +307,8 @@ def steer_session(
     track: list[int],
     query: int,
     labels: Labels,
+    draws: int = 0,
+    seed: int = 0,
 ) -> Steering:
     """`steer` of a session, everything checked."""
     before = patterns_of(session)
@@ -271,113 +316,44 @@ def steer_session(
     arrays, reached, placed = make_edits(
         session, edits, held=held, live_scales=live_scales, ablated=ablated
     )
-    runs = run_edits(session, at_scales(arrays, scales), queries=[query])
-    _check_finite(runs, arrays, scales)
+    found = draw_controls(session, placed, ablated, draws=draws, seed=seed) if draws else []
+    drawn = found if isinstance(found, list) else []
+    batch = [arrays]
+    for draw in drawn:
+        batch.append(_arrays(session, draw.placed, held, live_scales, draw.ablated)[0])
+    together = join_batches([at_scales(each, scales) for each in batch])
+    every = split_runs(run_edits(session, together, queries=[query]), len(batch))
+    for each, part in zip(batch, every, strict=True):
+        check_finite(part, each, scales)
+    runs = every[0]
     attended, shown = runs.patterns[..., 0, :], np.argwhere(reached)
     changed = reached | head_mask(ablated, reached.shape)
     log_p, clean = runs.log_p, log_softmax(session.logits)
-    followed = _followed(log_p, clean, track)
+    tokens = followed(log_p, clean, track)
     looked = np.asarray(before[:, :, query])
-    keys = _followed_keys(placed, looked[changed])
+    keys = followed_keys(placed, looked[changed])
+    control = dict(reason=found) if isinstance(found, str) else None
+    if drawn:
+        beside = np.stack([part.log_p for part in every[1:]])
+        names = dict(zip(by_text(session, tokens, log_p), tokens, strict=True))
+        control = summarise(session, drawn, beside, clean, names, seed)
     return Steering(
         tokens=session.tokens,
         scales=scales,
-        clean=_likeliest(session, clean),
-        top=[_likeliest(session, row) for row in log_p],
-        tracked=_by_text(session, followed, np.exp(log_p)),
+        clean=likeliest(session, clean),
+        top=[likeliest(session, row) for row in log_p],
+        tracked=by_text(session, tokens, np.exp(log_p)),
         kl=np.maximum((np.exp(clean) * (clean - log_p)).sum(-1), 0.0).tolist(),
         query=query,
         keys=keys,
-        patterns=[_rows(row, shown) for row in attended],
-        scores=[_rows(row[..., : query + 1], shown) for row in runs.scores[..., 0, :]],
-        rose=_rose(looked, attended, scales, changed, keys),
+        patterns=[rows(row, shown) for row in attended],
+        scores=[rows(row[..., : query + 1], shown) for row in runs.scores[..., 0, :]],
+        rose=rose(looked, attended, scales, changed, keys),
         edits=[describe(session, edit, dict(labels)) for edit in placed],
         ablated=[f"{layer}.{head}" for layer, head in ablated],
         n_heads=int(changed.sum()),
         share_of_heads=float(changed.mean()),
         freeze_others=frozen,
         live_scales=live_scales,
+        control=control,
     )
-
-
-def _check_finite(runs: EditedRuns, edits: Edits, scales: list[float]) -> None:
-    """Raises InputError where logits are not finite, and where they may be finite and wrong: a
-    score overflowed, or the square of what a norm reads, of which the norm makes zeros."""
-    reads = (edits.blocks.query, edits.blocks.key) if edits.blocks.live_scales else ()
-    vectors = [read.vector_ED for read in reads if read is not None]
-    vectors += [] if edits.residual is None else [edits.residual.delta_ED]
-    size = sum(float(np.linalg.norm(vector, axis=-1).sum()) for vector in vectors)
-    most = float(np.sqrt(np.finfo(np.float32).max)) / 2
-    for scale, logits, scores in zip(scales, runs.logits, runs.scores, strict=True):
-        if not np.isfinite(logits).all():
-            raise InputError(
-                f"at scale {scale:g} the model's logits are not finite; give scales nearer to 1"
-            )
-        if not np.isfinite(scores).all() or abs(scale - 1) * size > most:
-            raise InputError(
-                f"at scale {scale:g} an edited read or its scores overflow float32, and what "
-                f"follows would be wrong; give scales nearer to 1"
-            )
-
-
-def _followed_keys(placed: Sequence[Placed], looked: np.ndarray) -> list[int]:
-    """See `Steering.keys`; looked: `[heads, S]` clean rows of the heads that are changed."""
-    at = {side: sorted({e.position for e in placed if e.side == side}) for side in SIDES}
-    if not at["key"] and len(looked):
-        return [int(looked.sum(0).argmax())]
-    return at["key"] or at["residual"]
-
-
-def _followed(log_p: np.ndarray, clean: np.ndarray, track: list[int]) -> list[int]:
-    """Tracked tokens, the likeliest one of the clean run and at every scale, and the next likeliest
-    anywhere up to five in all."""
-    best = [int(clean.argmax()), *log_p.argmax(-1).tolist()]
-    followed = dict.fromkeys([*track, *best])
-    others = [int(i) for i in np.argsort(-log_p.max(0))[:5] if int(i) not in followed]
-    return [*followed, *others[: max(0, 5 - len(followed))]]
-
-
-def _by_text(session: Session, ids: list[int], p: np.ndarray) -> dict[str, list[float]]:
-    """Two tokens may read the same; then the id tells them apart."""
-    texts = [token_text(session.bundle, i) for i in ids]
-    return {
-        text if texts.count(text) == 1 else f"{text} ({i})": p[:, i].tolist()
-        for text, i in zip(texts, ids, strict=True)
-    }
-
-
-def _likeliest(session: Session, log_p: np.ndarray) -> list[dict[str, Any]]:
-    order = np.argsort(-log_p, kind="stable")[:TOP]
-    return [
-        dict(
-            token=token_text(session.bundle, int(i)), id=int(i), probability=float(np.exp(log_p[i]))
-        )
-        for i in order
-    ]
-
-
-def _rows(per_head: np.ndarray, heads: np.ndarray) -> dict[str, list[float]]:
-    return {f"{layer}.{head}": per_head[layer, head].tolist() for layer, head in heads.tolist()}
-
-
-def _rose(
-    clean: np.ndarray, patterns: np.ndarray, scales, changed, keys, n: int = 10
-) -> list[dict[str, Any]]:
-    """The unedited heads whose attention from the query to the keys changed most.
-
-    clean: `[L, N, S]` the query's rows. patterns: `[B, L, N, S]` of the edited runs.
-    """
-    furthest = int(np.argmax(np.abs(np.asarray(scales) - 1)))
-    before = clean[..., keys].sum(-1)
-    change = patterns[furthest][..., keys].sum(-1) - before
-    change = np.where(changed, 0.0, change)
-    return [
-        dict(
-            head=f"{layer}.{head}",
-            scale=scales[furthest],
-            attention=float(before[layer, head]),
-            change=float(change[layer, head]),
-        )
-        for layer, head in ranked_heads(np.abs(change), n)
-        if abs(change[layer, head]) > 1e-6
-    ]

@@ -52,7 +52,7 @@ def check_figure(path: str | Path) -> Path:
     path = Path(path)
     if path.suffix.removeprefix(".") not in FORMATS:
         raise InputError(
-            f"cannot draw {path.name!r}: its ending names no format; use .svg, .png or .pdf"
+            f"cannot draw {path.name!r}: its ending names no figure format; use .svg, .png or .pdf"
         )
     need_pyplot()
     return path
@@ -123,6 +123,7 @@ def steering_figure(steering: Steering, path: Path) -> Path:
     x = [steering.scales[i] for i in order]
     for i, (token, p) in enumerate(list(steering.tracked.items())[:LINES]):
         left.plot(x, [p[j] for j in order], label=f'"{safe(token, 24)}"', **style(i))
+    _control(left, steering, order, x)
     left.axvline(1, color=GREY, lw=0.8, ls=":")
     left.set_ylim(-0.02, 1.02)
     left.legend(fontsize=8.5, frameon=False)
@@ -133,6 +134,18 @@ def steering_figure(steering: Steering, path: Path) -> Path:
     if panels == 2:
         _attention(right, steering, order, x)
     return save_figure(figure, path)
+
+
+def _control(axes, steering: Steering, order: list[int], x: list[float]) -> None:
+    """The first token under the random controls, their median and range."""
+    control = steering.control or {}
+    if "tracked" not in control:
+        return
+    token, spread = next(iter(control["tracked"].items()))
+    median, low, high = ([spread[of][j] for j in order] for of in ("median", "low", "high"))
+    axes.fill_between(x, low, high, color=GREY, alpha=0.2, lw=0)
+    label = f'"{safe(token, 24)}", {control["draws"]} random edits'
+    axes.plot(x, median, color=GREY, lw=1.2, ls="--", label=label)
 
 
 def _attention(axes, steering: Steering, order: list[int], x: list[float]) -> None:

@@ -194,7 +194,7 @@ def _build(header: dict[str, Any], columns: dict[str, np.ndarray]) -> Result:
         prompt=_prompt(header),
         token_ids=tuple(header["token_ids"]),
         bos=header["bos"],
-        predictions=header["predictions"],
+        predictions=[{k: v for k, v in p.items() if k != "role"} for p in header["predictions"]],
         graph=graph,
         sinks=header["sinks"],
         scores=np.array(header["scores"], int).reshape(-1, 5),

@@ -19,6 +19,7 @@ import msgspec
 import numpy as np
 
 from qkattr.errors import InputError
+from qkattr.export.predictions import predictions
 from qkattr.export.routes import routes_json
 from qkattr.export.summary import name
 from qkattr.export.viewers import FEATURE_TYPES, node_layer, node_number, scan_of, source_of
@@ -115,7 +116,7 @@ def header(result: Result, listed: int) -> dict[str, Any]:
         "prompt": result.prompt,
         "token_ids": list(result.token_ids),
         "bos": result.bos,
-        "predictions": result.predictions,
+        "predictions": predictions(result),
         "completeness": graph.completeness,
         "replacement": graph.replacement,
         "targets": _targets(result),

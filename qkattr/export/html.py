@@ -13,6 +13,7 @@ import jinja2
 from qkattr.characters import joined
 from qkattr.errors import quoted
 from qkattr.export.effect_rows import ACCOUNTED, accounts, strongest_heads
+from qkattr.export.predictions import shown
 from qkattr.export.qk_rows import (
     folded_line,
     folded_marginal,
@@ -51,7 +52,7 @@ def page(result: Result) -> str:
         prompt=result.prompt,
         cut=joined(result.tokens) != "".join(result.tokens),
         tokens=[dict(text=t, sink=sinks.get(i)) for i, t in enumerate(result.tokens)],
-        predictions=[{**p, "note": _note(result, p)} for p in result.predictions],
+        predictions=shown(result, len(result.predictions)),
         routes=route_tables(result, ROUTES_LISTED),
         about_routes=about_routes(result),
         main=result.main_target,
@@ -89,16 +90,6 @@ def _answer(result: Result) -> str:
         block, head, query, key, _ = result.scores[0]
         return f"{block}.{head}: {quoted(result.tokens[query])} to {quoted(result.tokens[key])}"
     return targets[0]
-
-
-def _note(result: Result, prediction: dict[str, Any]) -> str:
-    if not prediction["target"]:
-        return ""
-    against = prediction["against"]
-    if against < 0:
-        return "its logit"
-    other = next(p["token"] for p in result.predictions if p["id"] == against)
-    return f"its logit less that of {quoted(other)}"
 
 
 def _qk(table) -> dict[str, Any]:

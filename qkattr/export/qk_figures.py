@@ -62,7 +62,10 @@ def why_figure(found: Why, path: Path) -> Path:
     )
     named = [f"{safe(component(r['query']), 36)} x {safe(component(r['key']), 36)}" for r in rows]
     signed_bars(right, named, [r["value"] for r in rows], "Pairs, summed over keys", "value")
-    left_side = "log(A / (1 - A))" if found.form == "odds" else "log A"
+    left_side = {"odds": "log(A / (1 - A))", "log": "log A"}.get(found.form)
+    if found.against is not None:
+        other = f'"{safe(found.tokens[found.against].strip(), 14)}" {found.against}'
+        left_side = f"its score less that of {other}"
     share = f"error slots {100 * found.error_share:.0f} % of the absolute sum"
     title = f"{place_title(found)}: {left_side} = {found.value:+.2f}, {share}"
     figure.suptitle(title, fontsize=11, x=0.01, ha="left")

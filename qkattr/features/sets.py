@@ -14,6 +14,33 @@ from qkattr.features.labels import NEVER, WHEN_STRONG, strongest_tokens
 from qkattr.features.levels import NOT_MEASURED
 from qkattr.load.bundle import Bundle
 
+#: What the packaged set and its cards were made from, and what follows. The share is counted by
+#: `docs/near.py`.
+ABOUT_PACKAGED = (
+    "About a quarter of the text each is Jane Austen's novels and State of the Union addresses; "
+    "the rest is Moby Dick, an FAQ, fortunes, glosses, the Debian handbook, and a tenth of it "
+    "short sentences from templates in the manner of the method's case studies (names with titles, "
+    "antonyms, multiple choice, gifts). Prompts like these lie near the training text, so that "
+    "their features look cleaner than those of other text."
+)
+
+
+def packaged_cards() -> Cards:
+    """The cards in the package, with what is known of their text."""
+    from qkattr.load import smollm2
+
+    cards = Cards.open(smollm2.cards_path())
+    return dataclasses.replace(cards, meta=cards.meta | dict(about=ABOUT_PACKAGED))
+
+
+def origin(cards: Cards) -> str:
+    """What text the cards were made from, in a sentence or more."""
+    meta = cards.meta
+    rows = f"{meta['text_rows']:,} rows of {meta['text_length']} tokens"
+    text = f" of {meta['text']}" if meta["text"] else ""
+    about = meta.get("about", "")
+    return f"The cards were made from {rows}{text}. {about}".strip()
+
 
 def overview(cards: Cards) -> list[dict[str, Any]]:
     """Each boundary: features, how many were silent, mean density, how many have a label whose rule

@@ -104,7 +104,8 @@ def open_members(path: Path, where: str) -> dict[str, Member]:
     if claimed > most:
         raise InputError(
             f"{where} has {data.size} bytes and claims to hold {claimed}, expected at most {most}; "
-            "it is damaged or made to fill the memory: download it again from where you trust"
+            "it is damaged, or was made to fill the memory; download it "
+            "again from a source that you trust"
         )
     return members
 

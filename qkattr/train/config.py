@@ -144,7 +144,10 @@ def _check(cfg: TrainConfig) -> None:
     if not all(type(boundary) is int and boundary > 0 for boundary in cfg.wide):
         raise InputError(f"wide should be a list of boundaries from 1 on, got {list(cfg.wide)}")
     if cfg.wide and not cfg.bits:
-        raise InputError("wide is of the packed file, and bits is 0; give bits = 4, or no wide")
+        raise InputError(
+            "wide names boundaries of the packed file, and with bits = 0 "
+            "none is written; give bits = 4, or leave wide out"
+        )
     if cfg.bits and cfg.round_at >= cfg.steps:
         raise InputError(
             f"round_from={cfg.round_from} leaves none of the {cfg.steps} steps for rounded "

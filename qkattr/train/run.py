@@ -133,7 +133,8 @@ def measure(
     """How good a trained set is on the held-out rows (the last row where none is held out), see
     `qkattr.check`; also written to `out/metrics.json`."""
     whole = dataclasses.replace(bundle, dictionaries=(None, *trained))
-    report = check_saes(whole, rows[-max(1, cfg.held_out) :], progress=progress)
+    held_out = rows[-max(1, cfg.held_out) :]
+    report = check_saes(whole, held_out, text="the held-out rows", progress=progress)
     if jax.process_index() == 0:
         write_files(Path(out), {"metrics.json": dumps(report).encode()})
     return report

@@ -228,15 +228,15 @@ def test_ends(steer, early):
         ("0%", "'0%' of the model's 8 heads comes to 0; give 1 to 8"),
         ("101%", "'101%' of the model's 8 heads comes to 9; give 1 to 8"),
         ("99999", "'99999' of the model's 8 heads comes to 99999; give 1 to 8"),
-        ("abc", "'abc' is no number of heads; give one, as in 12, or a share, as in 5%"),
-        ("", "'' is no number of heads"),
-        ("nan%", "'nan%' is no number of heads"),
-        ("inf%", "'inf%' is no number of heads"),
-        ("greedy:", "'' is no number of heads"),
-        ("greedy:x", "'x' is no number of heads"),
+        ("abc", "'abc' is not a number of heads; give a number, as in 12, or a share, as in 5%"),
+        ("", "'' is not a number of heads"),
+        ("nan%", "'nan%' is not a number of heads"),
+        ("inf%", "'inf%' is not a number of heads"),
+        ("greedy:", "'' is not a number of heads"),
+        ("greedy:x", "'x' is not a number of heads"),
         ("greedy:0", "'0' of the model's 8 heads comes to 0"),
         ("greedy:9", "'9' of the model's 8 heads comes to 9"),
-        ("9" * 6000, "is no number of heads"),
+        ("9" * 6000, "is not a number of heads"),
         ("1.4", "head 1.4 does not exist: the model has blocks 0..1 of heads 0..3"),
         ("1.1,x", "heads '1.1,x' cannot be read; write block.head, as in 23.2,23.7"),
         ("greedy:1.1", "heads 'greedy:1.1' cannot be read"),
@@ -272,13 +272,13 @@ def test_nothing_was_carried(steer):
 
 def test_residual_edits_have_no_hydra_effect(steer):
     line = steer(*CHOSEN, "--hydra", "--edit", "1:error@2:residual")
-    assert "a residual edit goes through no head to count; leave it out with hydra" in line
+    assert "a residual edit goes through none; leave it out" in line
 
 
 def test_library_calls(result):
     ends = dict(source=1, target=-1)
     for more, message in (
-        (dict(features=0), "features should be at least 1, got 0; give how many a block"),
+        (dict(features=0), "features should be at least 1, got 0; give the number of"),
         (dict(heads=[]), "there are no heads to edit; give at least one"),
         (dict(heads=[(5, 0)]), "head 5.0 does not exist"),
         (dict(heads=0), "'0' of the model's 8 heads comes to 0"),
@@ -304,7 +304,7 @@ def test_library_calls(result):
 @pytest.mark.parametrize("name", ["a", "a.jpg", "a.SVG", ".svg", ""])
 def test_figures_of_unknown_formats(early, name):
     line = early(*EDIT, "--figure", name)
-    assert "its ending names no format; use .svg, .png or .pdf" in line
+    assert "its ending names no figure format; use .svg, .png or .pdf" in line
 
 
 def test_figures_that_cannot_be_written(early, root):
@@ -334,7 +334,7 @@ def test_folders(refused):
         assert f"{name} goes with a prompt, and 'result' is a folder" in line
     assert "has no graph.json; expected a folder that" in refused("./saes", *EDIT)
     assert "position 9 is out of range" in refused("result", "--from", "1", "--to", "9")
-    assert "'x' is no number of heads" in refused("result", *ENDS, "--heads", "x", "-m", "nan")
+    assert "'x' is not a number of heads" in refused("result", *ENDS, "--heads", "x", "-m", "nan")
     assert "other model" in refused("result", *EDIT, "-m", "other")
 
 

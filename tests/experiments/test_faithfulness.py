@@ -19,7 +19,7 @@ from qkattr.experiments.choose import heads_by_loading
 from qkattr.experiments.faithfulness import faithfulness
 from qkattr.experiments.faithfulness.edges import measure_edges, probe
 from qkattr.experiments.faithfulness.nodes import COUNTS, _log_p, measure_nodes, node_sizes
-from qkattr.experiments.faithfulness.qk import matched, measure_qk
+from qkattr.experiments.faithfulness.qk import measure_qk
 from qkattr.experiments.faithfulness.statistics import (
     correlation,
     interval,
@@ -187,19 +187,6 @@ def test_statistics():
     many = interval(rng.normal(2, 1, 400).tolist())
     assert many["low"] < many["mean"] < many["high"]
     assert many["high"] - many["low"] == pytest.approx(2 * 1.96 / np.sqrt(400), rel=0.15)
-
-
-def test_controls_are_matched_and_outside_the_group():
-    rng = np.random.default_rng(0)
-    slots, size = np.arange(20), np.exp(rng.normal(size=20))
-    size[10:] = size[:10] * 1.01  # a twin for everyone
-    for k in (1, 4, 10):
-        chosen = matched(slots, size, k, np.random.default_rng(k))
-        assert len(set(chosen)) == k and chosen.min() >= k
-    # Of the three nearest: far nearer than chance.
-    far = [abs(np.log(size[matched(slots, size, 1, np.random.default_rng(i))[0]] / size[0]))
-           for i in range(50)]  # fmt: skip
-    assert np.mean(far) < np.abs(np.log(size[1:] / size[0])).mean() / 2
 
 
 def test_a_report_of_all_measures(report):

@@ -271,7 +271,7 @@ def test_a_table_of_it(result, edits):
 
 def test_a_result_takes_no_prompt_and_no_options(result, edits):
     for prompt, more in ((PROMPT, {}), (None, dict(sinks=False))):
-        with pytest.raises(InputError, match="a result brings its own prompt and options"):
+        with pytest.raises(InputError, match="a result has its own prompt and options"):
             qkattr.steer(result, prompt, edits, **more)
     with pytest.raises(InputError, match="nothing to edit"):
         qkattr.steer(result, None, [])

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from qkattr.experiments.control import matched
 from qkattr.experiments.edits import Head
 from qkattr.experiments.faithfulness.statistics import correlation, slope
 from qkattr.experiments.runs import clean_top, run_edits
@@ -171,19 +172,9 @@ def _group_masks(ranked: list[_Ranked], n_slots: int, draws: int, rng):
             k = min(k, len(place.slots) // 2)
             groups[i, g, place.slots[:k]] = 1
             for draw in range(draws):
-                controls[i, draw, g, matched(place.slots, place.size, k, rng)] = 1
+                drawn = matched(place.size[:k], place.size[k:], rng)
+                controls[i, draw, g, place.slots[k:][drawn]] = 1
     return groups, controls
-
-
-def matched(slots: np.ndarray, size: np.ndarray, k: int, rng: np.random.Generator) -> np.ndarray:
-    """k slots after the first k, each drawn from the three nearest in size to one of the first."""
-    left = list(range(k, len(slots)))
-    chosen = []
-    for i in rng.permutation(k):
-        nearest = sorted(left, key=lambda j: abs(np.log(size[j] / size[i])))[:3]
-        chosen.append(nearest[rng.integers(len(nearest))])
-        left.remove(chosen[-1])
-    return slots[chosen]
 
 
 def _runs(session, places, vectors, masks: np.ndarray, side: str) -> dict[str, tuple]:

@@ -101,7 +101,8 @@ def faithfulness(
     """
     if bundle.dictionaries is None:
         raise InputError(
-            "faithfulness tests features, and the bundle has no SAEs; load it with saes"
+            "faithfulness tests features, and the bundle was loaded without SAEs; load "
+            "it with saes="
         )
     if not prompts:
         raise InputError("there are no prompts; give at least one")
@@ -239,7 +240,7 @@ class _Kept:
             return json.loads(self.path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as e:
             raise InputError(
-                f"{self.path} cannot be read; delete it, and it is measured again"
+                f"{self.path} cannot be read; delete it, so that its prompt is measured again"
             ) from e
 
     def write(self, measured: dict[str, Any]) -> None:
