@@ -25,7 +25,7 @@ from qkattr.load.bundle import Bundle, Prompt
 from qkattr.qk.competition import Competition, Nets, Rows, competition
 from qkattr.qk.table import describe
 from qkattr.result import Result
-from qkattr.scores import Labels, labeller, open_place
+from qkattr.scores import Labels, labeller, moved_at, open_place
 from qkattr.session import Progress, Session, find_position
 from qkattr.types import FOLDED_KINDS, Kind
 
@@ -48,7 +48,8 @@ class Why:
     with its attention, score, weight and the sum of its rows. query_side, features: components
     summed over all that they meet (on the key side over positions too). versus: for every other key
     that got attention, log(A / A') and the pairs that decided. shares: by kind on either side,
-    signed and absolute.
+    signed and absolute. target: what was traced, in words, else None; then pushes and pulls also
+    have their `effect` on it over all keys.
     """
 
     tokens: list[str]
@@ -71,6 +72,7 @@ class Why:
     features: list[dict[str, Any]]
     versus: list[dict[str, Any]]
     shares: dict[str, dict[str, float]]
+    target: str | None = None
 
     @property
     def error_share(self) -> float:
@@ -136,8 +138,9 @@ def why(
         value=float(found.value),
         entropy=float(found.entropy),
         sum=float(found.total),
-        pushes=listed.nets(found.net_pushes),
-        pulls=listed.nets(found.net_pulls),
+        pushes=listed.with_effects(listed.nets(found.net_pushes), found.net_pushes, place),
+        pulls=listed.with_effects(listed.nets(found.net_pulls), found.net_pulls, place),
+        target=None if session.target is None else session.target.name,
         row_pushes=listed.rows(found.pushes),
         row_pulls=listed.rows(found.pulls),
         keys=_keys(session, found, listed.keys),
@@ -264,6 +267,22 @@ class _Described:
             query = self.at(self.query, [a])[0]
             found.append(dict(query=query, key=key, at=at, value=float(value)))
         return found
+
+    def with_effects(self, rows: list[dict], nets: Nets, place: Place) -> list[dict[str, Any]]:
+        """The rows of `nets`, each with what its match moves the trace's target by, over all keys
+        (see `qk.pair_effects`); as they are where nothing was traced."""
+        if self.session.target is None or not rows:
+            return rows
+        held = nets.value != 0
+        at = [(a, *self.first[i]) for a, i in zip(nets.query_slot, nets.identity, strict=True)]
+        at = [where for where, used in zip(at, held, strict=True) if used]
+        keys = sorted({int(s) for _, s, _ in at})
+        moved = moved_at(self.session, [(*place[:3], s) for s in keys])
+        pairs = {s: one.pairs for s, one in zip(keys, moved, strict=True) if one is not None}
+        return [
+            row | dict(effect=float(pairs[int(s)][a, c]))
+            for row, (a, s, c) in zip(rows, at, strict=True)
+        ]
 
     def query_side(self, found: Competition) -> list[dict[str, Any]]:
         slots = np.flatnonzero(found.query_used & self.shown(self.kind[self.query]))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from qkattr.cli import common, options, place
-from qkattr.errors import quoted
+from qkattr.errors import printable, quoted
 
 if TYPE_CHECKING:
     from qkattr.qk.table import QKAttribution
@@ -54,6 +54,7 @@ def qk(
             show_default=False,
         ),
     ] = None,
+    figure: place.Figure = None,
     labels: common.Labels = None,
     all: common.All = False,
     reading: options.Subject = options.Subject(),
@@ -63,6 +64,7 @@ def qk(
     from qkattr.analyses.groups import grouped
     from qkattr.load.groups import read_groups
 
+    place.check_figure(figure)
     named = {} if groups is None else read_groups(groups)
     with common.progress() as progress:
         if common.is_result(prompt):
@@ -97,6 +99,11 @@ def qk(
                 progress=progress,
                 **reading.components,
             )
+        if figure is not None:
+            from qkattr.export.qk_figures import qk_figure
+
+            progress("drawing")
+            qk_figure(table, figure)
     sums = grouped(table, named, label or ()) if named or label else None
     if json:
         found = table.to_json(top) | ({} if sums is None else dict(groups=sums))
@@ -105,13 +112,15 @@ def qk(
     show(table, top or 20, all)
     if sums is not None:
         show_groups(sums)
+    if figure is not None:
+        print(printable(f"Drawn: {figure}"))
 
 
 def show(table: QKAttribution, top: int, all: bool = False) -> None:
     """The score, its shares, the strongest pairs and marginals. Rows with bias, error or sink are
     folded into one line, unless `all`."""
     from qkattr.cli.show import console, percent, say, show_table
-    from qkattr.export.qk_rows import folded_line, rests_on
+    from qkattr.export.qk_rows import folded_line, rests_on, what_it_moves
 
     out = console()
     query, key = (f"{quoted(table.tokens[p])} {p}" for p in (table.query, table.key))
@@ -126,6 +135,8 @@ def show(table: QKAttribution, top: int, all: bool = False) -> None:
         else ""
     )
     say(out, f"score {table.score:.4f}{capped}; its {table.n_pairs} terms sum to {table.sum:.4f}")
+    if moves := what_it_moves(table):
+        say(out, moves)
     rows = [
         (name, f"{s['signed']:+.4f}", percent(s["absolute"])) for name, s in table.shares.items()
     ]
@@ -143,7 +154,8 @@ def show(table: QKAttribution, top: int, all: bool = False) -> None:
             say(out, f"{folded[:1].upper()}{folded[1:]}. --all lists these rows.")
     for side, marginals in (("query", table.query_marginals), ("key", table.key_marginals)):
         if rows := _marginals(marginals, min(top, 8), all):
-            show_table(out, f"Marginals, {side} side", ("component", "value|", "contrast|"), rows)
+            columns = ("component", "value|", "contrast|", *_effect_column(table))
+            show_table(out, f"Marginals, {side} side", columns, rows)
 
 
 def _pairs(table: QKAttribution, top: int, all: bool, out) -> None:
@@ -159,12 +171,23 @@ def _pairs(table: QKAttribution, top: int, all: bool, out) -> None:
             component(p["key"]),
             f"{p['value']:+.4f}",
             f"{p['contrast']:+.4f}",
+            *_effect(p),
             bar(p["value"], most),
         )
         for p in shown
     ]
     if rows:
-        show_table(out, "Pairs", ("query side", "key side", "value|", "contrast|", ""), rows)
+        columns = ("query side", "key side", "value|", "contrast|", *_effect_column(table), "")
+        show_table(out, "Pairs", columns, rows)
+
+
+def _effect(row: dict[str, Any]) -> tuple[str, ...]:
+    """Of a pair or a marginal, where a target was traced."""
+    return (f"{row['effect']:+.4f}",) if "effect" in row else ()
+
+
+def _effect_column(table: QKAttribution) -> tuple[str, ...]:
+    return ("effect|",) if table.target else ()
 
 
 def _marginals(marginals: list[dict[str, Any]], top: int, all: bool) -> list[tuple[str, ...]]:
@@ -174,7 +197,7 @@ def _marginals(marginals: list[dict[str, Any]], top: int, all: bool) -> list[tup
     shown = [(component(m), m) for m in (marginals if all else unfolded(marginals))[:top]]
     folded = None if all or not shown else folded_marginal(marginals)
     shown += [] if folded is None else [("bias, sink and error", folded)]
-    return [(said, f"{m['value']:+.4f}", f"{m['contrast']:+.4f}") for said, m in shown]
+    return [(said, f"{m['value']:+.4f}", f"{m['contrast']:+.4f}", *_effect(m)) for said, m in shown]
 
 
 def show_groups(sums: dict[str, Any]) -> None:

@@ -231,7 +231,6 @@ def summarise(result: Result) -> None:
     )
     rows = [(quoted(p["token"]), f"{p['probability']:.4f}", p["note"]) for p in shown(result, 5)]
     show_table(out, "Next token", ("token", "probability|", ""), rows)
-    _routes(result, out)
     rows = [
         (
             h["head"],
@@ -246,6 +245,7 @@ def summarise(result: Result) -> None:
     columns = ("head", "from", "to", "effect|", "attention|", "influence|")
     show_table(out, f"Heads by their effect on the {result.main_target}", columns, rows)
     _account(result, out)
+    _routes(result, out)
     _leak(result, out)
 
 

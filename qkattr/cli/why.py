@@ -129,10 +129,22 @@ def show(found: Why, top: int, all: bool = False) -> None:
         (f"{pushes}: pairs, summed over keys", found.pushes),
     ):
         rows = [
-            (component(r["query"]), component(r["key"]), _positions(r["at"]), f"{r['value']:+.4f}")
+            (
+                component(r["query"]),
+                component(r["key"]),
+                _positions(r["at"]),
+                f"{r['value']:+.4f}",
+                *((f"{r['effect']:+.4f}",) if found.target else ()),
+            )
             for r in listed[:top]
         ]
-        show_table(out, title, ("query side", "key side", "at", "value|"), rows)
+        effect = ("effect|",) if found.target else ()
+        show_table(out, title, ("query side", "key side", "at", "value|", *effect), rows)
+    if found.target:
+        say(
+            out,
+            f"Effect: how much the match moves the {found.target} over all keys, to first order.",
+        )
     if not all and (folded := folded_line(found.shares, "the sum of rows")):
         say(out, f"{folded[:1].upper()}{folded[1:]}. --all lists these rows.")
     rows = [

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from qkattr.errors import quoted
 from qkattr.export.summary import number
 from qkattr.graph.accounts import main_weights
 from qkattr.result import Result
@@ -61,3 +62,32 @@ def accounts(result: Result) -> list[dict[str, Any]]:
         name = result.label(node) if len(result.scores) else result.main_target
         found.append(dict(name=name, value=value, rows=rows))
     return found
+
+
+def in_short(result: Result, n: int = 3) -> list[str]:
+    """What a person who reads nothing else should know: which heads moved the target, for and
+    against, and how much of it is not explained by features."""
+    rows = result.head_effects(200)
+    said = []
+    for sign, does in ((1, "add most to"), (-1, "take most from")):
+        found = [row for row in rows if sign * row["effect"] > 0][:n]
+        if found:
+            heads = "; ".join(_head(result, row) for row in found)
+            said.append(f"The heads that {does} the {result.main_target}: {heads}.")
+    middle = result.n_blocks // 2
+    for account in accounts(result):
+        row = next((row for row in account["rows"] if row["boundary"] == middle), None)
+        if row is None:
+            continue
+        shares = zip(ACCOUNTED, row["shares"], strict=True)
+        parts = ", ".join(f"{name} {100 * v:+.0f} %" for (name, _), v in shares if abs(v) >= 0.005)
+        said.append(
+            f"Half way through the model, at boundary {middle}, the {account['name']} of "
+            f"{account['value']:+.3g} is made of: {parts}."
+        )
+    return said
+
+
+def _head(result: Result, row: dict[str, Any]) -> str:
+    key, query = (f"{quoted(result.tokens[row[end]])} {row[end]}" for end in ("key", "query"))
+    return f"{row['layer']}.{row['head']} from {key} to {query} ({row['effect']:+.3g})"

@@ -12,7 +12,7 @@ import jinja2
 
 from qkattr.characters import joined
 from qkattr.errors import quoted
-from qkattr.export.effect_rows import ACCOUNTED, accounts, strongest_heads
+from qkattr.export.effect_rows import ACCOUNTED, accounts, in_short, strongest_heads
 from qkattr.export.predictions import shown
 from qkattr.export.qk_rows import (
     folded_line,
@@ -56,6 +56,7 @@ def page(result: Result) -> str:
         routes=route_tables(result, ROUTES_LISTED),
         about_routes=about_routes(result),
         main=result.main_target,
+        in_short=in_short(result),
         heads=strongest_heads(result),
         accounted=[name for name, _ in ACCOUNTED],
         accounts=accounts(result),
@@ -100,6 +101,7 @@ def _qk(table) -> dict[str, Any]:
             sides=[_side(table.layer, p[side]) for side in ("query", "key")],
             value=p["value"],
             contrast=p["contrast"],
+            effect=p.get("effect"),
             bar=abs(p["value"]) / max(most, 1e-30),
         )
         for p in shown
@@ -114,6 +116,9 @@ def _qk(table) -> dict[str, Any]:
         probability=table.probability,
         score=table.score,
         sum=table.sum,
+        target=table.target,
+        effect=table.effect,
+        derivative=table.derivative,
         n_pairs=table.n_pairs,
         shares=shares,
         pairs=pairs,

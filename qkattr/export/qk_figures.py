@@ -15,6 +15,7 @@ from qkattr.export.figures import (
     style,
     tidy,
 )
+from qkattr.export.qk_rows import unfolded
 from qkattr.export.summary import component
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from qkattr.analyses.mechanisms import MechanismTable
     from qkattr.analyses.pairs import TopPairs, WeightPairs
     from qkattr.analyses.why import Why
+    from qkattr.qk.table import QKAttribution
 
 #: Bars of a panel.
 BARS = 12
@@ -44,6 +46,26 @@ def signed_bars(axes, names: list[str], values: list[float], title: str, x: str)
     axes.invert_yaxis()
     axes.axvline(0, color=GREY, lw=0.8)
     tidy(axes, title, x, "")
+
+
+def qk_figure(found: QKAttribution, path: Path) -> Path:
+    """The strongest pairs of components that are no bias, error or sink; beside it the shares."""
+    pyplot = need_pyplot()
+    figure, (left, right) = pyplot.subplots(
+        1, 2, figsize=(12, 4.4), layout="constrained", width_ratios=(1.9, 1)
+    )
+    rows = sorted(unfolded(found.pairs)[:BARS], key=lambda p: -p["value"])
+    named = [f"{safe(component(p['query']), 40)}  x  {safe(component(p['key']), 40)}" for p in rows]
+    signed_bars(left, named, [p["value"] for p in rows], "Strongest pairs of features", "value")
+    shares = list(found.shares.items())[:BARS]
+    values = [share["signed"] for _, share in shares]
+    title = f"All {found.n_pairs} pairs, by kind"
+    signed_bars(right, [name for name, _ in shares], values, title, "sum of values")
+    said = f"{place_title(found)}: attention {found.probability:.2f}, score {found.score:+.2f}"
+    if found.effect is not None:
+        said += f"; effect {found.effect:+.2f} on the {safe(found.target or '', 40)}"
+    figure.suptitle(said, fontsize=11, x=0.01, ha="left")
+    return save_figure(figure, path)
 
 
 def why_figure(found: Why, path: Path) -> Path:

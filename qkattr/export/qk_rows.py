@@ -57,7 +57,21 @@ def folded_marginal(rows: Iterable[dict[str, Any]]) -> dict[str, float] | None:
     folded = [row for row in rows if row["kind"] in _FOLDED]
     if not folded:
         return None
-    return {name: sum(row[name] for row in folded) for name in ("value", "contrast")}
+    names = ("value", "contrast", *(("effect",) if "effect" in folded[0] else ()))
+    return {name: sum(row[name] for row in folded) for name in names}
+
+
+def what_it_moves(table: QKAttribution) -> str:
+    """What the place does to the target of the trace, in words; "" where nothing was traced."""
+    if table.target is None or table.effect is None or table.derivative is None:
+        return ""
+    does = "adds to" if table.effect >= 0 else "takes from"
+    return (
+        f"What the head reads there {does} the {table.target}: an effect of {table.effect:+.3g}. "
+        f"One more unit of score moves that by {table.derivative:+.3g}. The effect of a pair is "
+        "what the match moves it by over all keys; both are to first order, with everything else "
+        "frozen."
+    )
 
 
 def rests_on(table: QKAttribution) -> str:
