@@ -23,7 +23,7 @@ lint: $(VENV)/.tests
 
 figures: $(VENV)/.tests
 	$(BIN)/pip install --quiet matplotlib
-	$(BIN)/python docs/figures.py
+	$(BIN)/python docs/outputs.py
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)

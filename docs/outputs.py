@@ -33,15 +33,21 @@ from pathlib import Path
 from qkattr.cli.main import main as run_command
 
 DOCS = Path(__file__).parent
-PAGES = (DOCS.parent / "README.md", *(DOCS / f"{n}.md" for n in ("quickstart", "interventions")))
+PAGES = [DOCS / f"{name}.md" for name in ("quickstart", "interventions", "findings")]
 AUNT = "I always loved visiting Aunt Sally. Whenever I was feeling sad, Aunt"
+OPPOSITE = 'The opposite of "small" is "'
 SALLY = f"{shlex.quote(AUNT)} --model smollm2 --saes smollm2"
-SUE = shlex.quote("Aunt Mary and Aunt Sue are visiting. I went to greet Aunt Mary and then Aunt")
+MARY_SUE = AUNT.replace("Sally", "Mary Sue") + " Mary"
+SUE = f"{shlex.quote(MARY_SUE)} --model smollm2 --saes smollm2"
+SMALL = f"{shlex.quote(OPPOSITE)} --model smollm2 --saes smollm2"
 
 #: Every figure of the docs, and the command that draws it.
 FIGURES = {
     "qk.png": f"qkattr qk {SALLY} --layer 23 --head 2 --query -1 --key ' Sally' --figure",
     "steer.png": f"qkattr steer {SALLY} --from ' Sally' --to -1 --heads 7 --figure",
+    "why.png": f"qkattr why {SUE} --layer 23 --head 2 --query -1 --key ' Sue' --figure",
+    "mechanisms.png": f"qkattr mechanisms {SMALL} --layer 25 --head 7 --query -1 --key 'small' "
+    "--features --figure",
 }
 
 BLOCK = re.compile(
@@ -74,6 +80,11 @@ def chosen(text: str, lines: str) -> str:
 
 def blocks(page: Path) -> list[re.Match[str]]:
     return list(BLOCK.finditer(page.read_text(encoding="utf-8")))
+
+
+def printed_by(block: re.Match[str]) -> str:
+    """What the block should show."""
+    return chosen(output_of(block["command"]), block["lines"])
 
 
 def differences(shown: str, printed: str) -> str:
@@ -112,8 +123,7 @@ def check() -> list[str]:
     with somewhere_else():
         for page in PAGES:
             for block in blocks(page):
-                printed = chosen(output_of(block["command"]), block["lines"])
-                difference = differences(block["text"], printed)
+                difference = differences(block["text"], printed_by(block))
                 if difference:
                     wrong.append(f"{page.name}: {block['command']}: {difference}")
     return wrong
@@ -124,11 +134,9 @@ def write() -> None:
     with somewhere_else():
         for page in PAGES:
             text = page.read_text(encoding="utf-8")
-            for block in blocks(page):
-                printed = chosen(output_of(block["command"]), block["lines"])
-                at = text.index(block[0])
-                new = block[0].replace(block["text"], printed)
-                text = text[:at] + new + text[at + len(block[0]) :]
+            printed = [(block.span("text"), printed_by(block)) for block in blocks(page)]
+            for (start, end), new in reversed(printed):
+                text = text[:start] + new + text[end:]
             page.write_text(text, encoding="utf-8")
         for name, command in FIGURES.items():
             run_command([*shlex.split(command)[1:], str(DOCS / name)])

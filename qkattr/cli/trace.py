@@ -276,7 +276,7 @@ def _every_fifth(rows: list) -> list:
 
 
 def _account(result: Result, out) -> None:
-    from qkattr.cli.show import show_table
+    from qkattr.cli.show import say, show_table
     from qkattr.export.effect_rows import ACCOUNTED, accounts
 
     columns = ("boundary|", *(f"{name}|" for name, _ in ACCOUNTED))
@@ -285,8 +285,13 @@ def _account(result: Result, out) -> None:
             (row["boundary"], *(f"{100 * share:.1f} %" for share in row["shares"]))
             for row in _every_fifth(account["rows"])
         ]
-        title = f"What the {account['name']} of {account['value']:+.4g} is made of"
-        show_table(out, f"{title} (signed shares; every fifth boundary)", columns, rows)
+        title = f"What the {account['name']} ({account['value']:+.4g}) is made of"
+        show_table(out, title, columns, rows)
+    say(
+        out,
+        "Signed shares, at every fifth boundary; each row sums to 100 %. Constants are biases and "
+        "what the linearised MLPs do not depend on. Features explain neither errors nor sinks.",
+    )
 
 
 def _leak(result: Result, out) -> None:

@@ -37,6 +37,9 @@ from qkattr.export.summary import (
 from qkattr.features.cards import Card, Example
 from qkattr.result import Result
 
+#: Next tokens that are shown beside those that were traced.
+PREDICTIONS_SHOWN = 5
+
 
 def page(result: Result) -> str:
     """The result as one HTML page."""
@@ -52,7 +55,7 @@ def page(result: Result) -> str:
         prompt=result.prompt,
         cut=joined(result.tokens) != "".join(result.tokens),
         tokens=[dict(text=t, sink=sinks.get(i)) for i, t in enumerate(result.tokens)],
-        predictions=shown(result, len(result.predictions)),
+        predictions=shown(result, PREDICTIONS_SHOWN),
         routes=route_tables(result, ROUTES_LISTED),
         about_routes=about_routes(result),
         main=result.main_target,
