@@ -37,6 +37,7 @@ def heads(
             show_default=False,
         ),
     ] = None,
+    all: common.All = False,
     reading: options.Subject = options.Subject(),
     json: common.Json = False,
 ) -> None:
@@ -58,11 +59,15 @@ def heads(
             tokens = token_texts(bundle, bundle.tokenize(given, reading.bos)[0])
             _ends(tokens, source, target)
             result = trace(bundle, given, progress=progress, qk=0, **reading.components)
-        report = heads_report(result, source, target)
+        report, folded = heads_report(result, source, target), ""
+        if source is None and not all and not json:
+            from qkattr.export.effect_rows import away_from_sinks
+
+            report["heads"], folded = away_from_sinks(result, report["heads"])
     if json:
         common.print_json({**report, "heads": report["heads"][:top]}, result.notes)
     else:
-        _show(report, top or 20)
+        _show(report, top or 20, folded)
 
 
 def _ends(
@@ -114,7 +119,7 @@ def heads_report(result, source: str | None, target: str | None) -> dict[str, An
     )
 
 
-def _show(report: dict[str, Any], top: int) -> None:
+def _show(report: dict[str, Any], top: int, folded: str) -> None:
     from qkattr.cli.show import console, percent, say, show_table
     from qkattr.errors import quoted
 
@@ -137,6 +142,8 @@ def _show(report: dict[str, Any], top: int) -> None:
     ends = () if between else ("from", "to")
     columns = ("head", *ends, "effect|", "influence|", "score|", "attention|", "slope|")
     show_table(out, f"Heads by their effect on the {report['of']}{where}", columns, rows)
+    if folded:
+        say(out, f"{folded} --all lists them.")
     say(
         out,
         "Effect: how much the head adds to the target with what it reads there, with attention, "

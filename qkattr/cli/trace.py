@@ -231,6 +231,7 @@ def summarise(result: Result) -> None:
     )
     rows = [(quoted(p["token"]), f"{p['probability']:.4f}", p["note"]) for p in shown(result, 5)]
     show_table(out, "Next token", ("token", "probability|", ""), rows)
+    heads, folded = strongest_heads(result, 8)
     rows = [
         (
             h["head"],
@@ -240,10 +241,12 @@ def summarise(result: Result) -> None:
             f"{h['attention']:.3f}",
             percent(h["influence"]),
         )
-        for h in strongest_heads(result, 8)
+        for h in heads
     ]
     columns = ("head", "from", "to", "effect|", "attention|", "influence|")
     show_table(out, f"Heads by their effect on the {result.main_target}", columns, rows)
+    if folded:
+        say(out, folded)
     _account(result, out)
     _routes(result, out)
     _leak(result, out)

@@ -7,14 +7,32 @@ from typing import Any
 import numpy as np
 
 from qkattr.errors import quoted
+from qkattr.export.qk_rows import sink_name
 from qkattr.export.summary import number
 from qkattr.graph.accounts import main_weights
 from qkattr.result import Result
 
 
-def strongest_heads(result: Result, n: int = 15) -> list[dict[str, Any]]:
-    """The places (head, query, key) with the largest |effect| between two positions."""
-    rows = result.head_effects(n)
+def away_from_sinks(result: Result, rows: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], str]:
+    """The places of heads whose key is no sink, and the others in one line ("" where there are
+    none): a head that looks at a sink says nothing about why it looked there."""
+    sinks = sorted({0 if result.settings["sinks"] else -1, *(s["position"] for s in result.sinks)})
+    resting = [row for row in rows if row["key"] in sinks]
+    if not resting:
+        return rows, ""
+    names = ", ".join(sink_name(result.tokens, t) for t in sinks if t >= 0)
+    largest = resting[0]
+    return [row for row in rows if row["key"] not in sinks], (
+        f"Not listed: {len(resting):,} places where a head looks at {names}; the largest effect of "
+        f"these is {largest['effect']:+.3g}, of {largest['layer']}.{largest['head']} at "
+        f"{quoted(result.tokens[largest['query']])} {largest['query']}."
+    )
+
+
+def strongest_heads(result: Result, n: int = 15) -> tuple[list[dict[str, Any]], str]:
+    """The places (head, query, key) with the largest |effect| between two positions, and in one
+    line those that look at a sink."""
+    rows, folded = away_from_sinks(result, result.head_effects())
     most = max((abs(row["effect"]) for row in rows), default=1.0)
     return [
         dict(
@@ -29,8 +47,8 @@ def strongest_heads(result: Result, n: int = 15) -> list[dict[str, Any]]:
             attention=row["probability"],
             influence=row["influence"],
         )
-        for row in rows
-    ]
+        for row in rows[:n]
+    ], folded
 
 
 #: What the account is said by: a name, and the columns that it sums.
@@ -67,7 +85,7 @@ def accounts(result: Result) -> list[dict[str, Any]]:
 def in_short(result: Result, n: int = 3) -> list[str]:
     """What a person who reads nothing else should know: which heads moved the target, for and
     against, and how much of it is not explained by features."""
-    rows = result.head_effects(200)
+    rows, _ = away_from_sinks(result, result.head_effects())
     said = []
     for sign, does in ((1, "add most to"), (-1, "take most from")):
         found = [row for row in rows if sign * row["effect"] > 0][:n]

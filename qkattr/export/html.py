@@ -45,6 +45,7 @@ def page(result: Result) -> str:
     """The result as one HTML page."""
     sinks = {s["position"]: len(s["boundaries"]) for s in result.sinks}
     leak = result.graph.leak
+    heads, folded = strongest_heads(result)
     return _template().render(
         title="qkattr: " + visible(result.prompt, 80),
         answer=_answer(result),
@@ -60,7 +61,8 @@ def page(result: Result) -> str:
         about_routes=about_routes(result),
         main=result.main_target,
         in_short=in_short(result),
-        heads=strongest_heads(result),
+        heads=heads,
+        heads_folded=folded,
         accounted=[name for name, _ in ACCOUNTED],
         accounts=accounts(result),
         qk=[_qk(table) for table in result.qk.values() if not rests_on(table)],
