@@ -68,7 +68,15 @@ def reads(cfg, *made: Read) -> ReadEdits:
 
 
 def full(
-    case, *, query=(), key=(), patterns=None, head_scale=None, residual=(), live=False
+    case,
+    *,
+    query=(),
+    key=(),
+    patterns=None,
+    head_scale=None,
+    head_add=None,
+    residual=(),
+    live=False,
 ) -> Edits:
     """Edits with every part there, so that one compiled program serves all tests of a house;
     what is not asked for does nothing. residual: (boundary, position, delta), two at most.
@@ -90,6 +98,9 @@ def full(
             head_scale_TN=np.ones((cfg.n_blocks, n, cfg.n_heads), np.float32)
             if head_scale is None
             else head_scale,
+            head_add_TNH=np.zeros((cfg.n_blocks, n, cfg.n_heads, cfg.head_dim), np.float32)
+            if head_add is None
+            else head_add,
             live_scales=live,
         ),
     )
@@ -124,6 +135,12 @@ def random_patterns(case, rng, share: float) -> PatternEdits:
     pattern = np.tril(rng.uniform(size=shape))
     pattern /= pattern.sum(-1, keepdims=True)
     return PatternEdits(np.asarray(pattern, np.float32), rng.uniform(size=shape[:3]) < share)
+
+
+def random_outputs(case, rng) -> np.ndarray:
+    """Something to add to every head's output."""
+    shape = case.cfg.n_blocks, len(case.tokens), case.cfg.n_heads, case.cfg.head_dim
+    return np.asarray(0.3 * rng.normal(size=shape), np.float32)
 
 
 def largest(*scores) -> np.ndarray:
@@ -219,7 +236,10 @@ def reference_block(w, x, cfg, edits: BlockEdits = BlockEdits(), held: dict | No
             if edits.patterns is not None and edits.patterns.rows_NT[n, t]:
                 pattern[n, t] = edits.patterns.pattern_NTS[n, t]
             factor = 1.0 if edits.head_scale_TN is None else edits.head_scale_TN[t, n]
-            attn[t] += factor * pattern[n, t] @ values @ naive.f64(w.wo_NHD[n])
+            output = factor * pattern[n, t] @ values
+            if edits.head_add_TNH is not None:
+                output = output + edits.head_add_TNH[t, n]
+            attn[t] += output @ naive.f64(w.wo_NHD[n])
     middle = x + norm("attn_post", w.norm_attn_post, attn)
     y = norm("mlp", w.norm_mlp, x if cfg.parallel else middle)
     act = naive.ACTIVATIONS[cfg.activation]
@@ -252,5 +272,6 @@ def reference_model(case, edits: Edits):
     y = np.stack(y) + naive.norm_constant(norm, d)
     tied = params.unembed_DV is None
     logits = y @ (naive.f64(params.embed_VD).T if tied else naive.f64(params.unembed_DV))
-    logits = logits if params.unembed_bias_V is None else logits + params.unembed_bias_V
+    bias = params.unembed_bias_V
+    logits = logits if bias is None else logits + naive.f64(bias)
     return logits, *map(np.stack, (boundaries, scores, patterns))

@@ -25,6 +25,7 @@ from editing import (
     largest,
     moved,
     of_block,
+    random_outputs,
     random_patterns,
     reads,
     reference_block,
@@ -44,7 +45,7 @@ from qkattr.model.edits import (
     PatternEdits,
     ReadEdits,
 )
-from qkattr.model.forward import forward
+from qkattr.model.forward import forward, unembed
 from qkattr.qk.terms import qk_terms
 from qkattr.types import Kind
 
@@ -310,6 +311,20 @@ def test_head_scale_0_is_no_output_projection(case):
     assert moved(logits, case.logits)
 
 
+def test_head_add_is_a_residual_edit_through_the_output_projection(case):
+    """In the last block, what is added to a head adds W_O of it, before a post-norm."""
+    b, n = tiny.L - 1, 2
+    if case.params.blocks.norm_attn_post is not None or not case.cfg.block.parallel:
+        pytest.skip("what is added goes through a norm or the MLP as well")
+    added = random_outputs(case, np.random.default_rng(0))
+    added[:b], added[:, :, np.arange(tiny.N) != n] = 0, 0
+    logits, _ = run(case, full(case, head_add=added))
+    delta = added[b, :, n] @ np.asarray(case.params.blocks.wo_NHD[b, n])
+    x = case.trace.boundaries[-1] + delta
+    within_largest("logits", logits, unembed(case.params, x, cfg=case.cfg))
+    assert moved(logits, case.logits)
+
+
 @pytest.mark.parametrize("b", range(tiny.L))
 def test_patterns_are_put_in(case, b):
     """A block with some rows overridden, by hand from its values."""
@@ -344,7 +359,7 @@ drawn_reads = st.lists(
 @settings(max_examples=4, deadline=None, derandomize=True)
 @given(query=drawn_reads, key=drawn_reads, seed=st.integers(0, 99), share=st.sampled_from([0, 0.2]))
 def test_everything_at_once_equals_numpy(case, live, query, key, seed, share):
-    """Reads on both sides, residual edits, overridden patterns and scaled heads, any of them."""
+    """Reads on both sides, residual edits, overridden patterns, heads scaled and added to."""
     rng = np.random.default_rng(seed)
     query, key = (
         [Read(b, t, vector(case, b, d), scale, heads) for b, t, d, scale, heads in side]
@@ -357,7 +372,8 @@ def test_everything_at_once_equals_numpy(case, live, query, key, seed, share):
     added = [(b, int(rng.integers(tiny.T)), vector(case, 0, seed)) for b in boundaries]
     edits = full(
         case, query=query, key=key, patterns=random_patterns(case, rng, share),
-        head_scale=head_scale, residual=added, live=live,
+        head_scale=head_scale, head_add=random_outputs(case, rng),
+        residual=added, live=live,
     )  # fmt: skip
     logits, trace = run(case, edits)
     expected, boundaries, scores, patterns = reference_model(case, edits)

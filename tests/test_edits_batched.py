@@ -12,6 +12,7 @@ from editing import (
     Read,
     full,
     moved,
+    random_outputs,
     random_patterns,
     run,
     vector,
@@ -31,7 +32,7 @@ BATCHED = {
     "reads": {"scale_E", "heads_EN", "vector_ED"},
     "all": {
         "position_E", "scale_E", "heads_EN", "vector_ED", "pattern_NTS", "rows_NT",
-        "head_scale_TN", "boundary_E", "delta_ED",
+        "head_scale_TN", "head_add_TNH", "boundary_E", "delta_ED",
     },
 }  # fmt: skip
 
@@ -47,6 +48,7 @@ def some_edits(case, seed: int, *, live: bool = False) -> Edits:
     return full(
         case, query=made[:4], key=made[4:], patterns=random_patterns(case, rng, 0.1),
         head_scale=np.asarray(rng.uniform(size=(tiny.L, len(case.tokens), tiny.N)), np.float32),
+        head_add=random_outputs(case, rng),
         residual=[(b, t, vector(case, b, seed + t)) for b, t, _ in places[:2]], live=live,
     )  # fmt: skip
 

@@ -71,15 +71,17 @@ class BlockEdits:
     """What to change inside one block, or in L of them stacked on a leading axis; None: nothing.
 
     query, key: what W_Q and W_K read. patterns: put in place of the computed ones. head_scale: what
-    each head's output is multiplied by (0: ablated). frozen: norm scales measured in another run,
-    used instead of this run's own (edited reads with live_scales excepted). live_scales: an edited
-    read is normalised by its own scale, not by that of the residual stream.
+    each head's output (before W_O) is multiplied by (0: ablated). head_add: what is added to it
+    after that. frozen: norm scales measured in another run, used instead of this run's own (edited
+    reads with live_scales excepted). live_scales: an edited read is normalised by its own scale,
+    not by that of the residual stream.
     """
 
     query: ReadEdits | None = None
     key: ReadEdits | None = None
     patterns: PatternEdits | None = None
     head_scale_TN: Float[Array, "T N"] | None = None
+    head_add_TNH: Float[Array, "T N H"] | None = None
     frozen: Activations | None = None
     live_scales: bool = struct.field(pytree_node=False, default=False)
 
@@ -153,6 +155,13 @@ def edited_pattern(edits: BlockEdits, pattern: Float[Array, "N T S"]) -> Float[A
     if edits.patterns is None:
         return pattern
     return jnp.where(edits.patterns.rows_NT[..., None], edits.patterns.pattern_NTS, pattern)
+
+
+def edited_outputs(edits: BlockEdits, heads: Float[Array, "T N H"]) -> Float[Array, "T N H"]:
+    """Heads' outputs, scaled and added to."""
+    if edits.head_scale_TN is not None:
+        heads = heads * edits.head_scale_TN[..., None]
+    return heads if edits.head_add_TNH is None else heads + edits.head_add_TNH
 
 
 def _edited_reads(

@@ -28,6 +28,8 @@ from qkattr.model.attention import (
 from qkattr.model.edits import (
     BlockEdits,
     Edits,
+    PatternEdits,
+    edited_outputs,
     edited_pattern,
     edited_queries,
     edited_residual,
@@ -69,8 +71,7 @@ def block(
         scores = edited_scores(weights, x, q, (scores, scale_attn, scale_k), edits, **how)
         pattern = edited_pattern(edits, attention_pattern(scores, weights.window, cfg=cfg))
         heads = attend(pattern, project_v(weights, y, precision=precision), precision=precision)
-        if edits.head_scale_TN is not None:
-            heads = heads * edits.head_scale_TN[..., None]
+        heads = edited_outputs(edits, heads)
         out = jnp.einsum("TNH,NHD->TD", heads, f32(weights.wo_NHD), precision=precision)
         out = out if weights.bo_D is None else out + f32(weights.bo_D)
         scale_attn_post = scale("scale_attn_post_T", weights.norm_attn_post, out)
@@ -154,19 +155,31 @@ def residual_stream(
 def run_from(
     params: Params,
     x: Float[Array, "B T D"],
-    boundary: Int[Array, ""] | int,
+    boundary: Int[Array, ""] | Int[Array, "B"] | int,
     *,
     cfg: ModelConfig,
+    patterns: Float[Array, "L N T S"] | None = None,
     precision: str = "highest",
 ) -> Float[Array, "B T D"]:
     """The residual stream before the final norm when that at a boundary is x: only the blocks after
-    it are run. The boundary may be traced."""
+    it are run.
 
-    def step(b, x):
+    boundary: may be traced, and one for each run. patterns: hold all heads at these.
+    """
+    starts = jnp.broadcast_to(boundary, x.shape[:1])
+
+    def step(b, now):
         weights = jax.tree.map(lambda a: a[b], params.blocks)
-        return jax.vmap(lambda x: block(weights, x, cfg=cfg.block, precision=precision)[0])(x)
+        edits = BlockEdits()
+        if patterns is not None:
+            held = PatternEdits(patterns[b], jnp.ones(patterns.shape[1:3], bool))
+            edits = BlockEdits(patterns=held)
+        here = jnp.where((starts == b)[:, None, None], x, now)
+        how = dict(cfg=cfg.block, edits=edits, precision=precision)
+        return jax.vmap(lambda one: block(weights, one, **how)[0])(here)
 
-    return jax.lax.fori_loop(boundary, cfg.n_blocks, step, x)
+    after = jax.lax.fori_loop(starts.min(), cfg.n_blocks, step, x)
+    return jnp.where((starts >= cfg.n_blocks)[:, None, None], x, after)
 
 
 @partial(jax.jit, static_argnames=("cfg", "capture", "precision"))
