@@ -24,6 +24,9 @@ from qkattr.types import Kind
 #: node id, or several of them.
 Ends = int | str | Iterable["int | str"]
 
+#: What places of heads are ranked by. "masking" agrees best with what masking them does.
+RANKINGS = ("masking", "effect", "influence", "attention")
+
 #: Kinds of nodes that edges lead into.
 TARGET_KINDS = (Kind.FEATURE, Kind.ERROR, Kind.LOGIT, Kind.SCORE)
 
@@ -217,32 +220,37 @@ class Result:
 
     def head_effects(
         self, n: int | None = None, *, source: int | str | None = None,
-        target: int | str | None = None,
+        target: int | str | None = None, by: str = "masking",
     ) -> list[dict[str, Any]]:  # fmt: skip
-        """Places (layer, head, query, key) by falling |effect| on the main target, each with its
-        score, attention and influence.
+        """Places (layer, head, query, key), the strongest first, each with what masking it takes
+        from the main target, its effect, score, attention and influence.
 
         Args:
           n: how many; None: all that the result holds.
           source, target: positions, both or neither. The head looks from the target (the query) at
             the source (the key). Neither: places between two different positions.
+          by: which of `RANKINGS` ranks them, by its size.
 
         Raises:
-          InputError: there is no such position, or only one was given.
+          InputError: there is no such position or ranking, or only one position was given.
         """
+        one_of("by", by, RANKINGS)
         heads = self.graph.heads
         if (source is None) != (target is None):
             raise InputError("head effects are between two positions; give both, or neither")
         if source is None or target is None:
-            at = np.flatnonzero(heads.query != heads.key)[:n]
+            at = np.flatnonzero(heads.query != heads.key)
         else:
             key, query = self.position(source), self.position(target)
-            at = np.flatnonzero((heads.query == query) & (heads.key == key))[:n]
+            at = np.flatnonzero((heads.query == query) & (heads.key == key))
         flow = self.graph.influence_at(heads.block[at], heads.query[at], heads.key[at])
-        influence = flow[np.arange(len(at)), heads.head[at]].tolist()
+        influence = flow[np.arange(len(at)), heads.head[at]]
+        sizes = dict(influence=influence, attention=heads.probability[at])
+        size = sizes[by] if by in sizes else np.abs(getattr(heads, by)[at])
+        order = np.argsort(-size, kind="stable")[:n]
         return [
             row | dict(influence=share)
-            for row, share in zip(heads.rows(at), influence, strict=True)
+            for row, share in zip(heads.rows(at[order]), influence[order].tolist(), strict=True)
         ]
 
     @property

@@ -18,6 +18,7 @@ import numpy as np
 from qkattr.errors import InputError
 from qkattr.graph.accounts import PLACES, main_weights
 from qkattr.graph.effects import Effects, effects
+from qkattr.graph.live import logit_gradient, score_gradient
 from qkattr.graph.paths import Place
 from qkattr.graph.sweep import DirectTargets, sweep
 from qkattr.graph.tables import Graph, build_graph
@@ -26,7 +27,7 @@ from qkattr.load.bundle import Bundle
 from qkattr.options import TraceOptions
 from qkattr.result import Result, logit_name, score_name
 from qkattr.scores import find_place_in
-from qkattr.session import MainTarget, Session, token_id, token_text
+from qkattr.session import MainTarget, Session, pad_tokens, token_id, token_text
 from qkattr.sharding import bucket
 from qkattr.types import Kind
 
@@ -42,12 +43,14 @@ class Targets:
         self.rows: list[tuple] = []  # the columns of `_columns`
         self.names: list[str] = []
         self.scores: list[tuple[int, ...]] = []
+        self.against = -1  # the token whose logit is subtracted, of a difference
 
     def add_logits(self, predictions: Sequence[dict[str, Any]]) -> None:
         """The logits after the last token that are targets, or the difference of two."""
         targets = [p for p in predictions if p["target"]]
         against = np.array([p["against"] for p in targets])
         weight = np.array([p["probability"] for p in targets])
+        self.against = int(against[0])
         weight = np.ones(1) if against[0] >= 0 else weight / max(weight.sum(), 1e-30)
         bundle, last = self.session.bundle, len(self.session.ids) - 1
         covectors = logit_covectors(
@@ -120,6 +123,16 @@ class Targets:
     def _first(self) -> Effects:
         return self._effects(0)
 
+    @functools.cached_property
+    def _live(self) -> jax.Array:
+        """What the main target reads of all heads' outputs in the live model."""
+        session, (_, position, *_, kind, index) = self.session, self.rows[0]
+        model = session.bundle.params, jnp.asarray(pad_tokens(session.ids))
+        how = dict(cfg=session.bundle.config, precision=self.opts.precision)
+        if kind == Kind.SCORE:
+            return score_gradient(*model, jnp.asarray(self.scores[index][:4]), **how)
+        return logit_gradient(*model, position, index, self.against, **how)
+
     def _weights(self, start: int) -> np.ndarray:
         """What the main target has of the targets from there on."""
         weights = main_weights([row[-2] for row in self.rows])[start : start + AT_ONCE]
@@ -140,6 +153,7 @@ class Targets:
             precision=self.opts.precision,
             heads=heads,
             weights=self._weights(start),
+            live=self._live,
             strongest=PLACES,
         )
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from qkattr.graph.effects import ACCOUNT_KINDS, Effects, HeadPlaces
+from qkattr.graph.effects import ACCOUNT_KINDS, LAST, Effects, HeadPlaces
 from qkattr.types import Kind
 
 #: The columns of the account beside boundary, node and target.
@@ -49,17 +49,19 @@ class Account:
 
 @dataclasses.dataclass(frozen=True)
 class HeadEffects:
-    """Columns of the strongest places of all heads, each `[X]`, by falling |effect|.
+    """Columns of the strongest places of all heads, each `[X]`, by falling |masking|.
 
-    block, head, query, key: the place. effect: on the main target, in its unit. derivative: of the
-    main target with respect to the head's score there. score: before the softcap. probability: the
-    attention.
+    block, head, query, key: the place. masking: what masking the key there takes from the main
+    target, to first order (`graph.live`). effect: on the main target, in its unit. derivative: of
+    the main target with respect to the head's score there. score: before the softcap. probability:
+    the attention.
     """
 
     block: np.ndarray
     head: np.ndarray
     query: np.ndarray
     key: np.ndarray
+    masking: np.ndarray
     effect: np.ndarray
     derivative: np.ndarray
     score: np.ndarray
@@ -117,11 +119,11 @@ def account_table(found: Sequence[Effects], target_nodes: np.ndarray, boundary: 
 
 
 def head_table(places: HeadPlaces) -> HeadEffects:
-    """The places of all blocks, those without an effect left out."""
+    """The places of all blocks, those without masking and effect left out."""
     blocks = np.broadcast_to(np.arange(len(places.head))[:, None], places.head.shape)
-    order = np.argsort(-np.abs(places.effect), axis=None, kind="stable")
-    order = order[: np.count_nonzero(places.effect)]
-    names = ("head", "query", "key", "effect", "derivative", "score", "probability")
+    size = np.abs(places.masking) + LAST * np.abs(places.effect)
+    order = np.argsort(-size, axis=None, kind="stable")[: np.count_nonzero(size)]
+    names = ("head", "query", "key", "masking", "effect", "derivative", "score", "probability")
     columns = {name: getattr(places, name).ravel()[order] for name in names}
     return HeadEffects(block=blocks.ravel()[order], **columns)
 

@@ -33,6 +33,7 @@ from flax import struct
 from jaxtyping import Array, Float, Int
 
 from qkattr.config import BlockConfig
+from qkattr.graph.live import masking
 from qkattr.model.attention import capped
 from qkattr.model.linear import FrozenBlock, freeze, head_reads, pull, pull_stream, values
 from qkattr.sharding import on_any_mesh
@@ -44,22 +45,26 @@ ACCOUNT_KINDS = (
     Kind.FEATURE, Kind.TOKEN, Kind.POSITION, Kind.ERROR, Kind.SINK, Kind.BIAS, Kind.CONST,
 )  # fmt: skip
 
+#: What an effect weighs beside a masking where places are ordered.
+LAST = 1e-20
+
 #: Positions whose component vectors are gathered together, at most.
 POSITIONS_AT_ONCE = 16
 
 
 @struct.dataclass
 class HeadPlaces:
-    """The K places of every block where a head has the largest |effect| on one target (or on a
-    weighted sum of targets), by falling |effect|; places without any effect at the end.
+    """The K places of every block whose masking takes most from one target (or from a weighted sum
+    of targets), by falling |masking|; places without any at the end.
 
-    head, query, key: `[L, K]`. effect, derivative: `[L, K]` as in `Effects`. score: before the
-    softcap. probability: the attention.
+    head, query, key: `[L, K]`. masking: `[L, K]` see `graph.live`. effect, derivative: as in
+    `Effects`. score: before the softcap. probability: the attention.
     """
 
     head: Int[Array, "L K"]
     query: Int[Array, "L K"]
     key: Int[Array, "L K"]
+    masking: Float[Array, "L K"]
     effect: Float[Array, "L K"]
     derivative: Float[Array, "L K"]
     score: Float[Array, "L K"]
@@ -121,6 +126,7 @@ def effects(
     precision: str = "highest",
     heads: bool = True,
     weights: Float[Array, "R"] | None = None,
+    live: Float[Array, "L T N H"] | None = None,
     strongest: int = 0,
 ) -> Effects:
     """Carry R targets back to the embeddings, one reversed scan over the blocks.
@@ -134,8 +140,9 @@ def effects(
       cfg: the block's configuration (static).
       linearisation: of the MLP (static).
       heads: return head effects and derivatives as well (static).
-      strongest: list so many places of every block (static), by the head effects on the sum of the
-        targets times `weights`.
+      strongest: list so many places of every block (static), for the sum of the targets times
+        `weights`. live: what that sum reads of every head's output in the live model
+        (`graph.live`).
     """
     n_blocks, R = boundaries.shape[0] - 1, covector.shape[0]
     rows = jnp.arange(R)
@@ -146,17 +153,20 @@ def effects(
         return g.at[rows, target_position].add(own)
 
     def step(above, inputs):
-        block, x, b = inputs
+        block, x, b, live_here = inputs
         frozen = freeze(block, x, cfg=cfg, linearisation=linearisation, precision=precision)
         pulled = pull_stream(frozen, above)
         g = enter(pulled.below, b)
         dense = _of_heads(frozen, pulled.heads, x) if heads else (None, None)
-        places = _strongest(frozen, pulled.heads, x, weights, strongest) if strongest else None
+        places = None
+        if strongest:
+            one = jnp.einsum("R,RTNH->TNH", weights, pulled.heads, precision="highest")
+            places = _strongest(frozen, one, live_here, x, strongest)
         return g, (g, pulled.constant, dense, places)
 
     top = enter(jnp.zeros((R, *boundaries.shape[1:])), n_blocks)
     with jax.named_scope("effects"):
-        inputs = blocks, boundaries[:-1], jnp.arange(n_blocks)
+        inputs = blocks, boundaries[:-1], jnp.arange(n_blocks), live
         _, (g, added, (head, derivative), places) = jax.lax.scan(step, top, inputs, reverse=True)
     g, added = jnp.concatenate([g, top[None]]), jnp.pad(added, ((1, 0), (0, 0), (0, 0)))
     node, by_kind = jax.lax.map(lambda inputs: _account(*inputs), (g, components))
@@ -228,18 +238,22 @@ def _of_heads(frozen: FrozenBlock, heads: Array, x: Array) -> tuple[Array, Array
         return pattern * reads, _softmax_derivative(pattern, reads) * slope
 
 
-def _strongest(frozen: FrozenBlock, heads: Array, x: Array, weights: Array, most: int):
-    """`HeadPlaces` of one block."""
-    one = jnp.einsum("R,RTNH->TNH", weights, heads, precision="highest")[None]
-    effect, derivative = (of_one[0] for of_one in _of_heads(frozen, one, x))
-    _, flat = jax.lax.top_k(jnp.abs(effect).ravel(), min(most, effect.size))
+def _strongest(frozen: FrozenBlock, heads: Array, live: Array, x: Array, most: int):
+    """`HeadPlaces` of one block. heads, live: `[T, N, H]` what is read of the heads' outputs."""
+    effect, derivative = (of_one[0] for of_one in _of_heads(frozen, heads[None], x))
+    pattern = frozen.seen.pattern_NTS
+    masked = masking(pattern, head_reads(frozen, live[None], x)[0])
+    # A query that sees one key has an effect and no masking: it comes before what has neither.
+    size = jnp.abs(masked) + LAST * jnp.abs(effect)
+    _, flat = jax.lax.top_k(size.ravel(), min(most, effect.size))
     place = jnp.unravel_index(flat, effect.shape)
     return HeadPlaces(
         *place,
+        masking=masked[place],
         effect=effect[place],
         derivative=derivative[place],
         score=frozen.seen.scores_NTS[place],
-        probability=frozen.seen.pattern_NTS[place],
+        probability=pattern[place],
     )
 
 
