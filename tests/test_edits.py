@@ -38,6 +38,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import within
 
+from qkattr.kinds import Kind
 from qkattr.model.edits import (
     BlockEdits,
     Edits,
@@ -46,7 +47,6 @@ from qkattr.model.edits import (
 )
 from qkattr.model.forward import forward
 from qkattr.qk.terms import qk_terms
-from qkattr.types import Kind
 
 # Edits that do nothing ----------------------------------------------------------------------------
 
