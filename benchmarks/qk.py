@@ -28,6 +28,7 @@ import numpy as np
 import qkattr
 from qkattr.cli.common import use_compilation_cache
 from qkattr.config import BlockConfig
+from qkattr.kinds import NO_WINDOW
 from qkattr.model.forward import block
 from qkattr.options import TraceOptions
 from qkattr.qk.marginals import marginals
@@ -35,7 +36,7 @@ from qkattr.qk.search import TILE, search_slots, top_pairs
 from qkattr.qk.terms import every_query_component, key_components
 from qkattr.qk.weights import HeadScales, weight_pairs
 from qkattr.session import start_session
-from qkattr.types import NO_WINDOW, BlockWeights
+from qkattr.types import BlockWeights
 
 AUNT_SALLY = "I always loved visiting Aunt Sally. Whenever I was feeling sad, Aunt"
 TOP = 64

@@ -23,23 +23,18 @@ import qkattr
 from qkattr.analyses.targets import Asked, targets_of
 from qkattr.errors import InputError
 from qkattr.export.summary import shown_cards
+from qkattr.graph.build import with_effects
 from qkattr.graph.paths import Place, ranked_scores
-from qkattr.graph.tables import Graph, with_effects
+from qkattr.graph.tables import Graph
+from qkattr.kinds import NO_WINDOW, Kind
 from qkattr.load.bundle import Bundle, Prompt, need_bundle
 from qkattr.model.forward import CAPTURE, forward
 from qkattr.options import TraceOptions, make_options, one_of, saved_options
+from qkattr.positions import prompt_text, token_text, token_texts
 from qkattr.result import Result
 from qkattr.scores import qk_tables
-from qkattr.session import (
-    Progress,
-    pad_tokens,
-    prompt_labels,
-    prompt_text,
-    start_session,
-    token_text,
-    token_texts,
-)
-from qkattr.types import NO_WINDOW, Kind, Trace
+from qkattr.session import Progress, pad_tokens, prompt_labels, start_session
+from qkattr.types import Trace
 
 
 def run(
@@ -189,7 +184,7 @@ def _strongest_scores(graph: Graph, n: int) -> tuple[list[Place], list[float]]:
 
 
 def _sinks(components, n_real: int) -> list[dict[str, Any]]:
-    is_sink = np.asarray((components.kind == Kind.SINK).any(-1))[:, :n_real]
+    is_sink = (np.asarray(components.kind) == Kind.SINK).any(-1)[:, :n_real]
     return [
         dict(position=int(t), boundaries=np.flatnonzero(is_sink[:, t]).tolist())
         for t in np.flatnonzero(is_sink.any(0))

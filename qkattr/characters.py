@@ -34,6 +34,23 @@ def joined(tokens: Sequence[str]) -> str:
     return "".join(text for _, text in whole(tokens))
 
 
+def shown(tokens: Sequence[str]) -> list[str]:
+    """Each token as people are shown it: one of several that hold a character together is that
+    character and which of them it is, as "😀 1/3"; a byte that belongs to none is `<0xF0>`."""
+    texts = []
+    for group, text in whole(tokens):
+        if len(group) == 1 or _BYTE.search(text):
+            texts += [readable(tokens[i]) for i in group]
+        else:
+            texts += [f"{text} {n}/{len(group)}" for n in range(1, len(group) + 1)]
+    return texts
+
+
+def readable(token: str) -> str:
+    """A token alone, its bytes that are no text by themselves as `<0xF0>`."""
+    return _BYTE.sub(lambda found: f"<0x{found[1].upper()}>", token)
+
+
 def _bytes(token: str) -> bytes:
     parts = _BYTE.split(token)  # text and bytes by turns
     return b"".join(

@@ -10,7 +10,7 @@ import math
 
 import numpy as np
 
-from qkattr.types import NO_WINDOW
+from qkattr.kinds import NO_WINDOW
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -3,6 +3,10 @@
 Any other exception is a fault of qkattr (exit code 1).
 """
 
+from __future__ import annotations
+
+from collections.abc import Sequence
+
 
 class InputError(ValueError):
     """What the user gave cannot be used.
@@ -47,3 +51,11 @@ def quoted(text: str, most: int = 60) -> str:
     mark = '"' if "'" in text and '"' not in text else "'"
     body = printable(text.replace("\\", r"\\"))
     return mark + body.replace(mark, "\\" + mark) + mark
+
+
+def one_of(name: str, value: str, known: Sequence[str]) -> None:
+    """Raise `InputError` unless the value of an option is one of those that are known."""
+    if value not in known:
+        raise InputError(
+            f"{name} {quoted(str(value))} is not known; give one of {', '.join(known)}"
+        )

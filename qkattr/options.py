@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-from qkattr.errors import InputError, quoted
+from qkattr.errors import InputError, one_of, quoted
 from qkattr.graph.sweep import SweepConfig
 from qkattr.model.mlp import LINEARISATIONS
 
@@ -87,13 +87,6 @@ def saved_options(settings: Mapping[str, Any]) -> TraceOptions:
     names = {field.name for field in dataclasses.fields(TraceOptions)}
     given = {name: value for name, value in settings.items() if name in names}
     return TraceOptions(**{k: tuple(v) if isinstance(v, list) else v for k, v in given.items()})
-
-
-def one_of(name: str, value: str, known: Sequence[str]) -> None:
-    if value not in known:
-        raise InputError(
-            f"{name} {quoted(str(value))} is not known; give one of {', '.join(known)}"
-        )
 
 
 def make_options(options: dict) -> TraceOptions:

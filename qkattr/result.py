@@ -7,18 +7,21 @@ import functools
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from qkattr.errors import InputError, printable, quoted
-from qkattr.features.cards import Card
+from qkattr.card import Card
+from qkattr.characters import readable, shown
+from qkattr.errors import InputError, one_of, printable, quoted
 from qkattr.graph.paths import Route, strongest_routes
 from qkattr.graph.tables import Graph
-from qkattr.options import one_of
+from qkattr.kinds import Kind
+from qkattr.positions import find_position
 from qkattr.qk.table import QKAttribution
-from qkattr.session import Session, find_position
-from qkattr.types import Kind
+
+if TYPE_CHECKING:
+    from qkattr.session import Session
 
 #: What names the nodes of one end of an edge: a position (index, negative index or token text), a
 #: node id, or several of them.
@@ -33,11 +36,11 @@ TARGET_KINDS = (Kind.FEATURE, Kind.ERROR, Kind.LOGIT, Kind.SCORE)
 
 def logit_name(predictions: Sequence[dict[str, Any]], target: dict[str, Any]) -> str:
     """What a person calls the logit of a token, or its difference to that of another."""
-    name = f"logit of {quoted(target['token'])}"
+    name = f"logit of {quoted(readable(target['token']))}"
     if target["against"] < 0:
         return name
     other = next(p["token"] for p in predictions if p["id"] == target["against"])
-    return f"{name} less that of {quoted(other)}"
+    return f"{name} less that of {quoted(readable(other))}"
 
 
 def score_name(block: int, head: int, query: int, key: int) -> str:
@@ -131,6 +134,11 @@ class Result:
     @property
     def n_blocks(self) -> int:
         return self.settings["n_blocks"]
+
+    @functools.cached_property
+    def shown_tokens(self) -> list[str]:
+        """The tokens as people are shown them, see `qkattr.characters.shown`."""
+        return shown(self.tokens)
 
     def position(self, where: int | str) -> int:
         """A position from an index, a negative index, or a token's text, as in `" Aunt#2"`."""

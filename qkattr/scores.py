@@ -7,30 +7,23 @@ from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from qkattr.config import ModelConfig
-from qkattr.errors import InputError, quoted
+from qkattr.errors import InputError
 from qkattr.graph.effects import PlaceEffects, effects_at
 from qkattr.graph.paths import Place
+from qkattr.kinds import Kind
 from qkattr.load.bundle import Bundle, Prompt
 from qkattr.model.forward import block
 from qkattr.options import make_options
+from qkattr.positions import find_place_in, token_texts
 from qkattr.qk.pair_effects import pair_effects
 from qkattr.qk.table import Labeller, Moved, QKAttribution, qk_table
 from qkattr.qk.terms import QKTerms, qk_terms_many
 from qkattr.result import Result
-from qkattr.session import (
-    Progress,
-    Session,
-    find_position,
-    prompt_labels,
-    start_session,
-    token_texts,
-)
+from qkattr.session import Progress, Session, prompt_labels, start_session
 from qkattr.sharding import bucket
-from qkattr.types import NO_WINDOW, Kind
+from qkattr.stored import place_in, stored_in_full
 
 Labels = Mapping[tuple[int, int], str]
 
@@ -52,29 +45,6 @@ def qk_attribution(
     if stored is not None:
         return stored
     return qk_tables(need_session(result), [place], result.labels)[place]
-
-
-def place_in(result: Result, place: tuple) -> Place:
-    """`find_place` for a result, with or without its model."""
-    n_heads = result.settings["n_heads"]
-    return find_place(result.tokens, place, n_heads=n_heads, windows=windows_of(result))
-
-
-def windows_of(result: Result) -> list[int]:
-    """The attention window of every block."""
-    return [NO_WINDOW if w is None else w for w in result.settings["windows"]]
-
-
-def stored_in_full(result: Result, place: Place, most: int | None = None) -> QKAttribution | None:
-    """The attribution that the result itself holds, unless some of its pairs were left out.
-
-    most: how many of the strongest pairs are needed; None: all.
-    """
-    stored = result.qk.get(".".join(map(str, place)))
-    if stored is None:
-        return None
-    needed = stored.n_pairs if most is None else min(most, stored.n_pairs)
-    return stored if needed <= len(stored.pairs) else None
 
 
 def attribute_qk(
@@ -121,48 +91,6 @@ def _scores_at(blocks, boundaries, query, key, *, cfg):
         return seen.scores_NTS[:, query, key], seen.pattern_NTS[:, query, key]
 
     return jax.lax.map(one, (blocks, boundaries[:-1]))
-
-
-def find_place_in(config: ModelConfig, tokens: list[str], place: tuple) -> Place:
-    """`find_place` for a model."""
-    return find_place(tokens, place, n_heads=config.n_heads, windows=config.windows)
-
-
-def find_place(tokens: list[str], place: tuple, *, n_heads: int, windows: Sequence[int]) -> Place:
-    """A place whose positions may be given as token texts, checked.
-
-    Raises:
-      InputError: no such block, head or position, or the query does not see the key.
-    """
-    layer, head, query, key = place
-    check_head(layer, head, (len(windows), n_heads))
-    t, s = find_position(tokens, query), find_position(tokens, key)
-    if s > t:
-        raise InputError(
-            f"the key at {s} ({quoted(tokens[s])}) comes after the query at {t} "
-            f"({quoted(tokens[t])}); "
-            f"attention is causal, give a key at or before the query"
-        )
-    if t - s >= windows[layer]:
-        raise InputError(
-            f"the key at {s} is outside block {layer}'s window of {windows[layer]} before {t}; "
-            f"its score is masked and has no terms, give a nearer key"
-        )
-    return int(layer), int(head), t, s
-
-
-def check_head(layer: int | None, head: int | None, grid: tuple[int, int]) -> None:
-    """Raise `InputError` unless there is such a block and head (None: any) in a model of L x N."""
-    n_blocks, n_heads = grid
-    if layer is not None and not 0 <= layer < n_blocks:
-        raise InputError(
-            f"layer {layer} is out of range: the model has blocks 0..{n_blocks - 1}; "
-            f"give one of these"
-        )
-    if head is not None and not 0 <= head < n_heads:
-        raise InputError(
-            f"head {head} is out of range: the model has heads 0..{n_heads - 1}; give one of these"
-        )
 
 
 def need_session(result: Result) -> Session:
@@ -285,10 +213,9 @@ def _effects_at(session: Session, places: Sequence[Place]) -> PlaceEffects:
     )
 
 
-def _padded(places: Sequence[Place] | np.ndarray) -> jax.Array:
+def _padded(places: Sequence[Place] | np.ndarray) -> np.ndarray:
     """Padded to a bucket of their number, so that other numbers meet compiled code."""
-    wide = np.resize(np.asarray(places, np.int32), (bucket(len(places), smallest=1), 4))
-    return jnp.asarray(wide)
+    return np.resize(np.asarray(places, np.int32), (bucket(len(places), smallest=1), 4))
 
 
 def labeller(session: Session, labels: Labels, boundary: int, position: int) -> Labeller:

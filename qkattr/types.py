@@ -14,37 +14,13 @@ b - 1. The QK circuit of block b reads boundary b. Query head n reads key/value 
 
 from __future__ import annotations
 
-from enum import IntEnum
-
-from flax import struct
 from jaxtyping import Array, Float, Int
 
-
-class Kind(IntEnum):
-    """What a component, or a node of the graph, is."""
-
-    NONE = 0  # an empty slot: its vector is exactly zero
-    FEATURE = 1
-    BIAS = 2
-    ERROR = 3
-    TOKEN = 4
-    POSITION = 5
-    SINK = 6
-    CONST = 7
-    LOGIT = 8
-    SCORE = 9
-
-    @property
-    def label(self) -> str:
-        return self.name.lower()
-
-
-#: Kinds that change with the prompt: edges are normalised over these, and only these receive
-#: influence.
-PROMPT_KINDS = (Kind.FEATURE, Kind.ERROR, Kind.TOKEN, Kind.POSITION, Kind.SINK)
-
-#: Kinds that explain nothing of an attention score; tables fold their rows into one line.
-FOLDED_KINDS = (Kind.BIAS, Kind.ERROR, Kind.SINK)
+from qkattr import struct
+from qkattr.kinds import FOLDED_KINDS as FOLDED_KINDS
+from qkattr.kinds import NO_WINDOW as NO_WINDOW
+from qkattr.kinds import PROMPT_KINDS as PROMPT_KINDS
+from qkattr.kinds import Kind as Kind
 
 
 @struct.dataclass
@@ -92,10 +68,6 @@ class BlockWeights:
     b_up_F: Float[Array, "F"] | None = None
     b_gate_F: Float[Array, "F"] | None = None
     b_down_D: Float[Array, "D"] | None = None
-
-
-#: `BlockWeights.window` of a block that attends to everything before it.
-NO_WINDOW = 2**30
 
 
 @struct.dataclass

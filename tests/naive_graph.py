@@ -8,7 +8,8 @@ import numpy as np
 from naive import Linear, f64, linearise, run_block
 
 from qkattr.config import BlockConfig
-from qkattr.types import BlockWeights, Kind
+from qkattr.kinds import Kind
+from qkattr.types import BlockWeights
 
 _DEPENDS = {Kind.FEATURE, Kind.ERROR, Kind.TOKEN, Kind.POSITION, Kind.SINK}
 

@@ -13,12 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import within
 
+from qkattr.kinds import Kind
 from qkattr.sharding import bucket
 from qkattr.sources import prompt
 from qkattr.sources.components import decompose, find_slots, sink_positions
 from qkattr.sources.dictionary import activations, encode
 from qkattr.sources.prompt import decompose_prompt
-from qkattr.types import Kind
 
 SUM = 1e-5  # of the position's norm: one float32 subtraction and a sum over the slots
 

@@ -39,6 +39,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import within
 
+from qkattr.kinds import Kind
 from qkattr.model.edits import (
     BlockEdits,
     Edits,
@@ -47,7 +48,6 @@ from qkattr.model.edits import (
 )
 from qkattr.model.forward import forward, unembed
 from qkattr.qk.terms import qk_terms
-from qkattr.types import Kind
 
 # Edits that do nothing ----------------------------------------------------------------------------
 

@@ -25,11 +25,11 @@ from editing import (
 )
 from tiny import within
 
+from qkattr.kinds import Kind
 from qkattr.model.edits import (
     BlockEdits,
     Edits,
 )
-from qkattr.types import Kind
 
 
 @contextlib.contextmanager

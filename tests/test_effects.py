@@ -32,9 +32,9 @@ from effects_tried import (  # noqa: F401
 from tiny import within
 
 from qkattr.graph.effects import ACCOUNT_KINDS, Effects, effects
+from qkattr.kinds import Kind
 from qkattr.model.linear import freeze, pull_stream, push
 from qkattr.model.mlp import LINEARISATIONS
-from qkattr.types import Kind
 
 # The account --------------------------------------------------------------------------------------
 

@@ -13,7 +13,7 @@ import qkattr
 from qkattr.cli.main import app
 from qkattr.errors import InputError
 from qkattr.graph.accounts import ACCOUNT_COLUMNS
-from qkattr.types import Kind
+from qkattr.kinds import Kind
 
 PROMPT = "hi hi hi 12 hi"
 ACCOUNT = 1e-4  # of the target, as the method asks

@@ -11,8 +11,8 @@ from test_linear import check_parts
 from test_terms import SCORE, every_pair
 from tiny import within
 
+from qkattr.kinds import NO_WINDOW
 from qkattr.model.linear import freeze
-from qkattr.types import NO_WINDOW
 
 
 @pytest.fixture(scope="module", params=list(families.MODELS))

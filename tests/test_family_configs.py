@@ -22,12 +22,12 @@ from qkattr.analysis import trace
 from qkattr.errors import InputError
 from qkattr.export.graph_json import graph_json
 from qkattr.export.html import page
+from qkattr.kinds import NO_WINDOW
 from qkattr.load.bundle import load
 from qkattr.load.families import FAMILIES, from_hf
 from qkattr.load.families.refused import REFUSED
 from qkattr.load.hf import load_hf
 from qkattr.model.forward import forward
-from qkattr.types import NO_WINDOW
 
 WINDOWED, GLOBAL = "sliding_attention", "full_attention"
 

@@ -108,7 +108,7 @@ def test_printable():
 
 
 def test_a_reader_that_has_seen_enough(root):
-    command = [sys.executable, "-c", "from qkattr.cli.main import run; run()", "tokens"]
+    command = [sys.executable, "-c", "from qkattr.cli.entry import run; run()", "tokens"]
     command += ["--ids", ",".join(["7"] * 64), "-m", str(root / "text"), "--json"]
     read, write = os.pipe()
     os.close(read)

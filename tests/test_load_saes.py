@@ -10,10 +10,10 @@ from safetensors.numpy import save_file
 
 from qkattr.config import BlockConfig, ModelConfig, Rotary
 from qkattr.errors import InputError
+from qkattr.kinds import NO_WINDOW
 from qkattr.load.fingerprint import fingerprint
 from qkattr.load.saes import check_saes, load_sae, load_saes, sae_model_names
 from qkattr.sources.dictionary import activations, encode
-from qkattr.types import NO_WINDOW
 
 D, M, T = 6, 16, 5
 TOLERANCE = dict(rtol=2e-5, atol=2e-5)  # float32 sums of 6 terms in another order

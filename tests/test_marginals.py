@@ -9,9 +9,9 @@ import tiny
 from qk_places import FOUR
 from tiny import within
 
+from qkattr.kinds import Kind
 from qkattr.qk.marginals import largest, marginals
 from qkattr.qk.terms import qk_terms
-from qkattr.types import Kind
 
 #: Of the head's largest score: sums of the same terms, in another order.
 SUM = 2e-5

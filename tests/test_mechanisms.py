@@ -10,12 +10,12 @@ from qk_places import FOUR, places
 from tiny import within
 
 from qkattr.errors import InputError
+from qkattr.kinds import Kind
 from qkattr.model.forward import block
 from qkattr.qk.distance import distance_profile
 from qkattr.qk.groups import group_name, group_of_features, group_table
 from qkattr.qk.mechanisms import mechanisms
 from qkattr.qk.terms import qk_terms
-from qkattr.types import Kind
 
 #: float64 SVD of float32 terms, against their sum.
 PARTS = 1e-12

@@ -16,7 +16,7 @@ from qkattr.export.html import page
 from qkattr.export.routes import hop_heads, named_heads, route_tables
 from qkattr.graph.paths import Hop, strongest_routes
 from qkattr.graph.tables import Edges, Graph, Nodes
-from qkattr.types import Kind
+from qkattr.kinds import Kind
 
 #: Sums of some thousand float64 products, made in another order.
 SUMS = 1e-9

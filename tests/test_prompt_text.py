@@ -15,13 +15,13 @@ from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 
 import qkattr
 from qkattr.analyses.pairs import top_pairs
-from qkattr.characters import joined, whole
+from qkattr.card import Example
+from qkattr.characters import joined, shown, whole
 from qkattr.cli.card import context
 from qkattr.cli.main import main
 from qkattr.errors import printable, quoted
 from qkattr.experiments.faithfulness.run import _text
 from qkattr.export.html import _context, page
-from qkattr.features.cards import Example
 from qkattr.features.views import views_of
 from qkattr.load.prompts import GivenPrompt
 from qkattr.load.tokenizer import Tokenizer
@@ -168,8 +168,8 @@ def test_the_prompt_is_what_was_asked(bundle, name, bos, tmp_path):
     assert f"<title>qkattr: {text}</title>" in html
     cut = any(r"\x" in token for token in result.tokens)
     assert (f"<bdi>{text}</bdi>" in html) == cut
-    for token in result.tokens:  # and where each of them is
-        assert f">{printable(token).replace('<', '&lt;').replace('>', '&gt;')}<sub>" in html
+    for said in result.shown_tokens:  # and where each of them is
+        assert f">{printable(said).replace('<', '&lt;').replace('>', '&gt;')}<sub>" in html
 
 
 def test_a_bos_that_was_typed(bundle):
@@ -235,6 +235,22 @@ def test_contexts_show_whole_characters():
     runs = [(run["text"], run["shade"], run["at"]) for run in _context(example, 2.0)["runs"]]
     assert runs == [("hi", 0, False), (" 👩", 100, True), ("你", 0, False), ("好", 50, False)]
     assert context(example, 2.0).plain.strip() == "2  hi‹ 👩›你好"
+
+
+@pytest.mark.parametrize(
+    "tokens, said",
+    [
+        (["hi", r" \xf0\x9f", r"\x98", r"\x80", "!"], ["hi", " 😀 1/3", " 😀 2/3", " 😀 3/3", "!"]),
+        ([r"\xe4\xbd", r"\xa0"], ["你 1/2", "你 2/2"]),
+        ([r"\xf0\x9f", "a"], ["<0xF0><0x9F>", "a"]),
+        ([r"\x80", "a"], ["<0x80>", "a"]),
+        ([r"a \xf0\x9f"], ["a <0xF0><0x9F>"]),
+        (["你好", "é", r"C:\x41", ""], ["你好", "é", r"C:\x41", ""]),
+        ([], []),
+    ],
+)
+def test_tokens_are_shown_as_the_characters_they_are_part_of(tokens, said):
+    assert shown(tokens) == said
 
 
 def test_labels_of_two_tokens_show_whole_characters():

@@ -13,11 +13,11 @@ from tiny import within
 
 import qkattr
 from qkattr.analyses.why import why
+from qkattr.card import Card
 from qkattr.cli.qk import show
 from qkattr.export import qk_rows
 from qkattr.export.html import page
 from qkattr.export.summary import both_aucs, called
-from qkattr.features.cards import Card
 from qkattr.graph.paths import ranked_scores
 from qkattr.scores import attribute_qk
 

@@ -8,7 +8,7 @@ import pytest
 
 import qkattr
 from qkattr.errors import InputError
-from qkattr.session import find_position
+from qkattr.positions import find_position
 
 
 @pytest.fixture(scope="module")

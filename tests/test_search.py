@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from qk_places import FOUR
 from tiny import within
 
+from qkattr.kinds import Kind
 from qkattr.qk.search import search_slots, strongest, top_pairs
 from qkattr.qk.terms import qk_terms
-from qkattr.types import Kind
 
 #: Of the largest |term| of a head: products of the same vectors in tiles and one place at a time.
 TERM = 2e-6

@@ -17,9 +17,9 @@ import torch
 from tiny import within
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
+from qkattr.kinds import Kind
 from qkattr.qk.terms import qk_terms, qk_terms_many
 from qkattr.sources.components import decompose
-from qkattr.types import Kind
 
 SCORE = 2e-5  # of a head's largest |score|: float32 sums of some 1e3 terms, each 1e-7 of itself
 TERM = 2e-5  # of the largest |term|: one float32 dot product, and the frozen scales

@@ -24,8 +24,8 @@ from qkattr.errors import InputError
 from qkattr.export.feature_json import export_features
 from qkattr.export.viewers import node_layer, node_number, scan_of
 from qkattr.features import ScanConfig, make_cards
+from qkattr.kinds import Kind
 from qkattr.load.registry import Source
-from qkattr.types import Kind
 
 #: The types for which Neuronpedia's viewer asks for no card.
 CARDLESS = {"embedding", "mlp reconstruction error", "lorsa error", "logit", "bias", "unknown"}

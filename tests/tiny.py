@@ -14,12 +14,13 @@ import torch
 import transformers
 
 from qkattr.config import BlockConfig, ModelConfig, Rotary
+from qkattr.kinds import NO_WINDOW
 from qkattr.load.hf import load_hf
 from qkattr.model.forward import forward
 from qkattr.sources.components import Components
 from qkattr.sources.dictionary import Dictionary, DictionaryConfig
 from qkattr.sources.prompt import decompose_prompt
-from qkattr.types import NO_WINDOW, BlockWeights, Norm, Params, Trace
+from qkattr.types import BlockWeights, Norm, Params, Trace
 
 # Head size is not d_model / heads, and no two sizes are equal, so that a mixed-up axis cannot go
 # unseen.

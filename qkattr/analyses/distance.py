@@ -16,13 +16,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from qkattr.errors import InputError
+from qkattr.kinds import Kind
 from qkattr.load.bundle import Bundle, Prompt
 from qkattr.qk.distance import distance_profile
 from qkattr.qk.table import describe
 from qkattr.result import Result
 from qkattr.scores import Labels, labeller, open_place, terms_at
 from qkattr.session import Progress
-from qkattr.types import Kind
 
 #: Distances that are computed unless asked otherwise; fewer where the block's window is shorter.
 DISTANCES = 256

@@ -21,12 +21,13 @@ from qkattr.analyses.targets import Asked, Targets, targets_of
 from qkattr.errors import InputError
 from qkattr.extras import need
 from qkattr.graph.accounts import ACCOUNT_COLUMNS
+from qkattr.kinds import Kind
 from qkattr.load.bundle import Bundle, Prompt
 from qkattr.options import make_options, saved_options
+from qkattr.positions import token_texts
 from qkattr.result import Result
 from qkattr.scores import Labels, need_session
-from qkattr.session import Progress, Session, prompt_labels, start_session, token_texts
-from qkattr.types import Kind
+from qkattr.session import Progress, Session, prompt_labels, start_session
 
 #: Numbers in the arrays of all heads and positions, at most: 2 GiB of each.
 MOST = 2**29

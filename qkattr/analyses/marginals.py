@@ -14,13 +14,14 @@ import jax
 import numpy as np
 
 from qkattr.errors import InputError
+from qkattr.kinds import Kind
 from qkattr.load.bundle import Bundle, Prompt
+from qkattr.positions import check_head, find_position
 from qkattr.qk.marginals import Marginals, marginals
 from qkattr.qk.table import describe
 from qkattr.result import Result
-from qkattr.scores import Labels, check_head, labeller, open_session
-from qkattr.session import Progress, Session, find_position
-from qkattr.types import Kind
+from qkattr.scores import Labels, labeller, open_session
+from qkattr.session import Progress, Session
 
 
 @dataclasses.dataclass(frozen=True)

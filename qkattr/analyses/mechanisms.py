@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from qkattr.errors import InputError
+from qkattr.kinds import Kind
 from qkattr.load.bundle import Bundle, Prompt
 from qkattr.qk.mechanisms import Mechanisms
 from qkattr.qk.mechanisms import mechanisms as decompose
@@ -23,7 +24,6 @@ from qkattr.qk.table import describe
 from qkattr.result import Result
 from qkattr.scores import Labels, labeller, open_place, terms_at
 from qkattr.session import Progress
-from qkattr.types import Kind
 
 
 @dataclasses.dataclass(frozen=True)

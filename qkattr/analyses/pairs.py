@@ -17,16 +17,17 @@ import numpy as np
 
 from qkattr.errors import InputError
 from qkattr.features.norms import NormScales
+from qkattr.kinds import Kind
 from qkattr.load.bundle import Bundle, Prompt
 from qkattr.model.layers import f32
+from qkattr.positions import check_head, prompt_text
 from qkattr.qk import search
 from qkattr.qk import weights as of_weights
 from qkattr.qk.table import describe
 from qkattr.result import Result
-from qkattr.scores import Labels, check_head, labeller, open_session
-from qkattr.session import Progress, Session, prompt_text
+from qkattr.scores import Labels, labeller, open_session
+from qkattr.session import Progress, Session
 from qkattr.sources.dictionary import Dictionary
-from qkattr.types import Kind
 
 #: Pairs of either sign that a call may ask for.
 MOST = 4096

@@ -17,19 +17,20 @@ import numpy as np
 
 from qkattr.errors import InputError
 from qkattr.graph.accounts import PLACES, main_weights
+from qkattr.graph.build import build_graph
 from qkattr.graph.effects import Effects, effects
 from qkattr.graph.live import logit_gradient, score_gradient
 from qkattr.graph.paths import Place
 from qkattr.graph.sweep import DirectTargets, sweep
-from qkattr.graph.tables import Graph, build_graph
+from qkattr.graph.tables import Graph
 from qkattr.graph.targets import direct_targets, logit_covectors, score_covectors
+from qkattr.kinds import Kind
 from qkattr.load.bundle import Bundle
 from qkattr.options import TraceOptions
+from qkattr.positions import find_place_in, token_id, token_text
 from qkattr.result import Result, logit_name, score_name
-from qkattr.scores import find_place_in
-from qkattr.session import MainTarget, Session, pad_tokens, token_id, token_text
+from qkattr.session import MainTarget, Session, pad_tokens
 from qkattr.sharding import bucket
-from qkattr.types import Kind
 
 #: Targets whose effects are computed together; a program's shape, so fewer are padded.
 AT_ONCE = 4
@@ -53,11 +54,12 @@ class Targets:
         self.against = int(against[0])
         weight = np.ones(1) if against[0] >= 0 else weight / max(weight.sum(), 1e-30)
         bundle, last = self.session.bundle, len(self.session.ids) - 1
+        size = bucket(len(targets), smallest=16)  # other numbers of targets meet compiled code
         covectors = logit_covectors(
             bundle.params,
-            self.session.boundaries[-1, last],
-            np.array([p["id"] for p in targets]),
-            against,
+            self.session.last,
+            np.resize(np.array([p["id"] for p in targets]), size),
+            np.resize(against, size),
             cfg=bundle.config,
         )
         g, constant = jax.device_get(covectors)
@@ -73,7 +75,7 @@ class Targets:
         covectors = score_covectors(
             self.session.bundle.params.blocks,
             self.session.boundaries,
-            jnp.asarray(places, jnp.int32),
+            np.resize(np.array(places, np.int32), (bucket(len(places), smallest=1), 4)),
             cfg=self.session.bundle.config.block,
             precision=self.opts.precision,
         )
@@ -208,10 +210,11 @@ def targets_of(result: Result, session: Session, opts: TraceOptions) -> Targets:
 
 
 def _predictions(
-    bundle: Bundle, logits: jax.Array, asked: Asked, opts: TraceOptions
+    bundle: Bundle, logits: np.ndarray, asked: Asked, opts: TraceOptions
 ) -> list[dict[str, Any]]:
     """The likeliest next tokens, and which of them (or which others) are targets."""
-    probability = np.asarray(jax.nn.softmax(logits))
+    raised = np.exp(logits - logits.max())
+    probability = raised / raised.sum()
     order = np.argsort(-probability, kind="stable")[: max(opts.max_logits, 10)]
     before = np.cumsum(probability[order]) - probability[order]
     found = {

@@ -21,13 +21,14 @@ import numpy as np
 
 from qkattr.errors import InputError, quoted
 from qkattr.graph.paths import Place
+from qkattr.kinds import FOLDED_KINDS, Kind
 from qkattr.load.bundle import Bundle, Prompt
+from qkattr.positions import find_position
 from qkattr.qk.competition import Competition, Nets, Rows, competition
 from qkattr.qk.table import describe
 from qkattr.result import Result
 from qkattr.scores import Labels, labeller, moved_at, open_place
-from qkattr.session import Progress, Session, find_position
-from qkattr.types import FOLDED_KINDS, Kind
+from qkattr.session import Progress, Session
 
 #: A key "got attention" from here on: it is compared with the one asked about.
 ATTENDED = 0.01

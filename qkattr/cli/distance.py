@@ -32,7 +32,7 @@ def distance(
     top: Annotated[int, typer.Option(min=1, max=4096, help="The number of pairs to list.")] = 12,
     figure: place.Figure = None,
     labels: common.Labels = None,
-    reading: options.Subject = options.Subject(),
+    reading: options.Asked = options.Asked(),
     json: common.Json = False,
 ) -> None:
     """Show a score and its strongest pairs as functions of distance, with all else fixed."""

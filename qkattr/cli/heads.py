@@ -38,13 +38,13 @@ def heads(
         ),
     ] = None,
     all: common.All = False,
-    reading: options.Subject = options.Subject(),
+    reading: options.Asked = options.Asked(),
     json: common.Json = False,
 ) -> None:
     """List the heads that moved the target, between two positions or anywhere, and how strongly
     they looked."""
     with common.progress() as progress:
-        if common.is_result(prompt):
+        if reading.is_folder(prompt):
             result = options.open_saved(prompt, context)
             _ends(result.tokens, source, target)
             if not _holds(result, source, target, top):
@@ -52,7 +52,7 @@ def heads(
                 result = options.with_model(result, model)
         else:
             from qkattr.analysis import trace
-            from qkattr.session import token_texts
+            from qkattr.positions import token_texts
 
             given = reading.read(prompt)
             bundle = model.open()
@@ -75,7 +75,7 @@ def _ends(
 ) -> tuple[int | None, int | None]:
     """Both positions, in the order in which attention runs, or neither."""
     from qkattr.errors import InputError
-    from qkattr.session import find_position
+    from qkattr.positions import find_position
 
     if source is None and target is None:
         return None, None
@@ -101,12 +101,10 @@ def heads_report(result, source: str | None, target: str | None) -> dict[str, An
     report = dict(tokens=result.tokens, of=result.main_target, source=s, target=t)
     if s is None or t is None:
         return dict(report, heads=result.head_effects(), settings=result.settings)
-    from qkattr.scores import heads_at
-
     loadings = result.head_loadings(source=s, target=t, into="feature")
     heads = [
         row | dict(loading=float(loadings.loadings[row["layer"], row["head"]]))
-        for row in heads_at(result, query=t, key=s)
+        for row in _between(result, s, t)
     ]
     return dict(
         report,
@@ -119,11 +117,20 @@ def heads_report(result, source: str | None, target: str | None) -> dict[str, An
     )
 
 
+def _between(result, source: int, target: int) -> list[dict[str, Any]]:
+    if result.graph.heads.complete:
+        return result.head_effects(source=source, target=target)
+    from qkattr.scores import heads_at
+
+    return heads_at(result, query=target, key=source)
+
+
 def _show(report: dict[str, Any], top: int, folded: str) -> None:
+    from qkattr.characters import shown
     from qkattr.cli.show import console, percent, say, show_table
     from qkattr.errors import quoted
 
-    out, tokens = console(), report["tokens"]
+    out, tokens = console(), shown(report["tokens"])
     at = lambda p: f"{quoted(tokens[p])} {p}"
     between = report["source"] is not None
     where = f", from {at(report['source'])} to {at(report['target'])}" if between else ""

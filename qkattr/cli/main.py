@@ -143,8 +143,3 @@ def main(arguments: list[str] | None = None) -> int:
     line = printable(" ".join(message.split()))
     print(f"qkattr: {clipped(line, LONGEST)}", file=sys.stderr)
     return 2
-
-
-def run() -> None:
-    """The console script."""
-    sys.exit(main())

@@ -42,7 +42,7 @@ def marginals(
     ] = False,
     figure: place.Figure = None,
     labels: common.Labels = None,
-    reading: options.Subject = options.Subject(),
+    reading: options.Asked = options.Asked(),
     json: common.Json = False,
 ) -> None:
     """List every place of a prompt where a head looks, with the components that make it look."""

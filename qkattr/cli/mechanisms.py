@@ -40,14 +40,14 @@ def mechanisms(
     ] = 6,
     figure: place.Figure = None,
     labels: common.Labels = None,
-    reading: options.Subject = options.Subject(),
+    reading: options.Asked = options.Asked(),
     json: common.Json = False,
 ) -> None:
     """Split a head's score into independent groups of feature pairs (by singular values)."""
     from qkattr.analyses import mechanisms as analyses
 
     place.check_figure(figure)
-    others = [] if more is None else _prompts(more, prompt)
+    others = [] if more is None else _prompts(more, prompt, reading)
     where = dict(layer=layer, head=head, query=query, key=key)
     with common.progress() as progress:
         subject, given, components = place.open_subject(
@@ -72,10 +72,10 @@ def mechanisms(
         print(printable(f"Drawn: {figure}"))
 
 
-def _prompts(path: Path, prompt: str) -> list[str]:
+def _prompts(path: Path, prompt: str, reading: options.Asked) -> list[str]:
     from qkattr.load.files import read_text
 
-    if common.is_result(prompt):
+    if reading.is_folder(prompt):
         raise InputError("--more goes with a prompt, not with a folder; give the prompt's text")
     lines = [line for line in read_text(path).splitlines() if line.strip()]
     if not lines:

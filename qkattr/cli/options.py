@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from qkattr.cli.common import given, use_compilation_cache
+from qkattr.cli.common import check_no_folder, given, is_result, use_compilation_cache
 from qkattr.errors import InputError, printable, quoted
 
 if TYPE_CHECKING:
@@ -176,6 +176,26 @@ class Subject(Prompt):
     def components(self) -> dict[str, Any]:
         """As options of the library."""
         return dict(sinks=self.sink, bos=self.bos)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Asked(Subject):
+    """How PROMPT|DIR is read."""
+
+    as_text: Annotated[
+        bool,
+        typer.Option("--as-text", help="PROMPT|DIR is text, although it looks like a folder."),
+    ] = False
+
+    def is_folder(self, prompt: str) -> bool:
+        """Whether it names a folder; what only looks like one is refused."""
+        if self.as_text:
+            return False
+        if is_result(prompt):
+            return True
+        if not self.ids:
+            check_no_folder(prompt)
+        return False
 
 
 #: What a saved result keeps of its prompt and its model: these options do not go with a folder.

@@ -69,7 +69,7 @@ def pairs(
     ] = None,
     figure: place.Figure = None,
     labels: common.Labels = None,
-    reading: options.Subject = options.Subject(),
+    reading: options.Asked = options.Asked(),
     json: common.Json = False,
 ) -> None:
     """The strongest feature pairs over all heads and places of a prompt; or, without one, of a head

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from qkattr.cli import common, options
+from qkattr.cli import options
 from qkattr.errors import InputError
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ def open_subject(
     place: tuple | None,
     *,
     model: options.Saes,
-    reading: options.Subject,
+    reading: options.Asked,
     progress,
     labels: list[str] | None = None,
     check: Callable[[list[str], Place, Sequence[int]], None] | None = None,
@@ -65,8 +65,8 @@ def open_subject(
     """A result joined with its model, or a bundle with a prompt and its options; the place, where
     one is asked about, is checked before weights are read, and `check` is called with the tokens,
     the place and every block's window."""
-    if common.is_result(prompt):
-        from qkattr.scores import place_in, windows_of
+    if reading.is_folder(prompt):
+        from qkattr.stored import place_in, windows_of
 
         result = options.open_saved(prompt, context)
         if place is not None:
@@ -77,8 +77,7 @@ def open_subject(
             result = relabelled(result, labels)
         progress("loading the model")
         return options.with_model(result, model), None, {}
-    from qkattr.scores import find_place_in
-    from qkattr.session import token_texts
+    from qkattr.positions import find_place_in, token_texts
 
     given = reading.read(prompt)
     bundle = model.open()

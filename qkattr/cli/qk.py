@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -57,19 +58,16 @@ def qk(
     figure: place.Figure = None,
     labels: common.Labels = None,
     all: common.All = False,
-    reading: options.Subject = options.Subject(),
+    reading: options.Asked = options.Asked(),
     json: common.Json = False,
 ) -> None:
     """Write a head's attention score as a sum over pairs of query-side and key-side components."""
-    from qkattr.analyses.groups import grouped
-    from qkattr.load.groups import read_groups
-
     place.check_figure(figure)
-    named = {} if groups is None else read_groups(groups)
+    named = {} if groups is None else _read(groups)
     with common.progress() as progress:
-        if common.is_result(prompt):
+        if reading.is_folder(prompt):
             from qkattr.export.qk_rows import enough_stored
-            from qkattr.scores import place_in, qk_attribution, stored_in_full
+            from qkattr.stored import place_in, stored_in_full
 
             subject = result = options.open_saved(prompt, context)
             if labels:
@@ -77,6 +75,8 @@ def qk(
             shown = None if json or groups or label else top or 20
             table = stored_in_full(result, place_in(result, (layer, head, query, key)), shown)
             if table is None or (shown and not all and not enough_stored(table, shown)):
+                from qkattr.scores import qk_attribution
+
                 progress("loading the model")
                 result = options.with_model(result, model)
                 table = qk_attribution(result, layer=layer, head=head, query=query, key=key)
@@ -104,7 +104,7 @@ def qk(
 
             progress("drawing")
             qk_figure(table, figure)
-    sums = grouped(table, named, label or ()) if named or label else None
+    sums = _sums(table, named, label or ()) if named or label else None
     if json:
         found = table.to_json(top) | ({} if sums is None else dict(groups=sums))
         common.print_json(found, subject.notes)
@@ -116,6 +116,18 @@ def qk(
         print(printable(f"Drawn: {figure}"))
 
 
+def _read(path: Path) -> dict[str, Any]:
+    from qkattr.load.groups import read_groups
+
+    return read_groups(path)
+
+
+def _sums(table: QKAttribution, named: dict[str, Any], label: Sequence[str]) -> dict[str, Any]:
+    from qkattr.analyses.groups import grouped
+
+    return grouped(table, named, label)
+
+
 def show(table: QKAttribution, top: int, all: bool = False) -> None:
     """The score, its shares, the strongest pairs and marginals. Rows with bias, error or sink are
     folded into one line, unless `all`."""
@@ -123,7 +135,10 @@ def show(table: QKAttribution, top: int, all: bool = False) -> None:
     from qkattr.export.qk_rows import folded_line, rests_on, what_it_moves
 
     out = console()
-    query, key = (f"{quoted(table.tokens[p])} {p}" for p in (table.query, table.key))
+    from qkattr.characters import shown
+
+    tokens = shown(table.tokens)
+    query, key = (f"{quoted(tokens[p])} {p}" for p in (table.query, table.key))
     say(
         out,
         f"Head {table.layer}.{table.head} at {query} looks at {key}: "

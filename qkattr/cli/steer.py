@@ -125,7 +125,7 @@ def steer(
         Option(help="Draw a figure into this .svg, .png or .pdf file.", show_default=False),
     ] = None,
     model: options.Saes = options.Saes(),
-    reading: options.Subject = options.Subject(),
+    reading: options.Asked = options.Asked(),
     json: common.Json = False,
 ) -> None:
     """Scale features inside the QK circuit of chosen heads only, and see what the model says."""
@@ -254,10 +254,10 @@ def _check_figure(figure: Path | None) -> None:
         check_writable(figure.parent)
 
 
-def _open(prompt, model: options.Saes, reading: options.Subject, *, context, check, trace: bool,
+def _open(prompt, model: options.Saes, reading: options.Asked, *, context, check, trace: bool,
           progress):  # fmt: skip
     """What `qkattr.steer` takes: a result, or a bundle with a prompt and its options."""
-    if common.is_result(prompt):
+    if reading.is_folder(prompt):
         result = options.open_saved(prompt, context)
         check(result.tokens, (result.settings["n_blocks"], result.settings["n_heads"]))
         progress("loading the model")
@@ -269,7 +269,7 @@ def _open(prompt, model: options.Saes, reading: options.Subject, *, context, che
     if not trace:
         return bundle, given, reading.components
     from qkattr.analysis import trace as trace_prompt
-    from qkattr.session import token_texts
+    from qkattr.positions import token_texts
 
     tokens = token_texts(bundle, bundle.tokenize(given, reading.bos)[0])
     check(tokens, bundle.config.head_grid, bundle)

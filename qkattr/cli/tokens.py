@@ -17,7 +17,7 @@ def tokens(
     json: common.Json = False,
 ) -> None:
     """List the positions and tokens of PROMPT as the model sees them."""
-    from qkattr.session import token_texts
+    from qkattr.positions import token_texts
 
     bundle = model.open()
     token_ids, done = bundle.tokenize(reading.read(prompt), reading.bos)
@@ -29,7 +29,9 @@ def tokens(
         ]
         common.print_json(dict(bos=done, tokens=rows), bundle.notes)
         return
+    from qkattr.characters import shown
     from qkattr.cli.show import console, show_table
 
-    rows = [(i, t, quoted(text)) for i, (t, text) in enumerate(zip(token_ids, texts, strict=True))]
+    columns = zip(token_ids, shown(texts), strict=True)
+    rows = [(i, t, quoted(text)) for i, (t, text) in enumerate(columns)]
     show_table(console(), f"{len(rows)} tokens, {done}", ("position|", "id|", "token"), rows)

@@ -219,6 +219,7 @@ def _place(score: str | None) -> tuple[int, int, str, str] | None:
 
 def summarise(result: Result) -> None:
     """Predictions, the strongest routes, the heads that carried most, and what leaked."""
+    from qkattr.characters import readable
     from qkattr.cli.show import console, percent, say, show_table
     from qkattr.export.effect_rows import strongest_heads
     from qkattr.export.predictions import shown
@@ -229,7 +230,10 @@ def summarise(result: Result) -> None:
         f"{result.bos[:1].upper()}{result.bos[1:]}. {len(result.tokens)} tokens, "
         f"{len(graph.nodes)} nodes, {len(graph.edges)} edges.",
     )
-    rows = [(quoted(p["token"]), f"{p['probability']:.4f}", p["note"]) for p in shown(result, 5)]
+    rows = [
+        (quoted(readable(p["token"])), f"{p['probability']:.4f}", p["note"])
+        for p in shown(result, 5)
+    ]
     show_table(out, "Next token", ("token", "probability|", ""), rows)
     heads, folded = strongest_heads(result, 8)
     rows = [

@@ -44,7 +44,7 @@ def why(
     figure: place.Figure = None,
     labels: common.Labels = None,
     all: common.All = False,
-    reading: options.Subject = options.Subject(),
+    reading: options.Asked = options.Asked(),
     json: common.Json = False,
 ) -> None:
     """Explain why a head looked at one key and not at the others, term by term."""
@@ -83,11 +83,12 @@ def why(
 
 def show(found: Why, top: int, all: bool = False) -> None:
     """The keys, what pushes, what holds back, and the duels with the other keys."""
+    from qkattr.characters import shown
     from qkattr.cli.show import bar, console, percent, say, show_table
     from qkattr.export.qk_rows import folded_line
     from qkattr.export.summary import component
 
-    out, tokens = console(), found.tokens
+    out, tokens = console(), shown(found.tokens)
     at = lambda p: f"{quoted(tokens[p])} {p}"
     say(
         out,

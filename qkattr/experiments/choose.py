@@ -14,15 +14,15 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from qkattr.errors import InputError, quoted
+from qkattr.errors import InputError, one_of, quoted
 from qkattr.experiments.edits import SIDES, Edit, Head, check_heads, parse_heads
 from qkattr.experiments.hydra import greedy_heads
+from qkattr.kinds import Kind
 from qkattr.load.groups import Group
-from qkattr.options import one_of
+from qkattr.positions import find_position
 from qkattr.result import Ends, Result, ranked_heads
 from qkattr.scores import need_session, terms_at
-from qkattr.session import Session, find_position
-from qkattr.types import Kind
+from qkattr.session import Session
 
 #: What `heads_by_loading` can rank by.
 RANKINGS = ("loading", "influence")

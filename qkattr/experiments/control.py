@@ -22,9 +22,9 @@ from jaxtyping import Array, Float
 
 from qkattr.errors import quoted
 from qkattr.experiments.edits import Head, Placed, describe, vectors_at
+from qkattr.kinds import Kind
 from qkattr.session import Session
 from qkattr.sharding import bucket
-from qkattr.types import Kind
 
 #: Draws of a control, unless another number is asked for.
 DRAWS = 8

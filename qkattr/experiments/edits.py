@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qkattr.errors import InputError, quoted
+from qkattr.kinds import Kind
 from qkattr.load.bundle import Bundle
 from qkattr.load.mapped import some
 from qkattr.model.edits import (
@@ -32,10 +33,10 @@ from qkattr.model.edits import (
     ResidualEdits,
     batched_axes,
 )
-from qkattr.session import Session, find_position
+from qkattr.positions import find_position
+from qkattr.session import Session
 from qkattr.sharding import bucket
 from qkattr.sources.components import find_slots
-from qkattr.types import Kind
 
 SIDES = ("query", "key", "residual")
 #: What F may be besides a feature id.

@@ -20,8 +20,9 @@ from qkattr.experiments.edits import Edit, Head, at_scales, freeze_others, head_
 from qkattr.experiments.runs import clean_top, run_edits
 from qkattr.experiments.steer import make_edits, patterns_of
 from qkattr.model.edits import Edits
+from qkattr.positions import token_text
 from qkattr.result import ranked_heads
-from qkattr.session import Session, token_text
+from qkattr.session import Session
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 
 from qkattr.experiments.edits import SIDES, Placed
+from qkattr.positions import token_text
 from qkattr.result import ranked_heads
-from qkattr.session import Session, token_text
+from qkattr.session import Session
 
 #: Next tokens listed for every scale.
 TOP = 10

@@ -55,18 +55,10 @@ from qkattr.extras import need
 from qkattr.load.bundle import Bundle, Prompt
 from qkattr.model.edits import Edits
 from qkattr.options import make_options
+from qkattr.positions import find_position, token_id, token_texts
 from qkattr.result import Result
 from qkattr.scores import Labels, need_session
-from qkattr.session import (
-    Progress,
-    Session,
-    find_position,
-    pad_tokens,
-    prompt_labels,
-    start_session,
-    token_id,
-    token_texts,
-)
+from qkattr.session import Progress, Session, pad_tokens, prompt_labels, start_session
 
 #: The scales of the paper's figures.
 SCALES = (-1.0, -0.5, 0.0, 0.5, 1.0, 1.5, 2.0)

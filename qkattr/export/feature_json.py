@@ -10,11 +10,12 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from qkattr.card import Card
 from qkattr.export.folder import write_files
 from qkattr.export.graph_json import encoded
 from qkattr.export.viewers import node_layer, node_number, scan_of, source_of
-from qkattr.features.cards import Card, Cards
-from qkattr.types import Kind
+from qkattr.features.cards import Cards
+from qkattr.kinds import Kind
 
 
 def feature_json(card: Card) -> dict[str, Any]:

@@ -21,11 +21,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from qkattr.card import Card
 from qkattr.characters import joined
 from qkattr.errors import InputError
 from qkattr.export.graph_json import SCHEMA, encoded, graph_json
 from qkattr.export.html import page
-from qkattr.features.cards import Card
 from qkattr.graph.accounts import Account, HeadEffects
 from qkattr.graph.tables import Edges, Graph, Nodes
 from qkattr.qk.table import QKAttribution

@@ -9,7 +9,7 @@ import numpy as np
 
 from qkattr.errors import InputError
 from qkattr.extras import need
-from qkattr.types import Kind
+from qkattr.kinds import Kind
 
 if TYPE_CHECKING:
     from qkattr.result import Result

@@ -24,8 +24,8 @@ from qkattr.export.routes import routes_json
 from qkattr.export.summary import name
 from qkattr.export.viewers import FEATURE_TYPES, node_layer, node_number, scan_of, source_of
 from qkattr.graph.accounts import ACCOUNT_COLUMNS
+from qkattr.kinds import Kind
 from qkattr.result import Result
-from qkattr.types import Kind
 
 SCHEMA = 3
 

@@ -10,6 +10,8 @@ from typing import Any
 
 import jinja2
 
+from qkattr import characters
+from qkattr.card import Card, Example
 from qkattr.characters import joined
 from qkattr.errors import quoted
 from qkattr.export.effect_rows import ACCOUNTED, accounts, in_short, strongest_heads
@@ -34,7 +36,6 @@ from qkattr.export.summary import (
     strongest_edges,
     visible,
 )
-from qkattr.features.cards import Card, Example
 from qkattr.result import Result
 
 #: Next tokens that are shown beside those that were traced.
@@ -55,7 +56,7 @@ def page(result: Result) -> str:
         provenance=result.provenance,
         prompt=result.prompt,
         cut=joined(result.tokens) != "".join(result.tokens),
-        tokens=[dict(text=t, sink=sinks.get(i)) for i, t in enumerate(result.tokens)],
+        tokens=[dict(text=t, sink=sinks.get(i)) for i, t in enumerate(result.shown_tokens)],
         predictions=shown(result, PREDICTIONS_SHOWN),
         routes=route_tables(result, ROUTES_LISTED),
         about_routes=about_routes(result),
@@ -94,7 +95,8 @@ def _answer(result: Result) -> str:
     targets = [p["token"] for p in result.predictions if p["target"]]
     if len(result.scores) and not targets:
         block, head, query, key, _ = result.scores[0]
-        return f"{block}.{head}: {quoted(result.tokens[query])} to {quoted(result.tokens[key])}"
+        tokens = result.shown_tokens
+        return f"{block}.{head}: {quoted(tokens[query])} to {quoted(tokens[key])}"
     return targets[0]
 
 
@@ -116,8 +118,8 @@ def _qk(table) -> dict[str, Any]:
         head=f"{table.layer}.{table.head}",
         query=table.query,
         key=table.key,
-        query_token=table.tokens[table.query],
-        key_token=table.tokens[table.key],
+        query_token=characters.shown(table.tokens)[table.query],
+        key_token=characters.shown(table.tokens)[table.key],
         probability=table.probability,
         score=table.score,
         sum=table.sum,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from qkattr.characters import readable
 from qkattr.errors import quoted
 from qkattr.result import Result
 
@@ -27,7 +28,7 @@ def shown(result: Result, most: int) -> list[dict[str, Any]]:
     """The likeliest next tokens and, however unlikely, all that have a role; each with a `note`
     that says its role in words."""
     listed = predictions(result)
-    text = {p["id"]: quoted(p["token"]) for p in listed}
+    text = {p["id"]: quoted(readable(p["token"])) for p in listed}
     other = next((p["against"] for p in listed if p["role"] == "for"), None)
     one = next((p["id"] for p in listed if p["role"] == "for"), None)
     notes = {

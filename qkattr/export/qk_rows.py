@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from qkattr.characters import shown
 from qkattr.errors import quoted
 from qkattr.graph.paths import ranked_scores
+from qkattr.kinds import FOLDED_KINDS, Kind
 from qkattr.qk.table import QKAttribution
 from qkattr.result import Result
-from qkattr.types import FOLDED_KINDS, Kind
 
 _FOLDED = {kind.label for kind in FOLDED_KINDS}
 #: With a smaller share of the absolute sum, features are said to explain nothing.
@@ -78,7 +79,7 @@ def rests_on(table: QKAttribution) -> str:
     """What the head rests on where the key is a sink; "" elsewhere."""
     if all(m["kind"] != Kind.SINK.label for m in table.key_marginals):
         return ""
-    return sink_name(table.tokens, table.key)
+    return sink_name(shown(table.tokens), table.key)
 
 
 def sink_name(tokens: list[str], position: int) -> str:
@@ -104,8 +105,8 @@ def resting_heads(result: Result, n: int = 15) -> list[dict[str, Any]]:
         dict(
             head=f"{block}.{head}",
             query=query,
-            query_token=result.tokens[query],
-            sink=sink_name(result.tokens, key),
+            query_token=result.shown_tokens[query],
+            sink=sink_name(result.shown_tokens, key),
         )
         for (block, head, query, key), _ in heads
         if block in sinks.get(key, ())

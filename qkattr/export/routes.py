@@ -8,10 +8,11 @@ from __future__ import annotations
 from itertools import groupby, pairwise
 from typing import Any
 
+from qkattr.characters import readable
 from qkattr.errors import quoted
 from qkattr.graph.paths import Hop, Route, target_nodes
+from qkattr.kinds import Kind
 from qkattr.result import Result
-from qkattr.types import Kind
 
 #: What the named heads of a hop carry of it, and how many are named at most.
 HALF, HEADS_NAMED = 0.5, 4
@@ -87,9 +88,9 @@ def target_name(result: Result, node: int) -> str:
     token = int(result.graph.nodes.index[node])
     against = {p["id"]: p["against"] for p in result.predictions}.get(token, -1)
     if against < 0:
-        return quoted(label)
+        return quoted(readable(label))
     other = next(p["token"] for p in result.predictions if p["id"] == against)
-    return f"{quoted(label)} less {quoted(other)}"
+    return f"{quoted(readable(label))} less {quoted(readable(other))}"
 
 
 def _end(result: Result, node: int) -> str:
@@ -128,7 +129,7 @@ def _row(result: Result, route: Route) -> dict[str, Any]:
     """share, and the stations of a route: its positions with the heads that led to each."""
     heads = ["", *map(hop_heads, route.hops)]
     stations = [
-        dict(heads=said, position=position, text=result.tokens[position])
+        dict(heads=said, position=position, text=result.shown_tokens[position])
         for said, position in zip(heads, route.positions, strict=True)
     ]
     return dict(share=route.share, stations=stations)

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from qkattr.characters import whole
+from qkattr.card import Card, Example, strongest_tokens
+from qkattr.characters import readable, whole
 from qkattr.errors import clipped, printable, quoted
 from qkattr.export.qk_rows import unfolded
-from qkattr.features.cards import Card, Cards, Example
-from qkattr.features.labels import strongest_tokens
+from qkattr.kinds import Kind
 from qkattr.result import Result
-from qkattr.types import Kind
+
+if TYPE_CHECKING:
+    from qkattr.features.cards import Cards
 
 #: Rows of a QK attribution, and of the edges, that are shown.
 PAIRS_SHOWN = 12
@@ -31,19 +33,19 @@ def visible(text: str, most: int = 100) -> str:
     """Text of a prompt or a label on one line, with what has no glyph written out."""
     for white, sign in (("\n", "⏎"), ("\t", "⇥")):
         text = text.replace(white, sign)
-    return clipped(printable(text), most)
+    return clipped(printable(readable(text)), most)
 
 
 def name(result: Result, node: int) -> str:
     """A node in words: what it is, where."""
     nodes = result.graph.nodes
     kind, t, b = Kind(nodes.kind[node]), int(nodes.position[node]), int(nodes.boundary[node])
-    label, token = result.label(node), quoted(result.tokens[t])
+    label, token = result.label(node), quoted(result.shown_tokens[t])
     if kind == Kind.FEATURE:
         said = f" {called(label)}" if label else ""
         return f"feature {b}:{nodes.index[node]}{said} on {token} {t}"
     if kind == Kind.LOGIT:
-        return f"logit {quoted(label)}"
+        return f"logit {quoted(readable(label))}"
     if kind == Kind.SCORE:
         return label
     if kind == Kind.TOKEN:
@@ -63,7 +65,7 @@ def component(described: dict[str, Any]) -> str:
     text = kind if index is None else f"{kind} {index}"
     if not label:
         return text
-    return f"{text} {quoted(label) if kind == Kind.TOKEN.label else called(label)}"
+    return f"{text} {quoted(readable(label)) if kind == Kind.TOKEN.label else called(label)}"
 
 
 def feature_of(result: Result, node: int) -> tuple[int, int] | None:

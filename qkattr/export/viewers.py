@@ -16,7 +16,7 @@ import re
 from typing import Any
 
 from qkattr.errors import InputError, quoted
-from qkattr.types import Kind
+from qkattr.kinds import Kind
 
 #: The types that viewers know, of each kind of node.
 FEATURE_TYPES = {

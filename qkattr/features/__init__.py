@@ -5,8 +5,9 @@ cards.card(12, 345), cards.labels(), cards.save(path), Cards.open(path)
 with_cards(bundle, cards)               traces then name their features
 """
 
+from qkattr.card import Card, Example
 from qkattr.features.build import make_cards
-from qkattr.features.cards import Card, Cards, Example
+from qkattr.features.cards import Cards
 from qkattr.features.seen import ScanConfig
 from qkattr.features.sets import with_cards
 

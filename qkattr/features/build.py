@@ -28,7 +28,7 @@ from qkattr.features.scan import Progress, Scan, check_rows, scan
 from qkattr.features.seen import ScanConfig, Seen
 from qkattr.features.views import View, views_of
 from qkattr.load.bundle import Bundle
-from qkattr.session import token_text
+from qkattr.positions import token_text
 
 #: Tokens listed of the top and of the bottom logits; fifths of the activations; features labelled
 #: at a time.

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 
+from qkattr.card import Card, Example
 from qkattr.errors import InputError
 from qkattr.features.levels import NOT_MEASURED, auc_of, count_of
 from qkattr.features.norms import NormScales
@@ -28,65 +29,6 @@ from qkattr.features.norms import NormScales
 HISTOGRAM = 12
 #: Where a label comes from.
 AUTOMATIC, GIVEN = 0, 1
-
-
-@dataclasses.dataclass(frozen=True)
-class Example:
-    """A context. tokens: as text; activations: of the feature at each. at: the index of the token
-    it was found for. row, position: where it lies in the text. quantile: its name."""
-
-    quantile: str
-    tokens: list[str]
-    activations: list[float]
-    at: int
-    row: int
-    position: int
-
-    @property
-    def activation(self) -> float:
-        return self.activations[self.at]
-
-
-@dataclasses.dataclass(frozen=True)
-class Card:
-    """One feature.
-
-    label: what it seems to be. auc: how well its rule separates activating from other held-out
-    positions, None: not measured; n: how many activating ones that was measured on. strong_auc,
-    strong_n: the same for the strongest fifth of its activations. given: the label was imported and
-    has no rule.
-    density: share of positions at which it is active; count: how many. histogram: (from, to, count)
-    of activations. examples: the strongest contexts, then one of each fifth of its activations.
-    top_logits, bottom_logits: (token, change of its logit by one unit of activation).
-    """
-
-    boundary: int
-    index: int
-    label: str
-    auc: float | None
-    n: int
-    strong_auc: float | None
-    strong_n: int
-    given: bool
-    count: int
-    density: float
-    max: float
-    mean: float
-    histogram: list[tuple[float, float, int]]
-    examples: list[Example]
-    top_logits: list[tuple[str, float]]
-    bottom_logits: list[tuple[str, float]]
-
-    @classmethod
-    def from_json(cls, raw: dict[str, Any]) -> Card:
-        """A card from `dataclasses.asdict` that has been JSON.
-
-        Raises:
-          TypeError, KeyError: it is no such thing.
-        """
-        rows = ("histogram", "top_logits", "bottom_logits")
-        lists = {name: [tuple(row) for row in raw[name]] for name in rows}
-        return cls(**(raw | lists | dict(examples=[Example(**e) for e in raw["examples"]])))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

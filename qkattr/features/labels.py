@@ -24,6 +24,7 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+from qkattr.card import FOR_EXAMPLE, RARE, UNCLEAR
 from qkattr.errors import quoted
 from qkattr.features.views import View
 
@@ -41,9 +42,6 @@ STRONG = 0.8
 
 WHEN_STRONG = " (when strong)"
 NEVER = "never active on this text"
-#: Labels of features that no rule describes, and of those with too few activations for one.
-UNCLEAR, RARE = "unclear", "rare"
-_FOR_EXAMPLE = "; e.g. "
 
 
 @dataclasses.dataclass(frozen=True)
@@ -208,12 +206,6 @@ def measure(
     return 0.5 + _gain(hits, every, every, half, total) / 2
 
 
-def strongest_tokens(label: str) -> str:
-    """Of a label without a rule, the tokens on which the feature is strongest; "" of others."""
-    what, _, tokens = label.partition(_FOR_EXAMPLE)
-    return tokens if what in (UNCLEAR, RARE) else ""
-
-
 def _e_g(what: str, examples: Sequence[str]) -> str:
     common = [quoted(text, 24) for text, _ in Counter(examples).most_common(3)]
-    return f"{what}{_FOR_EXAMPLE}{', '.join(common)}" if common else what
+    return f"{what}{FOR_EXAMPLE}{', '.join(common)}" if common else what

@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 
+from qkattr.card import strongest_tokens
 from qkattr.errors import InputError
 from qkattr.features.cards import Cards
-from qkattr.features.labels import NEVER, WHEN_STRONG, strongest_tokens
+from qkattr.features.labels import NEVER, WHEN_STRONG
 from qkattr.features.levels import NOT_MEASURED
 from qkattr.load.bundle import Bundle
 

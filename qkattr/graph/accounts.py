@@ -9,11 +9,17 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from qkattr.graph.effects import ACCOUNT_KINDS, LAST, Effects, HeadPlaces
-from qkattr.types import Kind
+from qkattr.kinds import ACCOUNT_KINDS, Kind
+
+if TYPE_CHECKING:
+    from qkattr.graph.effects import Effects, HeadPlaces
+
+#: What an effect weighs beside a masking where places are ordered.
+LAST = 1e-20
 
 #: The columns of the account beside boundary, node and target.
 ACCOUNT_COLUMNS = tuple(kind.label for kind in ACCOUNT_KINDS)

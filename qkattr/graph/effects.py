@@ -29,24 +29,18 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 from jaxtyping import Array, Float, Int
 
+from qkattr import struct
 from qkattr.config import BlockConfig
+from qkattr.graph.accounts import LAST
 from qkattr.graph.live import masking
+from qkattr.kinds import ACCOUNT_KINDS
 from qkattr.model.attention import capped
 from qkattr.model.linear import FrozenBlock, freeze, head_reads, pull, pull_stream, values
 from qkattr.sharding import on_any_mesh
 from qkattr.sources.components import Components
-from qkattr.types import BlockWeights, Kind
-
-#: The columns of the account, in order.
-ACCOUNT_KINDS = (
-    Kind.FEATURE, Kind.TOKEN, Kind.POSITION, Kind.ERROR, Kind.SINK, Kind.BIAS, Kind.CONST,
-)  # fmt: skip
-
-#: What an effect weighs beside a masking where places are ordered.
-LAST = 1e-20
+from qkattr.types import BlockWeights
 
 #: Positions whose component vectors are gathered together, at most.
 POSITIONS_AT_ONCE = 16

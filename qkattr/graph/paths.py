@@ -28,7 +28,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from qkattr.graph.tables import Graph
-from qkattr.types import PROMPT_KINDS, Kind
+from qkattr.kinds import PROMPT_KINDS, Kind
 
 #: (block, head, query position, key position)
 Place = tuple[int, int, int, int]

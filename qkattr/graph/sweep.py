@@ -25,9 +25,9 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
+from qkattr import struct
 from qkattr.config import BlockConfig
 from qkattr.graph.edges import (
     Candidates,
@@ -37,10 +37,11 @@ from qkattr.graph.edges import (
     own_position,
     source_values,
 )
+from qkattr.kinds import PROMPT_KINDS, Kind
 from qkattr.model.linear import freeze, pull
 from qkattr.sharding import on_any_mesh
 from qkattr.sources.components import Components
-from qkattr.types import PROMPT_KINDS, BlockWeights, Kind
+from qkattr.types import BlockWeights
 
 #: The kinds whose shares the leak table lists, in its order.
 LEAK_KINDS = (Kind.FEATURE, Kind.TOKEN, Kind.POSITION, Kind.ERROR, Kind.SINK)

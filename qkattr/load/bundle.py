@@ -1,4 +1,7 @@
-"""`load`: a model, its tokenizer and SAEs, checked against one another before weights are read."""
+"""`load`: a model, its tokenizer and SAEs, checked against one another before weights are read.
+
+What reads weights or SAEs is imported when it is needed: text becomes tokens without JAX.
+"""
 
 from __future__ import annotations
 
@@ -12,20 +15,19 @@ import numpy as np
 
 from qkattr.config import ModelConfig
 from qkattr.errors import InputError
-from qkattr.load import hf, named, smollm2
+from qkattr.load import hf, smollm2
+from qkattr.load.checkpoint import DTYPES, Checkpoint, check_tensors
 from qkattr.load.fingerprint import fingerprint
 from qkattr.load.gguf import open_gguf
 from qkattr.load.gguf_tokenizer import tokenizer_from_gguf
-from qkattr.load.packed import open_packed
 from qkattr.load.registry import Source, near_model, near_saes
-from qkattr.load.saes import check_set, find_saes
 from qkattr.load.tokenizer import Message, Tokenizer
-from qkattr.load.weights import DTYPES, Checkpoint, check_tensors, read_params
-from qkattr.sources.dictionary import Dictionary
-from qkattr.types import Params
 
 if TYPE_CHECKING:
     from qkattr.features.cards import Cards
+    from qkattr.load.named import SaeSource
+    from qkattr.sources.dictionary import Dictionary
+    from qkattr.types import Params
 
 Prompt = str | Sequence[int] | Sequence[Message]
 
@@ -199,7 +201,7 @@ def _open_model(model: str, accept: Collection[str]) -> _Model:
     if path.suffix == ".gguf" and path.is_file():
         file = open_gguf(path)
         return _Model(file.config, tokenizer_from_gguf(file.reader), file, path.parent, (path,))
-    folder = path if path.is_dir() else named.model_folder(model)
+    folder = path if path.is_dir() else _named_folder(model)
     if folder is not None:
         config, tokenizer = hf.read_config(folder, accept), Tokenizer.from_folder(folder)
         files = (folder / "config.json", *hf.weight_files(folder))
@@ -215,6 +217,12 @@ def _open_model(model: str, accept: Collection[str]) -> _Model:
     raise InputError(f"no such model: {model!r}; {near_model(model)}give {accepted}")
 
 
+def _named_folder(model: str) -> Path | None:
+    from qkattr.load import named
+
+    return named.model_folder(model)
+
+
 @dataclasses.dataclass(frozen=True)
 class _Saes:
     """One dictionary a boundary; their fingerprint; what the registry knows of them."""
@@ -225,8 +233,10 @@ class _Saes:
     notes: tuple[str, ...] = ()
 
 
-def _find_saes(saes: str) -> named.SaeSource:
+def _find_saes(saes: str) -> SaeSource:
     """What is here goes before what has that name elsewhere."""
+    from qkattr.load import named
+
     if saes == smollm2.NAME:
         return named.SaeSource(smollm2.saes_path())
     path = Path(saes)
@@ -239,6 +249,10 @@ def _find_saes(saes: str) -> named.SaeSource:
 
 def _read_saes(saes: str, model: str, config: ModelConfig, missing: str) -> _Saes:
     """From a packed file, or a folder of SAEs. model: as it was asked for."""
+    from qkattr.load import named
+    from qkattr.load.packed import open_packed
+    from qkattr.load.saes import check_set, find_saes
+
     found = _find_saes(saes)
     path, choice = found.path, found.choice
     if path.is_file():
@@ -346,7 +360,7 @@ def open_bundle(
     begins = _beginning(str(model), opened.tokenizer, read, bos_token)
     return Bundle(
         config=opened.config,
-        read_params=functools.partial(read_params, opened.checkpoint, opened.config, dtype=dtype),
+        read_params=functools.partial(_read_params, opened.checkpoint, opened.config, dtype),
         tokenizer=begins.tokenizer,
         dictionaries=read and read.dictionaries,
         model=str(model),
@@ -362,6 +376,12 @@ def open_bundle(
         source=read and read.source,
         notes=(*opened.notes, *begins.notes, *(read.notes if read else ())),
     )
+
+
+def _read_params(checkpoint: Checkpoint, config: ModelConfig, dtype: str) -> Params:
+    from qkattr.load.weights import read_params
+
+    return read_params(checkpoint, config, dtype=dtype)
 
 
 def _packaged_cards() -> Cards:

@@ -30,12 +30,12 @@ import numpy as np
 
 from qkattr.config import ModelConfig
 from qkattr.errors import InputError
+from qkattr.load.checkpoint import Checkpoint
 from qkattr.load.gguf import GGUF, open_gguf
 from qkattr.load.gguf_tokenizer import tokenizer_from_gguf
 from qkattr.load.hf import read_config
 from qkattr.load.mapped import MappedTensors, open_mapped
 from qkattr.load.tokenizer import Tokenizer
-from qkattr.load.weights import Checkpoint
 from qkattr.load.writing import replacing
 
 _MANIFEST, _WEIGHTS, _VERSION = "manifest.json", "model.safetensors", 1

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Collection
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import numpy as np
@@ -15,8 +15,9 @@ from qkattr.config import ModelConfig
 from qkattr.errors import InputError, clipped
 from qkattr.load.families import from_hf
 from qkattr.load.mapped import MappedTensors, open_mapped
-from qkattr.load.weights import read_params
-from qkattr.types import Params
+
+if TYPE_CHECKING:
+    from qkattr.types import Params
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -120,5 +121,7 @@ def open_checkpoint(folder: str | Path) -> Shards:
 
 def load_hf(folder: str | Path, dtype: str = "float32") -> tuple[ModelConfig, Params]:
     """Read a model folder; see `read_config` and `weights.read_params` for what is refused."""
+    from qkattr.load.weights import read_params
+
     config = read_config(folder)
     return config, read_params(open_checkpoint(folder), config, dtype=dtype)

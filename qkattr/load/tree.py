@@ -30,8 +30,9 @@ import numpy as np
 
 from qkattr.config import ModelConfig
 from qkattr.errors import InputError
+from qkattr.load.checkpoint import DTYPES
 from qkattr.load.mapped import check_finite, some
-from qkattr.load.weights import DTYPES, per_block
+from qkattr.load.weights import per_block
 from qkattr.types import BlockWeights, Norm, Params
 
 

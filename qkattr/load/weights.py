@@ -1,16 +1,17 @@
 """From a checkpoint's tensors to `Params`: one assembling path for every family and file format.
 
-A `Checkpoint` gives tensors under Hugging Face names and in Hugging Face layout; the tables of the
-family say which is which (`qkattr.load.families.tables`). All names and shapes are checked before
-any data is read. Blocks are copied one tensor at a time into arrays that already have the target
-type, which JAX takes over where it computes on the host: the host never holds two models.
+`qkattr.load.checkpoint` checks names and shapes first. Blocks are copied a
+few tensors at a time into arrays that already have the target type, which JAX takes over where it
+computes on the host: the host never holds two models.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any, Protocol
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,61 +20,15 @@ from jaxtyping import Array
 
 from qkattr.config import ModelConfig
 from qkattr.errors import InputError
+from qkattr.load.checkpoint import DTYPES, Checkpoint, check_tensors
 from qkattr.load.families import FAMILIES
 from qkattr.load.families.tables import Row, sizes_of
-from qkattr.load.mapped import FLOATS, check_finite, not_floats, some
+from qkattr.load.mapped import check_finite
 from qkattr.types import BlockWeights, Norm, Params
 
-DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+#: Blocks that are read at a time: checking and copying run without Python's lock.
+READERS = 4
 _ALIGNMENT = 64  # bytes, of XLA's buffers on the host
-
-
-class Checkpoint(Protocol):
-    """Named tensors, read one by one. `where` is how errors call it."""
-
-    @property
-    def where(self) -> str: ...
-
-    def shapes(self) -> dict[str, tuple[int, ...]]: ...
-
-    def type(self, name: str) -> str: ...
-
-    def read(self, name: str) -> np.ndarray: ...
-
-
-def check_tensors(checkpoint: Checkpoint, config: ModelConfig) -> None:
-    """Compare names, types and shapes with what the config calls for; reads no data. Of tensors
-    that the family knows and does not read (causal masks, say) nothing is asked.
-
-    Raises:
-      InputError: a tensor is missing, is not used, is not of floats, or has another shape.
-    """
-    family, sizes = FAMILIES[config.family], sizes_of(config)
-    found = checkpoint.shapes()
-    inside, outside = family.rows(config, found)
-    expected = {row.tensor: row.shape(sizes) for row in outside}
-    for row in inside:
-        shape = row.shape(sizes)
-        expected |= {row.tensor.format(block): shape for block in range(config.n_blocks)}
-    remedy = "the weights and the config must belong to one checkpoint"
-    if missing := [name for name in expected if name not in found]:
-        raise InputError(
-            f"{checkpoint.where} lacks {some(missing)}, which its config calls for; {remedy}"
-        )
-    if extra := [
-        name for name in found if name not in expected and not family.is_unused(name, config)
-    ]:
-        raise InputError(
-            f"{checkpoint.where} holds {some(extra)}, for which its config has no use; {remedy}"
-        )
-    for name, shape in expected.items():
-        if checkpoint.type(name) not in FLOATS:
-            raise not_floats(checkpoint.where, name, checkpoint.type(name))
-        if tuple(found[name]) != shape:
-            got, want = list(found[name]), list(shape)
-            raise InputError(
-                f"{checkpoint.where}: {name} has shape {got}, its config calls for {want}; {remedy}"
-            )
 
 
 def _read(checkpoint: Checkpoint, row: Row, sizes: dict[str, int], out: dict[str, Any]) -> None:
@@ -84,6 +39,14 @@ def _read(checkpoint: Checkpoint, row: Row, sizes: dict[str, int], out: dict[str
         out[field][...] = piece
         if row.plus:
             out[field][...] += np.asarray(row.plus, out[field].dtype)
+
+
+def _read_block(
+    checkpoint: Checkpoint, row: Row, sizes: dict[str, int], stacks: dict[str, Any], block: int
+) -> None:
+    """`_read` of one block's tensor into its place in the stacks."""
+    here = {field: stack[block] for field, stack in stacks.items()}
+    _read(checkpoint, dataclasses.replace(row, tensor=row.tensor.format(block)), sizes, here)
 
 
 def _allocate(row: Row, sizes: dict[str, int], dtype: Any, *leading: int) -> dict[str, Any]:
@@ -109,9 +72,9 @@ def _read_blocks(checkpoint: Checkpoint, rows, config: ModelConfig, dtype: Any) 
     sizes, fields = sizes_of(config), {}
     for row in rows:
         stacks = _allocate(row, sizes, dtype, config.n_blocks)
-        for b in range(config.n_blocks):
-            here = {field: stack[b] for field, stack in stacks.items()}
-            _read(checkpoint, dataclasses.replace(row, tensor=row.tensor.format(b)), sizes, here)
+        read = partial(_read_block, checkpoint, row, sizes, stacks)
+        with ThreadPoolExecutor(READERS) as pool:
+            list(pool.map(read, range(config.n_blocks)))  # raises what one of them raised
         if config.scale_by_depth:
             _divide_by_depth(stacks)
         fields |= jax.device_put(stacks)

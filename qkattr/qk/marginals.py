@@ -19,15 +19,16 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 from jaxtyping import Array, Float, Int
 
+from qkattr import struct
 from qkattr.config import BlockConfig
+from qkattr.kinds import Kind
 from qkattr.model.forward import block
 from qkattr.qk.terms import every_query_component, key_components
 from qkattr.sharding import on_any_mesh
 from qkattr.sources.components import Components
-from qkattr.types import BlockWeights, Kind
+from qkattr.types import BlockWeights
 
 #: Strips of queries, each of which meets the keys up to its end.
 STRIPS = 4

@@ -28,15 +28,16 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
+from qkattr import struct
 from qkattr.config import BlockConfig
+from qkattr.kinds import NO_WINDOW, Kind
 from qkattr.model.forward import block
 from qkattr.qk.terms import every_query_component, key_components, used_slots
 from qkattr.sharding import on_any_mesh
 from qkattr.sources.components import Components
-from qkattr.types import NO_WINDOW, BlockWeights, Kind
+from qkattr.types import BlockWeights
 
 #: Rows and columns of a tile, at most: its products stay in a core's cache.
 TILE = 1024

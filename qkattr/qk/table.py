@@ -6,15 +6,16 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import jax
 import numpy as np
 
 from qkattr.errors import InputError, quoted
 from qkattr.extras import need
-from qkattr.qk.terms import QKTerms
-from qkattr.types import Kind
+from qkattr.kinds import Kind
+
+if TYPE_CHECKING:
+    from qkattr.qk.terms import QKTerms
 
 #: From a component's kind and index to what a person calls it; "" when nobody has said.
 Labeller = Callable[[Kind, int], str]
@@ -138,7 +139,6 @@ def qk_table(
     moved: Moved | None = None,
 ) -> QKAttribution:
     """The table of one place (block, head, query, key). moved: what it does to a target."""
-    terms = jax.device_get(terms)
     rows, columns = np.flatnonzero(terms.query_used), np.flatnonzero(terms.key_used)
     value = terms.terms[np.ix_(rows, columns)].astype(float)
     contrast = terms.contrast[np.ix_(rows, columns)].astype(float)

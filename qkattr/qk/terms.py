@@ -25,16 +25,17 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
+from qkattr import struct
 from qkattr.config import BlockConfig
+from qkattr.kinds import Kind
 from qkattr.model.attention import MASKED, apart, capped, finish_head, gain_of, visible
 from qkattr.model.forward import block
 from qkattr.model.layers import f32, norm_bias, norm_direction
 from qkattr.sharding import on_any_mesh
 from qkattr.sources.components import Components
-from qkattr.types import Activations, BlockWeights, Kind, Norm
+from qkattr.types import Activations, BlockWeights, Norm
 
 
 @struct.dataclass

@@ -21,13 +21,13 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
+from qkattr import struct
+from qkattr.kinds import Kind
 from qkattr.model.layers import f32
 from qkattr.sharding import on_any_mesh
 from qkattr.sources.dictionary import Dictionary, Encoding, encode
-from qkattr.types import Kind
 
 #: A position whose norm exceeds this many times the median over real positions >= 1 is a sink.
 SINK_RATIO = 10.0

@@ -11,16 +11,18 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from qkattr.kinds import Kind
 from qkattr.sharding import bucket
 from qkattr.sources.components import Components, assemble, sink_positions
 from qkattr.sources.dictionary import Dictionary, Encoding, encode, encoder_rows
-from qkattr.types import Kind, Params
+from qkattr.types import Params
 
 
 def decompose_prompt(
@@ -53,7 +55,7 @@ def decompose_prompt(
     n_boundaries = boundaries.shape[0]
     dictionaries = dictionaries or (None,) * n_boundaries
     real = np.arange(tokens.shape[0]) < n_real
-    sink = sink_table(boundaries, n_real) if sinks else jnp.zeros(boundaries.shape[:2], bool)
+    sink = sink_table(boundaries, n_real) if sinks else np.zeros(boundaries.shape[:2], bool)
     encodings = [
         d and encode(d, x, slots=_most(d, max_slots), precision=precision)
         for d, x in zip(dictionaries, boundaries, strict=True)
@@ -69,10 +71,10 @@ def decompose_prompt(
         else:
             sources.append(_from_nothing(boundaries[b], slots))
     rows, row, read_rows = _compact(sources, real, read)
-    rows = jnp.asarray(rows)
+    rows = jax.device_put(rows)
     parts = _assemble_all(
         boundaries,
-        jax.tree.map(lambda *leaves: jnp.stack(leaves), *(source.encoding for source in sources)),
+        tuple(source.encoding for source in sources),
         rows,
         row,
         sink,
@@ -80,7 +82,7 @@ def decompose_prompt(
         kinds=np.stack([source.kinds for source in sources]),
         error_kind=np.array([source.error_kind for source in sources]),
     )
-    read_rows = None if read == "decoder" else jnp.asarray(read_rows)
+    read_rows = None if read == "decoder" else jax.device_put(read_rows)
     return dataclasses.replace(parts, rows=rows, read=read_rows)
 
 
@@ -91,9 +93,15 @@ def sink_table(boundaries: Float[Array, "L+1 T D"], n_real: Int[Array, ""]) -> B
 
 
 @jax.jit
-def _assemble_all(boundaries, encoding, rows, row, sink, *, n_real, kinds, error_kind):
-    """`assemble` of every boundary, one after the other; the directions stay with the caller."""
+def _assemble_all(boundaries, encodings, rows, row, sink, *, n_real, kinds, error_kind):
+    """`assemble` of every boundary, one after the other; the directions stay with the caller.
+
+    encodings: one a boundary, each with the slots of `row` or fewer, or with more, of which the
+    first are taken.
+    """
     real = jnp.arange(boundaries.shape[1]) < n_real
+    fitted = [_fitted(encoding, row.shape[-1]) for encoding in encodings]
+    encoding = jax.tree.map(lambda *leaves: jnp.stack(leaves), *fitted)
 
     def one(inputs):
         x, encoding, rows, row, sink, kinds, error_kind = inputs
@@ -103,6 +111,22 @@ def _assemble_all(boundaries, encoding, rows, row, sink, *, n_real, kinds, error
         return dataclasses.replace(parts, rows=None)
 
     return jax.lax.map(one, (boundaries, encoding, rows, row, sink, kinds, error_kind))
+
+
+def _fitted(encoding: Encoding, slots: int) -> Encoding:
+    """With so many slots."""
+    return dataclasses.replace(
+        encoding,
+        index=_cut_or_padded(jnp, encoding.index, slots),
+        activation=_cut_or_padded(jnp, encoding.activation, slots),
+        coefficient=_cut_or_padded(jnp, encoding.coefficient, slots),
+    )
+
+
+def _cut_or_padded(xp: Any, array: Any, slots: int) -> Any:
+    """`[T, slots]` of what has fewer or more, by NumPy or by JAX."""
+    there = min(slots, array.shape[1])
+    return xp.pad(array[:, :there], ((0, 0), (0, slots - there)))
 
 
 def _most(dictionary: Dictionary, max_slots: int) -> int:
@@ -140,15 +164,7 @@ class _Source:
 
 
 def _from_dictionary(dictionary: Dictionary, encoding: Encoding, slots: int, read: str) -> _Source:
-    """An encoding, the largest activations first, with as many slots as the others."""
-    there = min(slots, encoding.index.shape[1])
-    padding = ((0, 0), (0, slots - there))
-    encoding = dataclasses.replace(
-        encoding,
-        index=jnp.pad(encoding.index[:, :there], padding),
-        activation=jnp.pad(encoding.activation[:, :there], padding),
-        coefficient=jnp.pad(encoding.coefficient[:, :there], padding),
-    )
+    """An encoding, the largest activations first."""
 
     def directions(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         decoder = np.asarray(dictionary.w_dec_MD[features], np.float32)
@@ -156,18 +172,21 @@ def _from_dictionary(dictionary: Dictionary, encoding: Encoding, slots: int, rea
         return decoder, encoder
 
     return _Source(
-        encoding, np.asarray(encoding.index), directions, np.full(slots, int(Kind.FEATURE))
+        encoding,
+        _cut_or_padded(np, np.asarray(encoding.index), slots),
+        directions,
+        np.full(slots, int(Kind.FEATURE)),
     )
 
 
 def _constant_encoding(index: np.ndarray, coefficient: np.ndarray, d_model: int) -> Encoding:
     n_positions = index.shape[0]
     return Encoding(
-        index=jnp.asarray(index, jnp.int32),
-        activation=jnp.asarray(coefficient, jnp.float32),
-        coefficient=jnp.asarray(coefficient, jnp.float32),
-        bias=jnp.zeros((n_positions, d_model)),
-        left_out=jnp.zeros(n_positions),
+        index=index.astype(np.int32),
+        activation=coefficient.astype(np.float32),
+        coefficient=coefficient.astype(np.float32),
+        bias=np.zeros((n_positions, d_model), np.float32),
+        left_out=np.zeros(n_positions, np.float32),
     )
 
 
@@ -187,16 +206,27 @@ def _from_embeddings(params: Params, tokens: np.ndarray, slots: int) -> _Source:
 
     def directions(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         is_token = ids < vocab
-        rows = [np.asarray(params.embed_VD[ids[is_token]], np.float32)]
+        rows = [_rows_of(params.embed_VD, ids[is_token])]
         if params.embed_scale is not None:
             rows[0] = rows[0] * np.asarray(params.embed_scale, np.float32)
         if params.position_PD is not None:
-            rows.append(np.asarray(params.position_PD[ids[~is_token] - vocab], np.float32))
+            rows.append(_rows_of(params.position_PD, ids[~is_token] - vocab))
         rows = np.concatenate(rows)
         return rows, rows
 
     encoding = _constant_encoding(index, coefficient, d_model)
     return _Source(encoding, ids.astype(np.int64), directions, kinds, error_kind=int(Kind.NONE))
+
+
+def _rows_of(table: Array, ids: np.ndarray) -> np.ndarray:
+    """Some rows of a table on the device, in float32 on the host."""
+    padded = np.resize(ids, bucket(len(ids)))
+    return np.asarray(_taken(table, padded), np.float32)[: len(ids)]
+
+
+@jax.jit
+def _taken(table, ids):
+    return table[ids]
 
 
 def _from_nothing(x: Array, slots: int) -> _Source:
@@ -217,7 +247,8 @@ def _compact(sources: list[_Source], real: np.ndarray, read: str):
     """
     used = []
     for source in sources:
-        active = (np.asarray(source.encoding.coefficient) != 0) & real[:, None]
+        coefficient = _cut_or_padded(np, np.asarray(source.encoding.coefficient), len(source.kinds))
+        active = (coefficient != 0) & real[:, None]
         used.append(np.unique(source.direction_ids[active]))
     n_rows = bucket(max(len(ids) for ids in used), smallest=64)
     d_model = sources[0].encoding.bias.shape[1]

@@ -8,6 +8,7 @@ import pytest
 from layouts import CASES, D, M
 
 from qkattr.config import BlockConfig, ModelConfig, Rotary
+from qkattr.kinds import NO_WINDOW
 from qkattr.load.packed import open_packed, pack_saes
 from qkattr.load.saes import load_saes
 from qkattr.sources.components import decompose
@@ -18,7 +19,6 @@ from qkattr.sources.dictionary import (
     encoder_rows,
     reconstruct,
 )
-from qkattr.types import NO_WINDOW
 
 #: Of the largest value: float32 sums of 24 terms against float64.
 CLOSE = 1e-5

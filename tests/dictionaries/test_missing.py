@@ -9,7 +9,7 @@ import pytest
 import qkattr
 from qkattr.cli.main import main
 from qkattr.cli.options import Saes, with_model
-from qkattr.types import Kind
+from qkattr.kinds import Kind
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ import folders
 import jax.numpy as jnp
 import numpy as np
 
-from qkattr.types import Kind
+from qkattr.kinds import Kind
 
 SAME = 2e-6  # probabilities: the same float32 arithmetic in another program
 SCORE = 2e-5  # of scores of order 1 to 10: float32 sums in another order

@@ -13,7 +13,7 @@ from qkattr.errors import InputError
 from qkattr.experiments.control import draw_controls, matched
 from qkattr.experiments.edits import Placed
 from qkattr.experiments.steer import MOST_DRAWS
-from qkattr.types import Kind
+from qkattr.kinds import Kind
 
 SCALES = [-1.0, 0.0, 1.0]
 

@@ -26,13 +26,13 @@ from qkattr.experiments.faithfulness.statistics import (
     rank_correlation,
     slope,
 )
+from qkattr.kinds import Kind
 from qkattr.load.prompts import GivenPrompt, read_prompts
 from qkattr.model.edits import Edits, ResidualEdits
 from qkattr.model.forward import block, forward
 from qkattr.options import TraceOptions
 from qkattr.session import start_session
 from qkattr.sources.dictionary import activations
-from qkattr.types import Kind
 
 SAME = 2e-5  # the same arithmetic in other shapes, relative to the largest
 IDS = [0, 40, 41, 42, 40, 41, 43]

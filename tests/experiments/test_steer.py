@@ -27,9 +27,9 @@ from qkattr.experiments.edits import at_scales
 from qkattr.experiments.hydra import with_heads
 from qkattr.experiments.runs import run_edits
 from qkattr.experiments.steer import make_edits, patterns_of
+from qkattr.kinds import Kind
 from qkattr.model.edits import Edits, ResidualEdits
 from qkattr.model.forward import forward
-from qkattr.types import Kind
 
 # steer --------------------------------------------------------------------------------------------
 

@@ -21,12 +21,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
 from jaxtyping import Array, Float, Int
 
+from qkattr import struct
 from qkattr.config import BlockConfig
 from qkattr.experiments.faithfulness.statistics import correlation, rank_correlation, slope
 from qkattr.graph.tables import Graph
+from qkattr.kinds import Kind
 from qkattr.model.edits import BlockEdits, PatternEdits
 from qkattr.model.forward import block
 from qkattr.model.linear import freeze, push
@@ -35,7 +36,7 @@ from qkattr.session import Session
 from qkattr.sharding import on_any_mesh
 from qkattr.sources.components import find_slots
 from qkattr.sources.dictionary import Dictionary, activations
-from qkattr.types import BlockWeights, Kind
+from qkattr.types import BlockWeights
 
 #: What share of the source is taken away.
 SHARES = (0.01, 0.1, 1.0)

@@ -23,10 +23,10 @@ from jaxtyping import Array, Float
 
 from qkattr.experiments.runs import MOST, clean_top
 from qkattr.graph.tables import Graph
+from qkattr.kinds import Kind
 from qkattr.model.forward import run_from, unembed
 from qkattr.session import Session
 from qkattr.sources.components import Components, find_slots
-from qkattr.types import Kind
 
 #: How many nodes are deleted or inserted.
 COUNTS = (1, 4, 16, 64, 256)

@@ -26,6 +26,7 @@ from qkattr.experiments.control import matched
 from qkattr.experiments.edits import Head
 from qkattr.experiments.faithfulness.statistics import correlation, slope
 from qkattr.experiments.runs import clean_top, run_edits
+from qkattr.kinds import Kind
 from qkattr.model.attention import apart
 from qkattr.model.edits import BlockEdits, Edits, ReadEdits
 from qkattr.model.forward import block
@@ -33,7 +34,6 @@ from qkattr.qk.terms import QKTerms
 from qkattr.scores import terms_at
 from qkattr.session import Session
 from qkattr.sharding import on_any_mesh
-from qkattr.types import Kind
 
 #: How many features are removed together.
 GROUPS = (1, 2, 4, 8, 16)

@@ -25,9 +25,10 @@ from qkattr.experiments.runs import clean_top
 from qkattr.load.bundle import Bundle, Prompt
 from qkattr.load.prompts import GivenPrompt
 from qkattr.options import TraceOptions, one_of
+from qkattr.positions import find_position, prompt_text, token_text, token_texts
 from qkattr.result import Result, ranked_heads
 from qkattr.scores import attention_at
-from qkattr.session import find_position, prompt_text, start_session, token_text, token_texts
+from qkattr.session import start_session
 
 MEASURES = ("qk", "heads", "edges", "nodes")
 #: Heads whose scores are looked at.

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from qkattr.config import BlockConfig, ModelConfig, Rotary
+from qkattr.kinds import NO_WINDOW
 from qkattr.load.families.fields import Fields
 from qkattr.load.families.reading import read_activation, read_rotary, read_sizes
 from qkattr.load.families.tables import Family, Row
-from qkattr.types import NO_WINDOW
 
 
 def _norm(tensor: str, field: str) -> tuple[Row, Row]:

@@ -8,10 +8,10 @@ from collections.abc import Callable
 from typing import Any
 
 from qkattr.config import BlockConfig, ModelConfig
+from qkattr.kinds import NO_WINDOW
 from qkattr.load.families.fields import Fields
 from qkattr.load.families.reading import read_activation, read_rotary, read_sizes, read_windows
 from qkattr.load.families.tables import Family, Row
-from qkattr.types import NO_WINDOW
 
 ATTENTION = (
     Row("self_attn.q_proj.weight", "NH D", "wq_DNH"),

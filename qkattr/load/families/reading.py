@@ -7,8 +7,8 @@ from typing import Any
 
 from qkattr.config import Rotary
 from qkattr.errors import InputError
+from qkattr.kinds import NO_WINDOW
 from qkattr.load.families.fields import Fields, as_float, check_positive
-from qkattr.types import NO_WINDOW
 
 # Activations by their names in Hugging Face configs; the values are keys of `layers.ACTIVATIONS`.
 _ACTIVATIONS = {
