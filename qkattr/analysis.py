@@ -24,7 +24,7 @@ from qkattr.analyses.targets import Asked, targets_of
 from qkattr.errors import InputError
 from qkattr.export.summary import shown_cards
 from qkattr.graph.build import with_effects
-from qkattr.graph.paths import Place, ranked_scores
+from qkattr.graph.paths import Place
 from qkattr.graph.tables import Graph
 from qkattr.kinds import NO_WINDOW, Kind
 from qkattr.load.bundle import Bundle, Prompt, need_bundle
@@ -121,7 +121,7 @@ def trace(
         vocabulary=_vocabulary(bundle, graph),
         session=session,
     )
-    places = [place for place, _ in ranked_scores(graph, opts.qk, sinks=False)]
+    places = result.places_that_matter(opts.qk)
     tables = qk_tables(session, places, result.labels)
     result = dataclasses.replace(
         result, qk={".".join(map(str, place)): table for place, table in tables.items()}

@@ -261,6 +261,21 @@ class Result:
             for row, share in zip(heads.rows(at[order]), influence[order].tolist(), strict=True)
         ]
 
+    def places_that_matter(self, n: int) -> list[tuple[int, int, int, int]]:
+        """The n places (block, head, query, key) with the largest |masking| between two positions
+        of which the key is no sink."""
+        heads = self.graph.heads
+        asked = (heads.query != heads.key) & ~np.isin(heads.key, self.sink_positions)
+        at = np.flatnonzero(asked & (heads.masking != 0))[:n]
+        columns = (heads.block, heads.head, heads.query, heads.key)
+        return list(zip(*(column[at].tolist() for column in columns), strict=True))
+
+    @property
+    def sink_positions(self) -> list[int]:
+        """Positions that are a sink at any boundary, and the first; none without sinks."""
+        first = [0] if self.settings["sinks"] else []
+        return sorted({*first, *(sink["position"] for sink in self.sinks)})
+
     @property
     def main_target(self) -> str:
         """What effects are effects on, in words."""

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from qkattr.errors import InputError
-from qkattr.graph.effects import PlaceEffects, effects_at
+from qkattr.graph.effects import PlaceEffects, effects_at, masking_at
 from qkattr.graph.paths import Place
 from qkattr.kinds import Kind
 from qkattr.load.bundle import Bundle, Prompt
@@ -168,8 +168,7 @@ def moved_at(session: Session, places: Sequence[Place]) -> list[Moved | None]:
 
 
 def heads_at(result: Result, *, query: int, key: int) -> list[dict[str, Any]]:
-    """All heads at one (query, key), by falling |effect| on the main target; see
-    `Result.head_effects`.
+    """All heads at one (query, key), by falling |masking|; see `Result.head_effects`.
 
     Raises:
       InputError: the result was opened without its model and does not hold all of them.
@@ -181,18 +180,36 @@ def heads_at(result: Result, *, query: int, key: int) -> list[dict[str, Any]]:
     heads = list(np.ndindex(score.shape))
     found = _effects_at(session, [(*head, query, key) for head in heads])
     effect, derivative = found.head[:, 0].sum(-1), found.derivative[:, 0, key]
+    masked = _masking_at(session, query, key)
     block, head = np.array(heads).T
     flow = result.graph.influence_at(block, np.full(len(block), query), np.full(len(block), key))
     rows = [
         dict(
-            layer=b, head=n, query=query, key=key, effect=float(effect[i]),
+            layer=b, head=n, query=query, key=key, masking=float(masked[b, n]),
+            effect=float(effect[i]),
             derivative=float(derivative[i]), score=float(score[b, n]),
             probability=float(probability[b, n]), influence=float(flow[i, n]),
         )
         for i, (b, n) in enumerate(heads)
-        if effect[i]
+        if effect[i] or masked[b, n]
     ]  # fmt: skip
-    return sorted(rows, key=lambda row: -abs(row["effect"]))
+    return sorted(rows, key=lambda row: -abs(row["masking"]))
+
+
+def _masking_at(session: Session, query: int, key: int) -> np.ndarray:
+    """`[L, N]` on the host; for a traced session."""
+    target = session.target
+    assert target is not None
+    found = masking_at(
+        session.bundle.params.blocks,
+        session.boundaries,
+        target.live,
+        np.int32(query),
+        np.int32(key),
+        cfg=session.bundle.config.block,
+        precision=session.precision,
+    )
+    return np.asarray(found)
 
 
 def _effects_at(session: Session, places: Sequence[Place]) -> PlaceEffects:

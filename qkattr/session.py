@@ -26,10 +26,12 @@ Progress = Callable[[str], None]
 @dataclasses.dataclass(frozen=True)
 class MainTarget:
     """What effects are effects on. name: in words. covector: `[L+1, T, D]`, what it reads of every
-    boundary, with this linearisation of the MLPs."""
+    boundary, with this linearisation of the MLPs. live: `[L, T, N, H]`, what it reads of every
+    head's output in the live model."""
 
     name: str
     covector: Float[Array, "L+1 T D"]
+    live: Float[Array, "L T N H"]
     linearisation: str
 
 

@@ -119,7 +119,7 @@ class Targets:
         """The first target, or both sides of the score that it is."""
         covector = self._first.covector
         covector = jnp.einsum("R,LRTD->LTD", self._weights(0), covector, precision="highest")
-        return MainTarget(self.names[0], covector, self.opts.linearisation)
+        return MainTarget(self.names[0], covector, self._live, self.opts.linearisation)
 
     @functools.cached_property
     def _first(self) -> Effects:

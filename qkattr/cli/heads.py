@@ -38,11 +38,19 @@ def heads(
         ),
     ] = None,
     all: common.All = False,
+    by: Annotated[
+        str,
+        typer.Option(help="Rank the heads by masking, effect, influence or attention."),
+    ] = "masking",
     reading: options.Asked = options.Asked(),
     json: common.Json = False,
 ) -> None:
     """List the heads that moved the target, between two positions or anywhere, and how strongly
     they looked."""
+    from qkattr.options import one_of
+    from qkattr.result import RANKINGS
+
+    one_of("by", by, RANKINGS)
     with common.progress() as progress:
         if reading.is_folder(prompt):
             result = options.open_saved(prompt, context)
@@ -59,7 +67,7 @@ def heads(
             tokens = token_texts(bundle, bundle.tokenize(given, reading.bos)[0])
             _ends(tokens, source, target)
             result = trace(bundle, given, progress=progress, qk=0, **reading.components)
-        report, folded = heads_report(result, source, target), ""
+        report, folded = heads_report(result, source, target, by), ""
         if source is None and not all and not json:
             from qkattr.export.effect_rows import away_from_sinks
 
@@ -95,16 +103,18 @@ def _holds(result, source: str | None, target: str | None, top: int | None) -> b
     return heads.complete or (source is None and (top or 20) <= len(result.head_effects(top or 20)))
 
 
-def heads_report(result, source: str | None, target: str | None) -> dict[str, Any]:
-    """The heads by falling |effect|: between two positions with their loadings, or anywhere."""
+def heads_report(
+    result, source: str | None, target: str | None, by: str = "masking"
+) -> dict[str, Any]:
+    """The heads, the strongest first: between two positions with their loadings, or anywhere."""
     s, t = _ends(result.tokens, source, target)
-    report = dict(tokens=result.tokens, of=result.main_target, source=s, target=t)
+    report = dict(tokens=result.tokens, of=result.main_target, by=by, source=s, target=t)
     if s is None or t is None:
-        return dict(report, heads=result.head_effects(), settings=result.settings)
+        return dict(report, heads=result.head_effects(by=by), settings=result.settings)
     loadings = result.head_loadings(source=s, target=t, into="feature")
     heads = [
         row | dict(loading=float(loadings.loadings[row["layer"], row["head"]]))
-        for row in _between(result, s, t)
+        for row in _between(result, s, t, by)
     ]
     return dict(
         report,
@@ -117,18 +127,21 @@ def heads_report(result, source: str | None, target: str | None) -> dict[str, An
     )
 
 
-def _between(result, source: int, target: int) -> list[dict[str, Any]]:
+def _between(result, source: int, target: int, by: str) -> list[dict[str, Any]]:
     if result.graph.heads.complete:
-        return result.head_effects(source=source, target=target)
+        return result.head_effects(source=source, target=target, by=by)
     from qkattr.scores import heads_at
 
-    return heads_at(result, query=target, key=source)
+    rows = heads_at(result, query=target, key=source)
+    key = "probability" if by == "attention" else by
+    return sorted(rows, key=lambda row: -abs(row[key]))
 
 
 def _show(report: dict[str, Any], top: int, folded: str) -> None:
     from qkattr.characters import shown
     from qkattr.cli.show import console, percent, say, show_table
     from qkattr.errors import quoted
+    from qkattr.export.effect_rows import ABOUT_HEADS
 
     out, tokens = console(), shown(report["tokens"])
     at = lambda p: f"{quoted(tokens[p])} {p}"
@@ -138,6 +151,7 @@ def _show(report: dict[str, Any], top: int, folded: str) -> None:
         (
             f"{h['layer']}.{h['head']}",
             *(() if between else (at(h["key"]), at(h["query"]))),
+            f"{h['masking']:+.4g}",
             f"{h['effect']:+.4g}",
             percent(h["influence"]),
             f"{h['score']:.3f}",
@@ -147,14 +161,15 @@ def _show(report: dict[str, Any], top: int, folded: str) -> None:
         for h in report["heads"][:top]
     ]
     ends = () if between else ("from", "to")
-    columns = ("head", *ends, "effect|", "influence|", "score|", "attention|", "slope|")
-    show_table(out, f"Heads by their effect on the {report['of']}{where}", columns, rows)
+    columns = ("head", *ends, "masking|", "effect|", "influence|", "score|", "attention|", "slope|")
+    show_table(
+        out, f"Heads that matter to the {report['of']}{where}, by {report['by']}", columns, rows
+    )
     if folded:
         say(out, f"{folded} --all lists them.")
     say(
         out,
-        "Effect: how much the head adds to the target with what it reads there, with attention, "
-        "norm scales and MLPs frozen; below zero it works against it. Slope: how much the target "
-        "moves with the head's score, to first order."
+        f"{ABOUT_HEADS} Slope: how much the target moves with the head's score, with everything "
+        "else frozen."
         + ("" if between else " Places where a head looks at its own position are left out."),
     )

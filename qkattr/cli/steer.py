@@ -12,7 +12,6 @@ from qkattr.errors import InputError, printable, quoted
 
 if TYPE_CHECKING:
     from qkattr.experiments.hydra import Hydra
-    from qkattr.experiments.steer import Steering
     from qkattr.load.bundle import Bundle
     from qkattr.load.groups import Group
     from qkattr.result import Result
@@ -49,8 +48,12 @@ def steer(
         Option(help="With --from and --to: which heads to edit, as 12, 5%, greedy:8, or L.H,L.H."),
     ] = "5%",
     by: Annotated[
-        str, Option(help="With --from and --to: rank heads by influence or by loading.")
-    ] = "influence",
+        str,
+        Option(
+            help="With --from and --to: rank heads by effect, masking, influence, loading or "
+            "attention."
+        ),
+    ] = "effect",
     features: Annotated[
         int,
         Option(
@@ -129,6 +132,7 @@ def steer(
     json: common.Json = False,
 ) -> None:
     """Scale features inside the QK circuit of chosen heads only, and see what the model says."""
+    from qkattr.cli.steer_tables import show, show_hydra
     from qkattr.experiments.choose import check_choice, choose_edits
     from qkattr.experiments.edits import parse_edit, parse_heads
     from qkattr.experiments.steer import check_asked, check_scales
@@ -191,9 +195,9 @@ def steer(
         extra = {} if needed is None else dict(hydra=needed.to_json())
         common.print_json(steering.to_json() | extra, subject.notes)
         return
-    _show(steering)
+    show(steering)
     if needed is not None:
-        _show_hydra(needed)
+        show_hydra(needed)
     if figure is not None:
         print(printable(f"Drawn: {figure}"))
 
@@ -279,11 +283,11 @@ def _open(prompt, model: options.Saes, reading: options.Asked, *, context, check
 
 def _hydra(result: Result, source: str, target: str, edits, **how) -> Hydra:
     """Of the heads that are edited, in the order of their loadings."""
-    from qkattr.experiments.choose import heads_by_loading
+    from qkattr.experiments.choose import heads_between
     from qkattr.experiments.hydra import hydra
 
     edited = {head for edit in edits for head in edit.heads or ()}
-    ranked = heads_by_loading(result, source=source, target=target)
+    ranked = heads_between(result, source=source, target=target)
     heads = [head for head in ranked if head in edited]
     return hydra(
         result.session,
@@ -293,119 +297,3 @@ def _hydra(result: Result, source: str, target: str, edits, **how) -> Hydra:
         key=result.position(source),
         **how,
     )
-
-
-def _show(steering: Steering) -> None:
-    """The edits, the prediction at every scale, and who looked instead."""
-    from qkattr.cli.show import console, percent, say, show_table
-    from qkattr.load.mapped import some
-
-    out = console()
-    rows = [
-        (
-            f"{e['boundary']}:{e['kind'] if e['index'] is None else e['index']}",
-            f"{quoted(e['token'])} {e['position']}",
-            e["side"],
-            "" if e["activation"] is None else f"{e['activation']:.3g}",
-            " ".join(e["heads"]),
-            e["label"],
-        )
-        for e in steering.edits
-    ]
-    columns = ("component", "at", "side", "activation|", "heads", "label")
-    if rows:
-        show_table(out, "Scaled", columns, rows)
-    if steering.ablated:
-        say(out, f"Ablated: {' '.join(steering.ablated)}")
-    others = "frozen at the clean run" if steering.freeze_others else "live"
-    norms = "live" if steering.live_scales else "frozen"
-    share = percent(steering.share_of_heads)
-    heads = "1 head" if steering.n_heads == 1 else f"{steering.n_heads} heads"
-    say(out, f"{heads}, {share} of the model's; patterns of the others {others}")
-    say(out, f"norm scales of edited reads {norms}; values and everything else as they are")
-    control = (steering.control or {}).get("tracked", {})
-    first, *others = list(steering.tracked)[: 4 if control else 5]
-    rows = [
-        (
-            f"{scale:g}",
-            quoted(steering.top[i][0]["token"]),
-            f"{steering.tracked[first][i]:.4f}",
-            *_spread(control.get(first), i),
-            *(f"{steering.tracked[name][i]:.4f}" for name in others),
-            f"{steering.kl[i]:.4f}",
-            *_attention(steering.patterns[i], steering.keys),
-        )
-        for i, scale in enumerate(steering.scales)
-    ]
-    named, *more = (f"P {quoted(name, 16)}|" for name in (first, *others))
-    columns = ("scale|", "says", named, *(["control|"] if control else []), *more, "KL|")
-    keys = some([f"{quoted(steering.tokens[k], 16)} {k}" for k in steering.keys])
-    title = "Next token"
-    if steering.patterns[0]:
-        columns = (*columns, "attention|")
-        title = f"Next token; mean attention of the edited heads to {keys}"
-    show_table(out, title, columns, rows)
-    _say_control(out, steering)
-    rows = [(r["head"], f"{r['attention']:.4f}", f"{r['change']:+.4f}") for r in steering.rose[:5]]
-    if rows:
-        at = f"at scale {steering.rose[0]['scale']:g}"
-        title = f"Unedited heads that look at {keys} otherwise {at}"
-        show_table(out, title, ("head", "clean attention|", "change|"), rows)
-
-
-def _spread(control: dict[str, list[float]] | None, i: int) -> list[str]:
-    """The median and range of a probability at a scale under the random edits, if there are any."""
-    if control is None:
-        return []
-    median, low, high = (control[of][i] for of in ("median", "low", "high"))
-    return [f"{median:.2f} ({low:.2f}..{high:.2f})"]
-
-
-def _say_control(out, steering: Steering) -> None:
-    """What the columns of the control are, or why there are none."""
-    from qkattr.cli.show import say
-
-    control = steering.control
-    if control is None:
-        return
-    if "reason" in control:
-        say(out, f"There is no random control. {control['reason']}")
-        return
-    what = []
-    if steering.edits:
-        what.append("other active features of the same positions and sizes")
-    if steering.ablated:
-        what.append("other heads of the same blocks")
-    say(
-        out,
-        f"control: the probability before it (median and range) when {' and '.join(what)} are "
-        f"edited instead: {control['draws']} random draws, seed {control['seed']}",
-    )
-
-
-def _attention(patterns: dict[str, list[float]], keys: list[int]) -> list[str]:
-    """The mean over heads, if there are any."""
-    rows = list(patterns.values())
-    return [f"{sum(row[k] for row in rows for k in keys) / len(rows):.4f}"] if rows else []
-
-
-def _show_hydra(hydra: Hydra) -> None:
-    from qkattr.cli.show import console, say, show_table
-
-    out = console()
-    rows = [
-        (n, hydra.heads[n - 1] if n else "", f"{live:.4f}", f"{frozen:.4f}")
-        for n, live, frozen in zip(hydra.counts, hydra.live["p"], hydra.frozen["p"], strict=True)
-    ]
-    columns = ("heads|", "the last of them", "P, others live|", "P, others frozen|")
-    show_table(out, f"P({quoted(hydra.token)}) at scale {hydra.scale:g}", columns, rows)
-
-    def said(fate) -> str:
-        n = fate["flip"]
-        return "never flips" if n is None else f"flips with {n} head{'s' * (n != 1)}"
-
-    say(out, f"The prediction {said(hydra.live)}; with the others frozen it {said(hydra.frozen)}.")
-    rows = [(c["head"], f"{c['before']:.4f}", f"{c['rise']:+.4f}") for c in hydra.compensation]
-    if rows:
-        title = "Unedited heads that make up for it, all of them edited"
-        show_table(out, title, ("head", "clean attention|", "rise|"), rows)

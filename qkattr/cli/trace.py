@@ -221,7 +221,7 @@ def summarise(result: Result) -> None:
     """Predictions, the strongest routes, the heads that carried most, and what leaked."""
     from qkattr.characters import readable
     from qkattr.cli.show import console, percent, say, show_table
-    from qkattr.export.effect_rows import strongest_heads
+    from qkattr.export.effect_rows import ABOUT_HEADS, strongest_heads
     from qkattr.export.predictions import shown
 
     out, graph = console(), result.graph
@@ -241,16 +241,16 @@ def summarise(result: Result) -> None:
             h["head"],
             f"{quoted(h['source'])} {h['key']}",
             f"{quoted(h['target'])} {h['query']}",
+            h["masking"],
             h["effect"],
             f"{h['attention']:.3f}",
             percent(h["influence"]),
         )
         for h in heads
     ]
-    columns = ("head", "from", "to", "effect|", "attention|", "influence|")
-    show_table(out, f"Heads by their effect on the {result.main_target}", columns, rows)
-    if folded:
-        say(out, folded)
+    columns = ("head", "from", "to", "masking|", "effect|", "attention|", "influence|")
+    show_table(out, f"Heads that matter to the {result.main_target}", columns, rows)
+    say(out, " ".join([ABOUT_HEADS, folded]).strip())
     _account(result, out)
     _routes(result, out)
     _leak(result, out)

@@ -1,6 +1,6 @@
 """Which heads to edit, and which components in them.
 
-Heads: by head loading between two positions, or greedily by effect. Features: the strongest QK
+Heads: by their effect on the target, by another ranking, or greedily. Features: the strongest QK
 marginals of those heads there. On the key side a marginal is exactly what the score loses without
 the component; on the query side a component speaks to all keys at once, and what it does to the
 pattern is its contrast: there the contrast ranks.
@@ -20,15 +20,16 @@ from qkattr.experiments.hydra import greedy_heads
 from qkattr.kinds import Kind
 from qkattr.load.groups import Group
 from qkattr.positions import find_position
-from qkattr.result import Ends, Result, ranked_heads
-from qkattr.scores import need_session, terms_at
+from qkattr.result import Result, ranked_heads
+from qkattr.scores import heads_at, need_session, terms_at
 from qkattr.session import Session
 
-#: What `heads_by_loading` can rank by.
-RANKINGS = ("loading", "influence")
+#: What `heads_between` can rank by. By "effect" the first n, removed together, lower the prediction
+#: most (docs/faithfulness.md).
+RANKINGS = ("effect", "masking", "influence", "loading", "attention")
 
 
-#: Heads that greedy choice tries: those with the largest loadings, as a share of all.
+#: Heads that greedy choice tries: the first of the ranking, as a share of all.
 CANDIDATES = "10%"
 
 
@@ -41,20 +42,21 @@ def choose_edits(
     side: str = "key",
     features: int = 4,
     group: Group | None = None,
-    by: str = "influence",
+    by: str = "effect",
 ) -> list[Edit]:
-    """Edits for `steer`, chosen as in the paper: heads with large loadings between two positions,
-    and in them the features with the largest QK marginals there, or a group of features.
+    """Edits for `steer`: heads that look from one position at another, and in them the features
+    with the largest QK marginals there, or a group of features.
 
     Args:
       source, target: positions; the heads look from the target (query) at the source (key).
-      heads: how many (12), or a share of all of the model's ("5%"), by loading; "greedy:8", those
-        of the 10 % largest loadings that lower the prediction most, one by one; or heads, as pairs
+      heads: how many (12), or a share of all of the model's ("5%"), by `by`; "greedy:8", those
+        of the first 10 % that lower the prediction most, one by one; or heads, as pairs
         or as "23.2,23.7".
       side: "key" edits what is read at the source, "query" at the target.
       features: how many in each block.
       group: features by boundary (see `qkattr.load.groups`) instead.
-      by: rank heads by "influence" or by "loading".
+      by: rank heads by "effect" (those that work for the target), "masking", "influence",
+        "loading" or "attention"; see `heads_between`.
 
     Raises:
       InputError: a position, head, number or side cannot be used; nothing was carried between the
@@ -82,7 +84,7 @@ def choose_edits(
     named, n, greedy = asked_heads(heads, shape)
     if named:
         return edits_in(named)
-    ranked = heads_by_loading(result, source=key, target=query, by=by)
+    ranked = heads_between(result, source=key, target=query, by=by)
     if not ranked:
         raise InputError(
             f"no edge of the graph leads from position {key} to {query}; choose other positions"
@@ -146,18 +148,28 @@ def asked_heads(
     return named, len(named), False
 
 
-def heads_by_loading(
-    result: Result, *, source: Ends, target: Ends, by: str = "influence"
+def heads_between(
+    result: Result, *, source: int | str, target: int | str, by: str = "effect"
 ) -> list[Head]:
-    """All heads that carried anything between two positions, the strongest first.
+    """The heads that look from the target at the source, the strongest first.
 
-    by: "influence", the share of the targets' influence that flowed through the head there; or
-    "loading", the |sum| of its loadings, whose units are those of the edges' targets.
+    by: "effect" or "masking", those that work for the main target; "influence", the share of the
+    targets' influence that flowed through the head there; "loading", the |sum| of its loadings on
+    edges into features; or "attention".
     """
     one_of("by", by, RANKINGS)
-    found = result.head_loadings(source=source, target=target)
-    value = np.abs(found.loadings if by == "loading" else found.influence)
-    return ranked_heads(value, np.count_nonzero(value))
+    if by in ("influence", "loading"):
+        into = "feature" if by == "loading" else None
+        found = result.head_loadings(source=source, target=target, into=into)
+        value = np.abs(found.loadings if by == "loading" else found.influence)
+        return ranked_heads(value, np.count_nonzero(value))
+    rows = heads_at(result, query=result.position(target), key=result.position(source))
+    key = "probability" if by == "attention" else by
+    return [
+        (row["layer"], row["head"])
+        for row in sorted(rows, key=lambda row: -row[key])
+        if row[key] > 0
+    ]
 
 
 def how_many(asked: str | int | float, n_heads: int) -> int:

@@ -12,28 +12,35 @@ from qkattr.export.summary import number
 from qkattr.graph.accounts import main_weights
 from qkattr.result import Result
 
+#: What the columns of the heads' tables are.
+ABOUT_HEADS = (
+    "Masking: how much the target falls, to first order, if the head may not look there and "
+    "everything after it reacts; below zero it rises. Effect: the part of the target that the head "
+    "brings from there, with everything frozen."
+)
+
 
 def away_from_sinks(result: Result, rows: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], str]:
     """The places of heads whose key is no sink, and the others in one line ("" where there are
     none): a head that looks at a sink says nothing about why it looked there."""
-    sinks = sorted({0 if result.settings["sinks"] else -1, *(s["position"] for s in result.sinks)})
+    sinks = result.sink_positions
     resting = [row for row in rows if row["key"] in sinks]
     if not resting:
         return rows, ""
-    names = ", ".join(sink_name(result.tokens, t) for t in sinks if t >= 0)
+    names = ", ".join(sink_name(result.tokens, t) for t in sinks)
     largest = resting[0]
     return [row for row in rows if row["key"] not in sinks], (
-        f"Not listed: {len(resting):,} places where a head looks at {names}; the largest effect of "
-        f"these is {largest['effect']:+.3g}, of {largest['layer']}.{largest['head']} at "
+        f"Not listed: {len(resting):,} places where a head looks at {names}; the largest masking "
+        f"of these is {largest['masking']:+.3g}, of {largest['layer']}.{largest['head']} at "
         f"{quoted(result.tokens[largest['query']])} {largest['query']}."
     )
 
 
 def strongest_heads(result: Result, n: int = 15) -> tuple[list[dict[str, Any]], str]:
-    """The places (head, query, key) with the largest |effect| between two positions, and in one
-    line those that look at a sink."""
+    """The places (head, query, key) that matter most (see `Result.head_effects`), and in one line
+    those that look at a sink."""
     rows, folded = away_from_sinks(result, result.head_effects())
-    most = max((abs(row["effect"]) for row in rows), default=1.0)
+    most = max((abs(row["masking"]) for row in rows), default=1.0)
     return [
         dict(
             head=f"{row['layer']}.{row['head']}",
@@ -41,9 +48,10 @@ def strongest_heads(result: Result, n: int = 15) -> tuple[list[dict[str, Any]], 
             key=row["key"],
             source=result.shown_tokens[row["key"]],
             target=result.shown_tokens[row["query"]],
+            masking=number(row["masking"]),
             effect=number(row["effect"]),
-            negative=row["effect"] < 0,
-            bar=abs(row["effect"]) / max(most, 1e-30),
+            negative=row["masking"] < 0,
+            bar=abs(row["masking"]) / max(most, 1e-30),
             attention=row["probability"],
             influence=row["influence"],
         )
@@ -87,11 +95,14 @@ def in_short(result: Result, n: int = 3) -> list[str]:
     against, and how much of it is not explained by features."""
     rows, _ = away_from_sinks(result, result.head_effects())
     said = []
-    for sign, does in ((1, "add most to"), (-1, "take most from")):
-        found = [row for row in rows if sign * row["effect"] > 0][:n]
+    for sign, does in ((1, "lower"), (-1, "raise")):
+        found = [row for row in rows if sign * row["masking"] > 0][:n]
         if found:
             heads = "; ".join(_head(result, row) for row in found)
-            said.append(f"The heads that {does} the {result.main_target}: {heads}.")
+            said.append(
+                f"If one head could not look there, this would {does} the {result.main_target} "
+                f"most (to first order): {heads}."
+            )
     middle = result.n_blocks // 2
     for account in accounts(result):
         row = next((row for row in account["rows"] if row["boundary"] == middle), None)
@@ -108,4 +119,4 @@ def in_short(result: Result, n: int = 3) -> list[str]:
 
 def _head(result: Result, row: dict[str, Any]) -> str:
     key, query = (f"{quoted(result.tokens[row[end]])} {row[end]}" for end in ("key", "query"))
-    return f"{row['layer']}.{row['head']} from {key} to {query} ({row['effect']:+.3g})"
+    return f"{row['layer']}.{row['head']} from {key} to {query} (by {abs(row['masking']):.2g})"

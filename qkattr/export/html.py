@@ -14,12 +14,11 @@ from qkattr import characters
 from qkattr.card import Card, Example
 from qkattr.characters import joined
 from qkattr.errors import quoted
-from qkattr.export.effect_rows import ACCOUNTED, accounts, in_short, strongest_heads
+from qkattr.export.effect_rows import ABOUT_HEADS, ACCOUNTED, accounts, in_short, strongest_heads
 from qkattr.export.predictions import shown
 from qkattr.export.qk_rows import (
     folded_line,
     folded_marginal,
-    resting_heads,
     rests_on,
     unfolded,
 )
@@ -67,7 +66,7 @@ def page(result: Result) -> str:
         accounted=[name for name, _ in ACCOUNTED],
         accounts=accounts(result),
         qk=[_qk(table) for table in result.qk.values() if not rests_on(table)],
-        resting=resting_heads(result),
+        about_heads=ABOUT_HEADS,
         edges=[
             dict(e, ends=zip((e["source"], e["target"]), e["features"], strict=True))
             for e in strongest_edges(result)

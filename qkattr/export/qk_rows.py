@@ -11,10 +11,8 @@ from typing import Any
 
 from qkattr.characters import shown
 from qkattr.errors import quoted
-from qkattr.graph.paths import ranked_scores
 from qkattr.kinds import FOLDED_KINDS, Kind
 from qkattr.qk.table import QKAttribution
-from qkattr.result import Result
 
 _FOLDED = {kind.label for kind in FOLDED_KINDS}
 #: With a smaller share of the absolute sum, features are said to explain nothing.
@@ -95,19 +93,3 @@ def enough_stored(table: QKAttribution, most: int) -> bool:
     if len(table.pairs) == table.n_pairs or rests_on(table):
         return True
     return len(unfolded(table.pairs)) >= most
-
-
-def resting_heads(result: Result, n: int = 15) -> list[dict[str, Any]]:
-    """Those of the n heads that carried most between positions that rest on a sink."""
-    heads = ranked_scores(result.graph, n)
-    sinks = {s["position"]: set(s["boundaries"]) for s in result.sinks}
-    return [
-        dict(
-            head=f"{block}.{head}",
-            query=query,
-            query_token=result.shown_tokens[query],
-            sink=sink_name(result.shown_tokens, key),
-        )
-        for (block, head, query, key), _ in heads
-        if block in sinks.get(key, ())
-    ]

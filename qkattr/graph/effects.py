@@ -224,6 +224,29 @@ def effects_at(
     return jax.lax.map(one, places)
 
 
+@partial(jax.jit, static_argnames=("cfg", "precision"))
+@on_any_mesh
+def masking_at(
+    blocks: BlockWeights,
+    boundaries: Float[Array, "L+1 T D"],
+    live: Float[Array, "L T N H"],
+    query: Int[Array, ""],
+    key: Int[Array, ""],
+    *,
+    cfg: BlockConfig,
+    precision: str = "highest",
+) -> Float[Array, "L N"]:
+    """What masking the key takes from the target, for every head at one query (`graph.live`)."""
+
+    def one(inputs):
+        weights, x, g = inputs
+        frozen = freeze(weights, x, cfg=cfg, precision=precision)
+        reads = head_reads(frozen, g[None, query[None]], x)[0, :, 0]
+        return masking(frozen.seen.pattern_NTS[:, query], reads)[:, key]
+
+    return jax.lax.map(one, (blocks, boundaries[:-1], live))
+
+
 def _of_heads(frozen: FrozenBlock, heads: Array, x: Array) -> tuple[Array, Array]:
     """Head effects, and derivatives with respect to the scores: each `[R, N, T, S]`."""
     with jax.named_scope("head_effects"):

@@ -210,27 +210,3 @@ def _runs(start: int, *keys: np.ndarray) -> list[slice]:
     changes = np.any([np.diff(key) != 0 for key in keys], axis=0)
     cuts = np.concatenate([[0], np.flatnonzero(changes) + 1, [len(keys[0])]]) + start
     return [slice(int(a), int(b)) for a, b in itertools.pairwise(cuts) if b > a]
-
-
-def ranked_scores(graph: Graph, n: int, *, sinks: bool = True) -> list[tuple[Place, float]]:
-    """The (block, head, query, key) that carry most influence between two positions; without
-    sinks, only those whose key is none."""
-    nodes, edges = graph.nodes, graph.edges
-    query, key = nodes.position[edges.target], nodes.position[edges.source]
-    sink = nodes.kind[edges.source] == Kind.SINK
-    crossing = np.flatnonzero((edges.block >= 0) & (query != key) & (sinks | ~sink))
-    if not len(crossing):
-        return []
-    span = int(nodes.position.max()) + 1
-    code = (edges.block[crossing].astype(np.int64) * span + query[crossing]) * span + key[crossing]
-    order = np.argsort(code, kind="stable")
-    code, first = np.unique(code[order], return_index=True)
-    total = np.add.reduceat(graph.head_influence()[crossing[order]], first, axis=0)
-    strongest = np.argsort(-total, axis=None, kind="stable")[:n]
-    ranked = []
-    for group, head in zip(*np.unravel_index(strongest, total.shape), strict=True):
-        if total[group, head] > 0:
-            rest, s = divmod(int(code[group]), span)
-            block, t = divmod(rest, span)
-            ranked.append(((block, int(head), t, s), float(total[group, head])))
-    return ranked

@@ -21,7 +21,7 @@ from steering import (
 import qkattr
 from qkattr import Edit
 from qkattr.errors import InputError
-from qkattr.experiments.choose import heads_by_loading, how_many
+from qkattr.experiments.choose import heads_between, how_many
 from qkattr.experiments.hydra import greedy_heads, hydra
 from qkattr.load.groups import read_group, search_labels
 from qkattr.load.labels import read_labels
@@ -32,7 +32,7 @@ from qkattr.load.labels import read_labels
 def test_heads_are_ordered_by_what_they_carried(result):
     found = result.head_loadings(source=KEY, target=QUERY)
     for by, value in (("influence", found.influence), ("loading", np.abs(found.loadings))):
-        heads = heads_by_loading(result, source=KEY, target=QUERY, by=by)
+        heads = heads_between(result, source=KEY, target=QUERY, by=by)
         values = [value[head] for head in heads]
         assert values == sorted(values, reverse=True) and values[-1] > 0
         assert len(heads) == np.count_nonzero(value)
@@ -124,7 +124,7 @@ def test_greedy_takes_the_best_head_of_every_step(result):
 def test_greedy_chooses_among_the_largest_loadings(result):
     group = {b: features_at(result, b, KEY)[:1] for b in (1, 2)}
     asked = dict(source=KEY, target=QUERY, group=group)
-    candidates = heads_by_loading(result, source=KEY, target=QUERY)[:2]  # 10 % of 12 heads
+    candidates = heads_between(result, source=KEY, target=QUERY)[:2]  # 10 % of 12 heads
     p = {}
     for head in candidates:
         edits = qkattr.choose_edits(result, heads=[head], **asked)
@@ -191,7 +191,7 @@ def test_groups_and_labels_on_the_command_line(cli, named):
 
 
 def test_hydra_counts_are_separate_calls(result, edits):
-    ranked = heads_by_loading(result, source=KEY, target=QUERY)
+    ranked = heads_between(result, source=KEY, target=QUERY)
     heads = [head for head in ranked if head[0] > 0][:4]
     edits = only(edits, heads)
     scale = -4.0
@@ -247,7 +247,7 @@ def test_hydra_of_some_counts(result, edits):
 def test_real_hydra(sally):
     """Frozen patterns take fewer than half the heads."""
     edits = qkattr.choose_edits(sally, source=" Sally", target=-1, heads=12, features=4)
-    ranked = heads_by_loading(sally, source=" Sally", target=-1)[:12]
+    ranked = heads_between(sally, source=" Sally", target=-1)[:12]
     needed = hydra(
         sally.session,
         ranked,

@@ -15,7 +15,7 @@ import numpy as np
 import qkattr
 from qkattr.analysis import trace
 from qkattr.errors import InputError, quoted
-from qkattr.experiments.choose import heads_by_loading
+from qkattr.experiments.choose import heads_between
 from qkattr.experiments.faithfulness.edges import measure_edges, measure_paraphrases
 from qkattr.experiments.faithfulness.heads import measure_heads
 from qkattr.experiments.faithfulness.nodes import measure_nodes
@@ -181,7 +181,7 @@ def _measure(bundle: Bundle, result: Result, source, target, settings, progress)
     session, measures = result.session, settings["measures"]
     rng = np.random.default_rng([settings["seed"], *result.token_ids])
     source = _busiest_source(result, target) if source is None else source
-    heads = heads_by_loading(result, source=source, target=target)
+    heads = heads_between(result, source=source, target=target)
     few = max(4, settings["draws"] // 4)
     out: dict[str, Any] = dict(
         tokens=result.tokens,
