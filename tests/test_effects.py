@@ -83,26 +83,47 @@ def test_constants_are_what_blocks_add_to_their_linear_part(tried):
     within("const of the account", tried.found.account[..., -1], total, ACCOUNT, size)
 
 
-def test_the_strongest_places_are_those_of_the_dense_head_effects(tried):
+def test_the_strongest_places_are_those_of_the_dense_arrays(tried):
+    """Ranked by the masking that another derivative says."""
     case, weights = tried.case, np.array([1.0, -0.5, 0, 0, 2.0, 0], np.float32)
-    found = jax.device_get(
-        run(case, tried.targets, tried.linearisation, weights=weights, strongest=20, heads=False)
-    ).places
+    shape = (tiny.L, len(case.tokens), tiny.N, tiny.H)
+    live = np.random.default_rng(0).normal(size=shape).astype(np.float32)
+    how = dict(weights=weights, live=live, strongest=20, heads=False)
+    found = jax.device_get(run(case, tried.targets, tried.linearisation, **how)).places
     for b, seen in enumerate(tried.seen):
         at = found.head[b], found.query[b], found.key[b]
         assert len(set(zip(*at, strict=True))) == 20
-        for name in ("head", "derivative"):
+        for name, got in (("head", found.effect[b]), ("derivative", found.derivative[b])):
             dense = np.einsum("R,RNTS->NTS", weights, getattr(tried.found, name)[b])
-            got = found.effect[b] if name == "head" else found.derivative[b]
             within(name, got, dense[at], SAME, np.abs(dense).max())
-            if name == "head":
-                largest_20 = -np.sort(-np.abs(dense).ravel())[:20]
-                within("order", np.abs(got), largest_20, SAME, np.abs(dense).max())
+        masked = masking_by_loop(case.block(b)[0], seen, live[b])
+        size = np.abs(masked).max()
+        within("masking", found.masking[b], masked[at], EFFECT, size)
+        first = -np.sort(-np.abs(masked).ravel())[:20]
+        within("order", np.abs(found.masking[b]), first, EFFECT, size)
         within("probability", found.probability[b], seen.pattern[at], SAME, 1.0)
         allowed = found.probability[b] > 0
         scores = np.where(allowed, seen.scores[at], 0.0)
         got = np.where(allowed, found.score[b], 0.0)
         within("score", got, scores, SAME, np.abs(scores).max())
+
+
+def masking_by_loop(weights, seen: naive.Seen, g) -> np.ndarray:
+    """What `g [T, N, H]` on the heads' outputs loses when one key is masked: the pattern is made
+    anew without it. In NumPy, one place after another; what all keys share moves nothing."""
+    read = np.stack([norm @ x for norm, x in zip(seen.norm_attn, seen.x, strict=True)])
+    shared = np.arange(seen.pattern.shape[0]) // naive.group_of(weights)
+    values = np.einsum("SD,DNH->SNH", read, naive.f64(weights.wv_DKH)[:, shared])
+    out = np.zeros(seen.pattern.shape)
+    for n, t, s in zip(*np.nonzero(seen.pattern), strict=True):
+        row = seen.pattern[n, t].astype(float).copy()
+        if np.count_nonzero(row) < 2:
+            continue
+        without = row.copy()
+        without[s] = 0
+        without /= without.sum()
+        out[n, t, s] = (row - without) @ (values[:, n] @ g[t, n])
+    return out
 
 
 # Against autodiff ---------------------------------------------------------------------------------
