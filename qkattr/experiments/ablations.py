@@ -23,17 +23,18 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
+from qkattr import struct
 from qkattr.experiments.runs import MOST
+from qkattr.kinds import Kind
 from qkattr.model.attention import attend, project_v
 from qkattr.model.edits import BlockEdits, PatternEdits
 from qkattr.model.forward import block, run_from, unembed
 from qkattr.model.layers import apply_norm, norm_linear, softcap
 from qkattr.session import Session
 from qkattr.sharding import on_any_mesh
-from qkattr.types import BlockWeights, Kind
+from qkattr.types import BlockWeights
 
 ABLATIONS = ("zero", "mean", "pattern")
 #: Whether the patterns of the other heads are held at the clean run.
