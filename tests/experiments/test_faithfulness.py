@@ -285,7 +285,7 @@ def test_a_file_of_ids_and_one_prompt_without_intervals(root, tmp_path, capsys):
 
 def test_figure(report, tmp_path):
     assert report.figure(tmp_path / "f.svg").stat().st_size > 10_000
-    with pytest.raises(InputError, match="names no format"):
+    with pytest.raises(InputError, match="names no figure format"):
         report.figure(tmp_path / "f.txt")
 
 
