@@ -31,15 +31,15 @@ def faithfulness(
             show_default=False,
         ),
     ] = None,
-    measures: Annotated[str, Option(help="What to measure, among qk,heads,edges,nodes.")] = (
-        "qk,heads,edges,nodes"
-    ),
+    measures: Annotated[
+        str, Option(help="What to measure, among qk,heads,effects,edges,nodes.")
+    ] = ("qk,heads,effects,edges,nodes"),
     draws: Annotated[int, Option(help="The number of random draws of a control.")] = 20,
     seed: Annotated[int, Option(min=0, help="The seed of all random draws.")] = 0,
     reading: options.Subject = options.Subject(),
     json: common.Json = False,
 ) -> None:
-    """Test explanations against the model: scores, heads, edges and nodes, with controls."""
+    """Test explanations against the model: scores, heads, effects, edges and nodes."""
     from qkattr.load.prompts import read_prompts
 
     chosen = [name.strip() for name in measures.split(",")]
@@ -130,7 +130,15 @@ _TABLES = {
     ),
     "heads": (
         "n heads ablated: log probability that the prediction loses, in nats",
-        ("n", "loading", "attention", "random"),
+        ("n", "influence", "loading", "effect", "attention", "effect_anywhere", "random"),
+    ),
+    "effects": (
+        "Heads ablated one by one: what measures say of the logit's loss, all others live",
+        ("ablation", "measure", "by", "rank", "sign", "top"),
+    ),
+    "places": (
+        "Keys masked for one head and query: what measures say of the logit's loss, all else live",
+        ("measure", "by", "rank", "sign", "top"),
     ),
     "edges": (
         "Edges against the change of their target, the source scaled down by a share",
@@ -147,6 +155,11 @@ _TABLES = {
 }
 
 
+def _shown(row: dict[str, Any]) -> bool:
+    """Of ablated heads and places, the logit with the others live; all else is in the JSON."""
+    return "others" not in row or (row["others"], row["read"]) == ("live", "logit")
+
+
 def _show(report: Report) -> None:
     """The tables, and where attribution fails."""
     from qkattr.cli.show import console, say, show_table
@@ -158,6 +171,7 @@ def _show(report: Report) -> None:
         rows = [
             [_cell(row.get(column, "")) for column in columns]
             for row in report.tables.get(name, ())
+            if _shown(row)
         ]
         if rows:
             show_table(out, title, [f"{column.replace('_', ' ')}" for column in columns], rows)

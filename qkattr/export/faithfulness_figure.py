@@ -1,4 +1,4 @@
-"""The faithfulness figure: six panels, one a claim, with 95 % intervals over prompts."""
+"""The faithfulness figure: a panel for every claim, with 95 % intervals over prompts."""
 
 from __future__ import annotations
 
@@ -31,6 +31,7 @@ def faithfulness_figure(report: Report, path: Path) -> Path:
             ("features", _attention),
             ("features", _next_token),
             ("heads", _heads),
+            ("effects", _effects),
             ("blocks", _blocks),
             ("nodes", _nodes),
         )
@@ -103,13 +104,44 @@ def _next_token(axes, report: Report) -> None:
 def _heads(axes, report: Report) -> None:
     rows = report.tables["heads"]
     x = [row["n"] for row in rows]
-    for i, name in enumerate(("loading", "attention", "random")):
+    for i, name in enumerate(("influence", "effect", "attention", "random")):
         label = "random (median)" if name == "random" else f"by {name}"
         _line(axes, i, x, rows, name, label)
     axes.set_xscale("log", base=2)
     axes.set_xticks(x, [str(n) for n in x])
     axes.legend(fontsize=8.5, frameon=False)
     tidy(axes, "Whole heads ablated", "heads", "log probability lost (nats)")
+
+
+#: Measures that are drawn, with the derivative that they are taken by.
+_DRAWN = (
+    ("effect", "jacobian"), ("less mean", "jacobian"), ("masking", "jacobian"), ("effect", "live"),
+    ("less mean", "live"), ("masking", "live"), ("influence", ""), ("|loading|", ""),
+    ("attention", ""),
+)  # fmt: skip
+
+
+def _effects(axes, report: Report) -> None:
+    """How measures rank heads whose removal is known, by ablation, all others live."""
+    found = {
+        (row["ablation"], row["measure"], row["by"]): row["rank"]
+        for row in report.tables["effects"]
+        if (row["others"], row["read"]) == ("live", "logit")
+    }
+    names = [f"{measure}, {by}" if by else measure for measure, by in _DRAWN]
+    at = np.arange(len(names))
+    for i, ablation in enumerate(("zero", "mean", "pattern")):
+        ranks = [found[ablation, *drawn] for drawn in _DRAWN]
+        mean = np.array([rank["mean"] for rank in ranks])
+        reach = [mean - [rank["low"] for rank in ranks], [rank["high"] for rank in ranks] - mean]
+        axes.errorbar(
+            mean, at + 0.2 * (i - 1), xerr=reach, fmt="o", ms=3.5, lw=1, color=style(i)["color"],
+            label=ablation,
+        )  # fmt: skip
+    axes.set_yticks(at, names, fontsize=8)
+    axes.invert_yaxis()
+    axes.legend(fontsize=8, frameon=False, title="ablation", title_fontsize=8)
+    tidy(axes, "Every head ablated alone", "rank correlation with what is lost", "")
 
 
 def _blocks(axes, report: Report) -> None:

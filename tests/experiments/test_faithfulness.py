@@ -65,7 +65,7 @@ def report(small):
 
 def test_single_features_equal_their_marginals(result):
     """Frozen, the score's change is the marginal to rounding; live, it is not."""
-    heads = heads_between(result, source=2, target=-1)[:3]
+    heads = heads_between(result, source=2, target=-1, by="influence")[:3]
     rng = np.random.default_rng(0)
     found = measure_qk(result.session, heads, query=6, key=2, draws=4, rng=rng)
     for side in ("key", "query"):
@@ -86,7 +86,7 @@ def test_single_features_equal_their_marginals(result):
 
 def test_next_token_equals_steering(result):
     """Removing the strongest key feature of one head costs what `steer` says."""
-    (head, *_) = heads_between(result, source=2, target=-1)
+    (head, *_) = heads_between(result, source=2, target=-1, by="influence")
     rng = np.random.default_rng(0)
     found = measure_qk(result.session, [head], query=6, key=2, draws=4, rng=rng)
     edits = qkattr.choose_edits(result, source=2, target=-1, heads=[head], features=1)
@@ -240,12 +240,36 @@ def test_the_command_resumes(root, tmp_path, monkeypatch, capsys):
     assert main(line) == 0
     first = capsys.readouterr().out
     assert "controls" in first and "faithfulness.json" in first
-    assert len(list((tmp_path / "out" / "prompts").iterdir())) == 2
-    monkeypatch.setattr("qkattr.experiments.faithfulness.run._measure", None)
+    files = sorted((tmp_path / "out" / "prompts").iterdir())
+    assert len(files) == 2 * 3  # what is said of a prompt, and two measures
+    measured = "qkattr.experiments.faithfulness.subject.Subject.measure"
+    monkeypatch.setattr(measured, lambda self, name: pytest.fail(f"{name} is measured again"))
     assert main([*line, "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == json.loads(
         (tmp_path / "out" / "faithfulness.json").read_text()
     )
+
+
+def test_a_measure_more_leaves_the_others_as_they_are(small, tmp_path, monkeypatch):
+    """What is kept of a measure does not depend on which others are taken; nor do its draws."""
+    both = faithfulness(small, [IDS], measures=("qk", "heads"), draws=4, folder=tmp_path / "both")
+    one = faithfulness(small, [IDS], measures=("heads",), draws=4, folder=tmp_path / "one")
+    assert one.tables["heads"] == both.tables["heads"]
+    before = {f.name for f in (tmp_path / "one" / "prompts").iterdir()}
+    monkeypatch.setattr("qkattr.experiments.faithfulness.subject.measure_heads", None)
+    more = faithfulness(small, [IDS], measures=("qk", "heads"), draws=4, folder=tmp_path / "one")
+    assert more.tables == both.tables
+    after = {f.name for f in (tmp_path / "one" / "prompts").iterdir()}
+    assert before < after and len(after) == len(before) + 1
+
+
+@pytest.mark.parametrize("text", ["", "{", "\udcff"])
+def test_a_kept_measure_that_is_damaged(small, tmp_path, text):
+    faithfulness(small, [IDS], measures=("heads",), draws=4, folder=tmp_path)
+    for file in (tmp_path / "prompts").iterdir():
+        file.write_bytes(text.encode(errors="surrogateescape"))
+    with pytest.raises(InputError, match="cannot be read; delete it, so that its prompt is"):
+        faithfulness(small, [IDS], measures=("heads",), draws=4, folder=tmp_path)
 
 
 def test_a_file_of_ids_and_one_prompt_without_intervals(root, tmp_path, capsys):
@@ -261,7 +285,7 @@ def test_a_file_of_ids_and_one_prompt_without_intervals(root, tmp_path, capsys):
 
 def test_figure(report, tmp_path):
     assert report.figure(tmp_path / "f.svg").stat().st_size > 10_000
-    with pytest.raises(InputError, match="names no format"):
+    with pytest.raises(InputError, match="names no figure format"):
         report.figure(tmp_path / "f.txt")
 
 

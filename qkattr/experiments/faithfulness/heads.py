@@ -1,7 +1,9 @@
-"""Head loadings against the model: do the heads that they name matter more than others?
+"""Orders of heads against the model: do the heads that they name first matter more than others?
 
-The n heads with the largest loadings between two positions are ablated (output zero everywhere),
-against the n heads that attend most there, and against n random heads (draws; their median).
+The n first heads of an order are ablated (output zero everywhere). Orders: by influence, by
+|loading| and by effect between two positions, by attention there, by influence and by effect summed
+over all places ("anywhere"), and by chance (draws; their median). By effect, the heads that help
+most come first.
 """
 
 from __future__ import annotations
@@ -11,42 +13,55 @@ from typing import Any
 import numpy as np
 
 from qkattr.experiments.edits import Head, ablate, head_mask
+from qkattr.experiments.rankings import target_effects
 from qkattr.experiments.runs import clean_top, run_edits
 from qkattr.model.edits import Edits
-from qkattr.session import Session
+from qkattr.result import Result, ranked_heads
+from qkattr.scores import attention_at, need_session
 
 #: How many heads are ablated together.
 COUNTS = (1, 2, 4, 8, 16, 32)
 
 
+def head_orders(result: Result, *, source: int, target: int) -> dict[str, list[Head]]:
+    """All heads, by every measure, from the source to the target (the query) or anywhere."""
+    session = need_session(result)
+    between = result.head_loadings(source=source, target=target)
+    positions = range(len(session.ids))
+    every = result.head_loadings(source=positions, target=positions)
+    found = target_effects(session, clean_top(session)[0], heads=True).head
+    effect = np.asarray(found)[:, 0]
+    values = dict(
+        influence=between.influence,
+        loading=np.abs(between.loadings),
+        effect=effect[:, :, target, source],
+        attention=attention_at(session, target, source)[1],
+        influence_anywhere=every.influence,
+        effect_anywhere=effect.sum((-2, -1)),
+    )
+    return {name: ranked_heads(value) for name, value in values.items()}
+
+
 def measure_heads(
-    session: Session,
-    by_loading: list[Head],
-    by_attention: list[Head],
-    *,
-    draws: int,
-    rng: np.random.Generator,
+    result: Result, *, source: int, target: int, draws: int, rng: np.random.Generator
 ) -> list[dict[str, Any]]:
     """Per n: what the clean top token's log probability loses, in nats, and what is left of it."""
+    session = need_session(result)
     shape = session.bundle.config.head_grid
-    every = [(b, n) for b in range(shape[0]) for n in range(shape[1])]
-    counts = [n for n in COUNTS if n <= min(len(every), len(by_loading))]
-    orders = [by_loading, by_attention]
-    orders += [[every[i] for i in rng.permutation(len(every))] for _ in range(draws)]
-    masks = np.stack([head_mask(order[:n], shape) for order in orders for n in counts])
-    edits = ablate(Edits(), masks, session.boundaries.shape[1])
+    orders = head_orders(result, source=source, target=target)
+    every = next(iter(orders.values()))
+    drawn = [[every[i] for i in rng.permutation(len(every))] for _ in range(draws)]
+    counts = [n for n in COUNTS if n <= len(every)]
+    masks = [head_mask(o[:n], shape) for o in (*orders.values(), *drawn) for n in counts]
+    edits = ablate(Edits(), np.stack(masks), session.boundaries.shape[1])
     top, clean = clean_top(session)
     log_p = run_edits(session, edits, queries=[0]).log_p[:, top]
-    lost = clean - log_p.reshape(len(orders), len(counts))
+    lost = clean - log_p.reshape(-1, len(counts))
+    by_order = dict(zip(orders, lost, strict=False))
+    by_order["random"] = np.median(lost[len(orders) :], axis=0)
     return [
-        dict(
-            n=n,
-            loading=float(lost[0, i]),
-            attention=float(lost[1, i]),
-            random=float(np.median(lost[2:, i])),
-            p_loading=float(np.exp(clean - lost[0, i])),
-            p_attention=float(np.exp(clean - lost[1, i])),
-            p_random=float(np.exp(clean - np.median(lost[2:, i]))),
-        )
+        dict(n=n)
+        | {name: float(values[i]) for name, values in by_order.items()}
+        | {f"p_{name}": float(np.exp(clean - values[i])) for name, values in by_order.items()}
         for i, n in enumerate(counts)
     ]

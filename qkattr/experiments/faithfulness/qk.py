@@ -1,6 +1,6 @@
 """QK attributions against the model: is a score what its marginals say, and does it matter?
 
-For the heads with the largest loadings between two positions, features are removed from what the
+For the heads with the most influence between two positions, features are removed from what the
 head reads on one side (scale 0), one by one and the k strongest together:
 
     predicted change of the score = - sum of the removed features' marginals

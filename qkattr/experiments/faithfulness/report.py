@@ -11,26 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from qkattr.experiments.faithfulness.statistics import interval
-
-
-class _Table:
-    """Values by row and column, one a prompt."""
-
-    def __init__(self):
-        self.values: dict[tuple, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
-
-    def add(self, row: tuple, **columns: float | None) -> None:
-        """One prompt's values; None says that there was nothing to measure."""
-        for name, value in columns.items():
-            if value is not None:
-                self.values[row][name].append(float(value))
-
-    def rows(self, *keys: str) -> list[dict[str, Any]]:
-        return [
-            dict(zip(keys, row, strict=True)) | {name: interval(v) for name, v in columns.items()}
-            for row, columns in self.values.items()
-        ]
+from qkattr.experiments.faithfulness.agreement import effect_failures, effect_tables
+from qkattr.experiments.faithfulness.statistics import Table
 
 
 def summarise(prompts: Sequence[dict[str, Any]], groups: Sequence[dict[str, Any]]) -> dict:
@@ -39,6 +21,7 @@ def summarise(prompts: Sequence[dict[str, Any]], groups: Sequence[dict[str, Any]
         scores=_scores(prompts),
         features=_features(prompts),
         heads=_heads(prompts),
+        **effect_tables(list(prompts)),
         edges=_edges(prompts),
         blocks=_blocks(prompts),
         nodes=_nodes(prompts),
@@ -55,7 +38,7 @@ def _mean(values) -> float | None:
 
 def _scores(prompts) -> list[dict[str, Any]]:
     """Predicted against actual change of the score from single features."""
-    table = _Table()
+    table = Table()
     for prompt in prompts:
         for side, found in prompt.get("qk", {}).items():
             for mode in ("frozen", "live"):
@@ -67,7 +50,7 @@ def _scores(prompts) -> list[dict[str, Any]]:
 
 def _features(prompts) -> list[dict[str, Any]]:
     """What removing the k strongest features does, against controls."""
-    table = _Table()
+    table = Table()
     for prompt in prompts:
         for side, found in prompt.get("qk", {}).items():
             for attention, token in zip(found["groups"], found["next_token"], strict=True):
@@ -85,7 +68,7 @@ def _features(prompts) -> list[dict[str, Any]]:
 
 
 def _heads(prompts) -> list[dict[str, Any]]:
-    table = _Table()
+    table = Table()
     for prompt in prompts:
         for row in prompt.get("heads", ()):
             table.add((row["n"],), **{k: v for k, v in row.items() if k != "n"})
@@ -94,7 +77,7 @@ def _heads(prompts) -> list[dict[str, Any]]:
 
 def _edges(prompts) -> list[dict[str, Any]]:
     """By linearisation, read and comparison: the mean over a prompt's blocks."""
-    table = _Table()
+    table = Table()
     for prompt in prompts:
         blocks = prompt.get("edges", ())
         for name in blocks[0] if blocks else ():
@@ -114,7 +97,7 @@ def _edges(prompts) -> list[dict[str, Any]]:
 
 def _blocks(prompts) -> list[dict[str, Any]]:
     """By block: the default edges against the actual change, whole sources taken away."""
-    table = _Table()
+    table = Table()
     for prompt in prompts:
         for row in prompt.get("edges", ()):
             default = row["jacobian decoder"]
@@ -133,7 +116,7 @@ def _blocks(prompts) -> list[dict[str, Any]]:
 def _nodes(prompts) -> list[dict[str, Any]]:
     """By error handling and order: areas under the deletion and insertion curves (mean over the
     counts and boundaries of a prompt; sharing clipped to 0..1)."""
-    table = _Table()
+    table = Table()
     for prompt in prompts:
         by_choice: dict[tuple, dict[str, list]] = defaultdict(lambda: defaultdict(list))
         for row in prompt.get("nodes", ()):
@@ -146,7 +129,7 @@ def _nodes(prompts) -> list[dict[str, Any]]:
 
 
 def _paraphrases(groups) -> list[dict[str, Any]]:
-    table = _Table()
+    table = Table()
     for group in groups:
         for pair in group["pairs"]:
             table.add(("all",), **pair)
@@ -173,11 +156,12 @@ def failures(prompts, tables) -> list[str]:
                     f"{token['lost']:.2f} nats, no more than controls ({token['control_lost']:.2f})"
                 )
         for row in prompt.get("heads", ()):
-            if row["n"] == 8 and row["loading"] <= row["random"]:
+            if row["n"] == 8 and row["influence"] <= row["random"]:
                 said.append(
-                    f"{name!r}: ablating the 8 heads with the largest loadings costs "
-                    f"{row['loading']:.2f} nats, no more than random heads ({row['random']:.2f})"
+                    f"{name!r}: ablating the 8 heads with the most influence costs "
+                    f"{row['influence']:.2f} nats, no more than random heads ({row['random']:.2f})"
                 )
+    said += effect_failures(list(prompts), tables)
     for row in tables.get("blocks", ()):
         if row["live"]["mean"] < 0.5:
             said.append(

@@ -3,38 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 import qkattr
-from qkattr.analysis import trace
 from qkattr.errors import InputError, quoted
-from qkattr.experiments.choose import heads_between
-from qkattr.experiments.faithfulness.edges import measure_edges, measure_paraphrases
-from qkattr.experiments.faithfulness.heads import measure_heads
-from qkattr.experiments.faithfulness.nodes import measure_nodes
-from qkattr.experiments.faithfulness.qk import measure_qk
+from qkattr.experiments.faithfulness.edges import measure_paraphrases
+from qkattr.experiments.faithfulness.kept import Kept
 from qkattr.experiments.faithfulness.report import summarise
-from qkattr.experiments.runs import clean_top
+from qkattr.experiments.faithfulness.subject import MEASURES, Subject
 from qkattr.load.bundle import Bundle, Prompt
 from qkattr.load.prompts import GivenPrompt
-from qkattr.options import TraceOptions, one_of
-from qkattr.positions import find_position, prompt_text, token_text, token_texts
-from qkattr.result import Result, ranked_heads
-from qkattr.scores import attention_at
-from qkattr.session import start_session
-
-MEASURES = ("qk", "heads", "edges", "nodes")
-#: Heads whose scores are looked at.
-HEADS = 8
-#: Boundaries of the deletion curves, as shares of the depth.
-DEPTHS = (0.2, 0.4, 0.6, 0.8)
+from qkattr.options import one_of
+from qkattr.positions import find_position, prompt_text, token_texts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,11 +74,11 @@ def faithfulness(
       bundle: a model with SAEs.
       prompts: text or token ids; or `GivenPrompt`, with positions to look between and a group:
         prompts of one group are paraphrases, whose edges are compared.
-      measures: which, of "qk", "heads", "edges", "nodes".
+      measures: which, of "qk", "heads", "effects", "edges", "nodes".
       draws: random heads; a quarter as many controls of features.
       seed: of all draws.
       bos, sinks: of the prompts and their components, see `TraceOptions`.
-      folder: keep each prompt's measures here, and take those that are there already.
+      folder: keep every measure of each prompt here, and take those that are there already.
       progress: called with what is being measured.
 
     Raises:
@@ -113,7 +97,7 @@ def faithfulness(
         raise InputError(f"draws should be at least 4, got {draws}; give more")
     given = [p if isinstance(p, GivenPrompt) else GivenPrompt(p) for p in prompts]
     placed = [_place(bundle, prompt, bos, i, len(given)) for i, prompt in enumerate(given)]
-    settings = dict(
+    settings: dict[str, Any] = dict(
         model=bundle.model, saes=bundle.saes, model_hash=bundle.model_hash,
         saes_hash=bundle.saes_hash, dtype=bundle.dtype, qkattr=qkattr.__version__,
         measures=[name for name in MEASURES if name in measures], draws=draws, seed=seed, bos=bos,
@@ -125,16 +109,13 @@ def faithfulness(
         def said(stage: str, i=i) -> None:
             progress(f"prompt {i + 1} of {len(given)}: {stage}")
 
-        kept = _Kept(folder, dict(**settings, ids=ids, source=source, target=target))
-        result = None
-        measured = kept.read()
-        if measured is None:
-            result = trace(bundle, ids, qk=0, sinks=sinks, progress=said)
-            measured = _measure(bundle, result, source, target, settings, said)
-            kept.write(measured)
+        subject = Subject(bundle, ids, source, target, settings, said)
+        kept = Kept(folder, dict(**settings, ids=ids, source=source, target=target))
+        measured = kept.get("about", subject.about)
+        for name in settings["measures"]:
+            measured |= kept.get(name, partial(subject.measure, name))
         if prompt.group and "edges" in measures:
-            result = result or trace(bundle, ids, qk=0, sinks=sinks, progress=said)
-            graphs[prompt.group].append(result.graph)
+            graphs[prompt.group].append(subject.result.graph)
         done.append(measured | dict(text=_text(bundle, prompt, ids), group=prompt.group))
     groups = [
         dict(group=name, pairs=measure_paraphrases(found))
@@ -174,79 +155,3 @@ def _place(
             raise
         raise InputError(f"prompt {i + 1} of {n}, {quoted(str(given.prompt), 40)}: {e}") from e
     return ids, source, target
-
-
-def _measure(bundle: Bundle, result: Result, source, target, settings, progress) -> dict[str, Any]:
-    """All measures of one prompt."""
-    session, measures = result.session, settings["measures"]
-    rng = np.random.default_rng([settings["seed"], *result.token_ids])
-    source = _busiest_source(result, target) if source is None else source
-    heads = heads_between(result, source=source, target=target)
-    few = max(4, settings["draws"] // 4)
-    out: dict[str, Any] = dict(
-        tokens=result.tokens,
-        prediction=token_text(bundle, clean_top(session)[0]),
-        probability=result.predictions[0]["probability"],
-        source=source,
-        target=target,
-        heads_named=[f"{layer}.{head}" for layer, head in heads[:HEADS]],
-    )
-    if "qk" in measures and heads:
-        progress("QK attributions")
-        out["qk"] = measure_qk(session, heads[:HEADS], query=target, key=source, draws=few, rng=rng)
-    if "heads" in measures and heads:
-        progress("heads")
-        _, attention = attention_at(session, target, source)
-        looking = ranked_heads(attention)
-        out["heads"] = measure_heads(session, heads, looking, draws=settings["draws"], rng=rng)
-    if "edges" in measures:
-        progress("edges")
-        reading = start_session(
-            bundle, result.token_ids, TraceOptions(read="encoder", sinks=settings["sinks"])
-        )
-        out["edges"] = measure_edges(reading, result.graph)
-    if "nodes" in measures:
-        progress("nodes")
-        how = dict(qk=0, through_errors=False, sinks=settings["sinks"])
-        leaves = trace(bundle, result.token_ids, **how).graph
-        n_blocks = bundle.config.n_blocks
-        boundaries = sorted({max(1, round(depth * n_blocks)) for depth in DEPTHS})
-        graphs = dict(through=result.graph, leaves=leaves)
-        out["nodes"] = measure_nodes(session, graphs, boundaries, draws=3, rng=rng)
-    return out
-
-
-def _busiest_source(result: Result, target: int) -> int:
-    """The earlier position, other than a sink, from which most influence crossed to the target."""
-    sinks = {sink["position"] for sink in result.sinks}
-    flow = {
-        p: float(result.head_loadings(source=p, target=target).influence.sum())
-        for p in range(target)
-        if p not in sinks
-    }
-    return max(flow, key=flow.__getitem__) if flow else target
-
-
-class _Kept:
-    """One prompt's measures in a file whose name says what made them."""
-
-    def __init__(self, folder: str | Path | None, made_of: dict[str, Any]):
-        name = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:16]
-        self.path = None if folder is None else Path(folder) / "prompts" / f"{name}.json"
-
-    def read(self) -> dict[str, Any] | None:
-        if self.path is None or not self.path.is_file():
-            return None
-        try:
-            return json.loads(self.path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as e:
-            raise InputError(
-                f"{self.path} cannot be read; delete it, so that its prompt is measured again"
-            ) from e
-
-    def write(self, measured: dict[str, Any]) -> None:
-        if self.path is not None:
-            from qkattr.export.folder import write_files
-
-            text = json.dumps(measured, separators=(",", ":"))
-            write_files(self.path.parent, {self.path.name: text.encode()})

@@ -1,11 +1,13 @@
-"""Agreement of two sets of numbers, and the interval of a mean.
+"""Agreement of two sets of numbers, the interval of a mean, and tables of such means.
 
 An interval is a percentile bootstrap (2,000 resamples) over what was sampled.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -43,3 +45,22 @@ def interval(values: Sequence[float], seed: int = 0) -> dict[str, float]:
     drawn = np.random.default_rng(seed).integers(len(array), size=(RESAMPLES, len(array)))
     low, high = np.percentile(array[drawn].mean(1), (2.5, 97.5))
     return dict(mean=float(array.mean()), low=float(low), high=float(high), n=len(array))
+
+
+class Table:
+    """Values by row and column, one a prompt."""
+
+    def __init__(self):
+        self.values: dict[tuple, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+
+    def add(self, row: tuple, **columns: float | None) -> None:
+        """One prompt's values; None says that there was nothing to measure."""
+        for name, value in columns.items():
+            if value is not None:
+                self.values[row][name].append(float(value))
+
+    def rows(self, *keys: str) -> list[dict[str, Any]]:
+        return [
+            dict(zip(keys, row, strict=True)) | {name: interval(v) for name, v in columns.items()}
+            for row, columns in self.values.items()
+        ]
