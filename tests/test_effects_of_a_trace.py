@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import folders
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from tiny import within
@@ -14,11 +15,15 @@ from qkattr.cli.main import app
 from qkattr.errors import InputError
 from qkattr.graph.accounts import ACCOUNT_COLUMNS
 from qkattr.kinds import Kind
+from qkattr.model.edits import BlockEdits, Edits, PatternEdits
+from qkattr.model.forward import forward
+from qkattr.session import pad_tokens
 
 PROMPT = "hi hi hi 12 hi"
 ACCOUNT = 1e-4  # of the target, as the method asks
 NODES = 2e-4  # of the largest sum of |effect|: six significant digits a node, a thousand of them
 SAME = 5e-5  # of the largest: the same numbers by another program
+STEP = 5e-3  # of the target: a float32 difference over a step of a thousandth, and second order
 SHOWN = 2e-5  # of the largest: five digits
 # Nothing is dropped; sinks would end the graph, and with them the constants behind them.
 WHOLE = dict(keep=1.0, max_rows=4096, max_edges=4096, sinks=False)
@@ -134,10 +139,12 @@ def test_head_effects_of_a_query_are_what_the_heads_bring(traced):
             within("derivative", d, e - A * e.sum(), SAME, size)
 
 
-def test_heads_are_ranked_by_effect_between_two_positions(traced):
-    rows = traced.head_effects(7)
+@pytest.mark.parametrize("by", ["masking", "effect", "influence", "attention"])
+def test_heads_are_ranked_between_two_positions(traced, by):
+    rows = traced.head_effects(7, by=by)
     assert len(rows) == 7 and all(row["query"] != row["key"] for row in rows)
-    size = [abs(row["effect"]) for row in traced.head_effects()]
+    name = "probability" if by == "attention" else by
+    size = [abs(row[name]) for row in traced.head_effects(by=by)]
     assert size == sorted(size, reverse=True)
     flow = traced.head_loadings(source=rows[0]["key"], target=rows[0]["query"]).influence
     assert rows[0]["influence"] == pytest.approx(flow[rows[0]["layer"], rows[0]["head"]])
@@ -159,6 +166,39 @@ def test_heads_of_a_long_prompt_are_asked_of_the_model(bundle, monkeypatch):
         was = [listed[r["layer"], r["head"]][name] for r in computed]
         now = [r[name] for r in computed]
         within(name, now, was, SAME, max(map(abs, was)))
+
+
+def test_masking_is_what_a_small_step_towards_it_takes_from_the_target(traced, bundle):
+    """The pattern moved by a thousandth towards the one without the key, in the model itself."""
+    step = 1e-3
+    shape = traced.graph.nodes.kind[traced.graph.targets[0]] == Kind.SCORE
+    params, tokens = bundle.params, jnp.asarray(pad_tokens(traced.token_ids))
+    clean = forward(params, tokens, cfg=bundle.config)[1]
+    for row in traced.head_effects(6):
+        b, n, t, s = (row[name] for name in ("layer", "head", "query", "key"))
+        pattern = np.asarray(clean.patterns[b], np.float64)
+        without = pattern[n, t].copy()
+        without[s] = 0
+        mixed = pattern[n, t] + step * (without / without.sum() - pattern[n, t])
+        patterns = np.zeros((bundle.config.n_blocks, *pattern.shape), np.float32)
+        rows = np.zeros(patterns.shape[:3], bool)
+        patterns[b, n, t], rows[b, n, t] = mixed, True
+        edits = Edits(blocks=BlockEdits(patterns=PatternEdits(patterns, rows)))
+        values = [
+            target_in(traced, *forward(params, tokens, cfg=bundle.config, edits=e), shape)
+            for e in (Edits(), edits)
+        ]
+        got = (values[0] - values[1]) / step
+        within("masking", row["masking"], got, STEP, max(abs(row["masking"]), abs(values[0])))
+
+
+def target_in(traced, logits, trace, is_score: bool) -> float:
+    if is_score:
+        block, head, query, key, _ = traced.scores[0]
+        return float(trace.scores[block, head, query, key])
+    said = next(p for p in traced.predictions if p["target"])
+    row = np.asarray(logits[len(traced.token_ids) - 1], np.float64)
+    return row[said["id"]] - (row.mean() if said["against"] < 0 else row[said["against"]])
 
 
 # The whole account --------------------------------------------------------------------------------

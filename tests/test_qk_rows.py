@@ -16,9 +16,9 @@ from qkattr.analyses.why import why
 from qkattr.card import Card
 from qkattr.cli.qk import show
 from qkattr.export import qk_rows
+from qkattr.export.effect_rows import away_from_sinks
 from qkattr.export.html import page
 from qkattr.export.summary import both_aucs, called
-from qkattr.graph.paths import ranked_scores
 from qkattr.scores import attribute_qk
 
 IDS = [0, 40, 41, 42, 40, 43]
@@ -137,23 +137,21 @@ def test_the_page_has_no_tables_about_sinks(result, table):
     assert "<h3>Head " not in only
 
 
-def test_heads_at_sinks_get_no_qk_attribution_by_default_and_are_named(result):
-    sinks = {(b, s["position"]) for s in result.sinks for b in s["boundaries"]}
-    every = ranked_scores(result.graph, 1000)
-    without = ranked_scores(result.graph, 1000, sinks=False)
-    at = [place for place, _ in every if (place[0], place[3]) in sinks]
-    assert at and without == [row for row in every if row[0] not in at]
-    assert list(result.qk) == [".".join(map(str, place)) for place, _ in without[:8]]
-    resting = qk_rows.resting_heads(result, 1000)
-    assert [r["head"] for r in resting] == [f"{b}.{n}" for b, n, _, _ in at]
-    assert {r["sink"] for r in resting} == {"the first token"}
-    assert "rests on <bdi>the first token</bdi>" in page(result)
+def test_heads_at_sinks_get_no_qk_attribution_and_are_counted_in_one_line(result):
+    rows = result.head_effects()
+    away = [r for r in rows if r["key"] not in result.sink_positions]
+    assert 0 in result.sink_positions and 0 < len(away) < len(rows)
+    places = [f"{r['layer']}.{r['head']}.{r['query']}.{r['key']}" for r in away[:8] if r["masking"]]
+    assert list(result.qk) == places
+    listed, folded = away_from_sinks(result, rows)
+    assert listed == away and "a head looks at the first token" in folded
+    assert f"{len(rows) - len(away):,} places" in folded and folded in html.unescape(page(result))
 
 
-def test_without_sinks_no_head_rests_on_one(result):
+def test_without_sinks_no_place_is_folded(result):
     plain = qkattr.trace(result.session.bundle, IDS, sinks=False)
-    assert "rests on" not in page(plain) and qk_rows.resting_heads(plain) == []
-    assert ranked_scores(plain.graph, 99, sinks=False) == ranked_scores(plain.graph, 99)
+    rows = plain.head_effects()
+    assert away_from_sinks(plain, rows) == (rows, "") and "Not listed: " not in page(plain)[:20000]
 
 
 def test_stored_pairs_are_enough_if_they_hold_the_strongest_without_bias(table):

@@ -274,9 +274,8 @@ class _Described:
         (see `qk.pair_effects`); as they are where nothing was traced."""
         if self.session.target is None or not rows:
             return rows
-        held = nets.value != 0
-        at = [(a, *self.first[i]) for a, i in zip(nets.query_slot, nets.identity, strict=True)]
-        at = [where for where, used in zip(at, held, strict=True) if used]
+        columns = zip(nets.value, nets.query_slot, nets.identity, strict=True)
+        at = [(a, *self.first[i]) for value, a, i in columns if value != 0]
         keys = sorted({int(s) for _, s, _ in at})
         moved = moved_at(self.session, [(*place[:3], s) for s in keys])
         pairs = {s: one.pairs for s, one in zip(keys, moved, strict=True) if one is not None}

@@ -39,7 +39,7 @@ def result(bundle):
 @pytest.fixture(scope="session")
 def edits(result):
     """Every head, four features a block."""
-    return qkattr.choose_edits(result, source=KEY, target=QUERY, heads="100%")
+    return qkattr.choose_edits(result, source=KEY, target=QUERY, heads="100%", by="influence")
 
 
 @pytest.fixture

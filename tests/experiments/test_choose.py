@@ -31,7 +31,8 @@ from qkattr.load.labels import read_labels
 
 def test_heads_are_ordered_by_what_they_carried(result):
     found = result.head_loadings(source=KEY, target=QUERY)
-    for by, value in (("influence", found.influence), ("loading", np.abs(found.loadings))):
+    into = result.head_loadings(source=KEY, target=QUERY, into="feature")
+    for by, value in (("influence", found.influence), ("loading", np.abs(into.loadings))):
         heads = heads_between(result, source=KEY, target=QUERY, by=by)
         values = [value[head] for head in heads]
         assert values == sorted(values, reverse=True) and values[-1] > 0
@@ -40,6 +41,20 @@ def test_heads_are_ordered_by_what_they_carried(result):
         # Nothing but tokens lies at boundary 0.
         expected = {head for head in heads[:4] if head[0] > 0}
         assert {head for edit in chosen for head in edit.heads} == expected
+
+
+@pytest.mark.parametrize("by", ["effect", "masking", "attention"])
+def test_heads_that_work_for_the_target_come_first(result, by):
+    rows = {(r["layer"], r["head"]): r for r in result.head_effects(source=KEY, target=QUERY)}
+    heads = heads_between(result, source=KEY, target=QUERY, by=by)
+    values_of = "probability" if by == "attention" else by
+    values = [rows[head][values_of] for head in heads]
+    assert values == sorted(values, reverse=True) and values[-1] > 0
+    assert len(heads) == sum(
+        r["probability" if by == "attention" else by] > 0 for r in rows.values()
+    )
+    if by == "effect":
+        assert heads == heads_between(result, source=KEY, target=QUERY)
 
 
 def marginals(result, heads, side, what):
@@ -123,8 +138,10 @@ def test_greedy_takes_the_best_head_of_every_step(result):
 
 def test_greedy_chooses_among_the_largest_loadings(result):
     group = {b: features_at(result, b, KEY)[:1] for b in (1, 2)}
-    asked = dict(source=KEY, target=QUERY, group=group)
-    candidates = heads_between(result, source=KEY, target=QUERY)[:2]  # 10 % of 12 heads
+    asked = dict(source=KEY, target=QUERY, group=group, by="influence")
+    candidates = heads_between(result, source=KEY, target=QUERY, by="influence")[
+        :2
+    ]  # 10 % of 12 heads
     p = {}
     for head in candidates:
         edits = qkattr.choose_edits(result, heads=[head], **asked)
@@ -191,7 +208,7 @@ def test_groups_and_labels_on_the_command_line(cli, named):
 
 
 def test_hydra_counts_are_separate_calls(result, edits):
-    ranked = heads_between(result, source=KEY, target=QUERY)
+    ranked = heads_between(result, source=KEY, target=QUERY, by="influence")
     heads = [head for head in ranked if head[0] > 0][:4]
     edits = only(edits, heads)
     scale = -4.0
@@ -246,8 +263,9 @@ def test_hydra_of_some_counts(result, edits):
 @pytest.mark.slow
 def test_real_hydra(sally):
     """Frozen patterns take fewer than half the heads."""
-    edits = qkattr.choose_edits(sally, source=" Sally", target=-1, heads=12, features=4)
-    ranked = heads_between(sally, source=" Sally", target=-1)[:12]
+    where = dict(source=" Sally", target=-1, by="influence")
+    edits = qkattr.choose_edits(sally, heads=12, features=4, **where)
+    ranked = heads_between(sally, **where)[:12]
     needed = hydra(
         sally.session,
         ranked,
