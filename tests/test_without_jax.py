@@ -82,7 +82,7 @@ def test_tokens(saved):
 @pytest.mark.slow
 def test_tokens_of_the_packaged_model():
     out, imported = run("tokens", PROMPT, "-m", "smollm2")
-    assert imported == "" and "BOS <|im_start|> first" in out
+    assert imported == "" and "BOS <|endoftext|> first" in out
 
 
 @pytest.mark.parametrize("option", ["--help", "--version"])
