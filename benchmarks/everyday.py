@@ -30,7 +30,7 @@ from pathlib import Path
 HERE = Path(__file__).parent.parent
 PROMPT = "I always loved visiting Aunt Sally. Whenever I was feeling sad, Aunt"
 MODEL = ("-m", "smollm2", "-s", "smollm2")
-STORED = ("--layer", "23", "--head", "2", "--query", "14", "--key", "6")
+STORED = ("--layer", "23", "--head", "7", "--query", "14", "--key", "6")
 OTHER = ("--layer", "20", "--head", "1", "--query", "14", "--key", "6")
 LOAD = "import jax, qkattr; jax.block_until_ready(qkattr.load('smollm2', 'smollm2').params)"
 #: Older checkouts have the entry in `main`.

@@ -47,7 +47,7 @@ def heads(
 ) -> None:
     """List the heads that moved the target, between two positions or anywhere, and how strongly
     they looked."""
-    from qkattr.options import one_of
+    from qkattr.errors import one_of
     from qkattr.result import RANKINGS
 
     one_of("by", by, RANKINGS)
