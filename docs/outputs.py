@@ -43,8 +43,8 @@ SMALL = f"{shlex.quote(OPPOSITE)} --model smollm2 --saes smollm2"
 
 #: Every figure of the docs, and the command that draws it.
 FIGURES = {
-    "qk.png": f"qkattr qk {SALLY} --layer 23 --head 2 --query -1 --key ' Sally' --figure",
-    "steer.png": f"qkattr steer {SALLY} --from ' Sally' --to -1 --heads 7 --figure",
+    "qk.png": f"qkattr qk {SALLY} --layer 23 --head 7 --query -1 --key ' Sally' --figure",
+    "steer.png": f"qkattr steer {SALLY} --from ' Sally' --to -1 --heads 5 --figure",
     "why.png": f"qkattr why {SUE} --layer 23 --head 2 --query -1 --key ' Sue' --figure",
     "mechanisms.png": f"qkattr mechanisms {SMALL} --layer 25 --head 7 --query -1 --key 'small' "
     "--features --figure",
