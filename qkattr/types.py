@@ -14,9 +14,9 @@ b - 1. The QK circuit of block b reads boundary b. Query head n reads key/value 
 
 from __future__ import annotations
 
+from flax import struct
 from jaxtyping import Array, Float, Int
 
-from qkattr import struct
 from qkattr.kinds import FOLDED_KINDS as FOLDED_KINDS
 from qkattr.kinds import NO_WINDOW as NO_WINDOW
 from qkattr.kinds import PROMPT_KINDS as PROMPT_KINDS

@@ -23,9 +23,9 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
-from qkattr import struct
 from qkattr.experiments.runs import MOST
 from qkattr.kinds import Kind
 from qkattr.model.attention import attend, project_v

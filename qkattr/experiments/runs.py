@@ -14,9 +14,9 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import struct
 from jaxtyping import Array, Float, Int
 
-from qkattr import struct
 from qkattr.config import ModelConfig
 from qkattr.errors import InputError
 from qkattr.model.edits import Edits, batched_axes

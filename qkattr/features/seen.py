@@ -11,9 +11,9 @@ import dataclasses
 
 import jax.numpy as jnp
 import numpy as np
+from flax import struct
 from jaxtyping import Array, Float, Int
 
-from qkattr import struct
 from qkattr.features.keep import NONE, Kept, best, empty, merge, priority
 
 #: Half octaves of activation, counted apart, around 1; the outermost take all beyond them.

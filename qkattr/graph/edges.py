@@ -22,9 +22,9 @@ import operator
 
 import jax
 import jax.numpy as jnp
+from flax import struct
 from jaxtyping import Array, Float, Int
 
-from qkattr import struct
 from qkattr.model.linear import FrozenBlock, Pulled, head_loadings, values
 from qkattr.sources.components import Components
 

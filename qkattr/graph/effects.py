@@ -29,9 +29,9 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+from flax import struct
 from jaxtyping import Array, Float, Int
 
-from qkattr import struct
 from qkattr.config import BlockConfig
 from qkattr.graph.accounts import LAST
 from qkattr.graph.live import masking

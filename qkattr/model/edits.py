@@ -19,9 +19,9 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
-from qkattr import struct
 from qkattr.config import BlockConfig
 from qkattr.model.attention import finish_head, head_scale
 from qkattr.model.layers import f32, norm_bias, norm_linear, norm_scale

@@ -24,9 +24,9 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from flax import struct
 from jaxtyping import Array, Float, Int
 
-from qkattr import struct
 from qkattr.config import BlockConfig
 from qkattr.model.attention import attend
 from qkattr.model.forward import block

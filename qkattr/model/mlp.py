@@ -19,9 +19,9 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from flax import struct
 from jaxtyping import Array, Float
 
-from qkattr import struct
 from qkattr.config import BlockConfig
 from qkattr.model.layers import ACTIVATIONS, f32
 from qkattr.types import BlockWeights

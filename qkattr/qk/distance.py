@@ -18,9 +18,9 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+from flax import struct
 from jaxtyping import Array, Float, Int
 
-from qkattr import struct
 from qkattr.config import BlockConfig
 from qkattr.model.forward import block
 from qkattr.model.layers import rotate

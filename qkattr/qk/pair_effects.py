@@ -21,9 +21,9 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+from flax import struct
 from jaxtyping import Array, Float, Int
 
-from qkattr import struct
 from qkattr.config import BlockConfig
 from qkattr.model.attention import apart
 from qkattr.model.forward import block

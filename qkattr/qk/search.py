@@ -28,9 +28,9 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
-from qkattr import struct
 from qkattr.config import BlockConfig
 from qkattr.kinds import NO_WINDOW, Kind
 from qkattr.model.forward import block

@@ -25,9 +25,9 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
-from qkattr import struct
 from qkattr.config import BlockConfig
 from qkattr.kinds import Kind
 from qkattr.model.attention import MASKED, apart, capped, finish_head, gain_of, visible

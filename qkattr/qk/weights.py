@@ -18,10 +18,10 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+from flax import struct
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from qkattr import struct
 from qkattr.config import BlockConfig
 from qkattr.model.attention import finish_head, gain_of
 from qkattr.model.layers import f32, norm_direction

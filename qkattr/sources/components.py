@@ -21,9 +21,9 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
-from qkattr import struct
 from qkattr.kinds import Kind
 from qkattr.model.layers import f32
 from qkattr.sharding import on_any_mesh

@@ -23,9 +23,9 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import struct
 from jaxtyping import Array, Float, Int
 
-from qkattr import struct
 from qkattr.model.layers import f32
 from qkattr.sharding import on_any_mesh
 

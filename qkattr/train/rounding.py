@@ -15,9 +15,9 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import struct
 from jaxtyping import Array, Float
 
-from qkattr import struct
 from qkattr.load.blockwise import quantise
 from qkattr.train.config import TrainConfig
 from qkattr.train.sae import SAE

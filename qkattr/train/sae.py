@@ -23,9 +23,9 @@ from typing import cast
 
 import jax
 import jax.numpy as jnp
+from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
-from qkattr import struct
 from qkattr.train.config import TrainConfig
 from qkattr.train.sparse import largest, write
 

@@ -15,9 +15,9 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import optax
+from flax import struct
 from jaxtyping import Array, Float, Int
 
-from qkattr import struct
 from qkattr.train.config import TrainConfig
 from qkattr.train.rounding import Grid, no_grid, rounded
 from qkattr.train.sae import SAE, Seen, loss

@@ -16,10 +16,10 @@ from typing import cast
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import struct
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
-from qkattr import struct
 from qkattr.config import ModelConfig
 from qkattr.model.forward import residual_stream
 from qkattr.sharding import shard

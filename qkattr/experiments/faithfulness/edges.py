@@ -21,9 +21,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import struct
 from jaxtyping import Array, Float, Int
 
-from qkattr import struct
 from qkattr.config import BlockConfig
 from qkattr.experiments.faithfulness.statistics import correlation, rank_correlation, slope
 from qkattr.graph.tables import Graph
