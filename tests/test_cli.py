@@ -100,7 +100,7 @@ def check_graph(graph):
     assert all(set(node) >= {"boundary", "kind", "index", "ctx_idx"} for node in graph["nodes"])
     assert all(set(link) >= {"resid", "mlp", "heads", "weight"} for link in graph["links"])
     header = graph["qkattr"]
-    assert set(header) >= HEADER_KEYS and header["schema"] == 2
+    assert set(header) >= HEADER_KEYS and header["schema"] == 3
     assert set(header["settings"]) >= SETTINGS
     assert set(header["provenance"]) >= {"model_hash", "saes_hash", "jax", "device"}
     assert all(set(row) >= LEAK_KEYS for row in header["leak"])
@@ -117,7 +117,13 @@ def test_trace_writes_a_folder_and_a_summary(cli, tmp_path):
     folder = tmp_path / "a" / "b"
     assert {path.name for path in folder.iterdir()} == {"graph.json", "graph.npz", "index.html"}
     assert f"Open {folder / 'index.html'}" in out.replace("\n", " ")
-    for said in ("Next token", "Strongest routes", "Heads that carried most", "What leaked"):
+    for said in (
+        "Next token",
+        "Strongest routes",
+        "Heads that matter",
+        "is made of",
+        "What leaked",
+    ):
         assert said in out
     check_graph(json.loads((folder / "graph.json").read_text()))
     assert main(["trace", PROMPT, "--out", str(folder), "-m", cli.model, "-s", cli.saes]) == 0
@@ -192,9 +198,19 @@ def test_questions_to_a_folder(cli, tmp_path):
         place = ("--layer", 1, "--head", head, "--query", -1, "--key", " hi#1")
         saved = cli.json("qk", tmp_path, *place, model=False)
         check_qk(saved)
-        assert saved == cli.json("qk", PROMPT, *place)
+        assert saved["target"] and "effect" in saved["pairs"][0]
+        assert without_effects(saved) == cli.json("qk", PROMPT, *place)
     ends = ("--from", "hi#1", "--to", -1)
     assert cli.json("heads", tmp_path, *ends, model=False) == cli.json("heads", tmp_path, *ends)
+
+
+def without_effects(table):
+    """A QK attribution as it is of a prompt that was not traced."""
+    lists = ("pairs", "query_marginals", "key_marginals")
+    plain = {
+        k: [{n: v for n, v in row.items() if n != "effect"} for row in table[k]] for k in lists
+    }
+    return table | plain | dict.fromkeys(("target", "effect", "derivative"))
 
 
 def test_heads(cli):
@@ -207,7 +223,8 @@ def test_heads(cli):
         assert abs(qk["score"] - head["score"]) < SUM_TOLERANCE
         assert abs(qk["probability"] - head["probability"]) < SUM_TOLERANCE
     assert len(cli.json("heads", PROMPT, "--from", 2, "--to", 5, "--top", 1)["heads"]) == 1
-    assert "Heads by loading" in cli("heads", PROMPT, "--from", 2, "--to", 5)
+    assert ", by masking" in cli("heads", PROMPT, "--from", 2, "--to", 5)
+    assert ", by effect" in cli("heads", PROMPT, "--by", "effect")
 
 
 def test_tokens(cli):
