@@ -299,13 +299,17 @@ def test_targets_of_several_tokens(refused):
         (["nosuch"], "No such command 'nosuch'"),
         (["--nosuch"], "No such option"),
         (["tokens", "a", "b"], "unexpected extra argument"),
-        (["heads", "x", "--from", "1"], "Missing option '--to'"),
         (["heads", "x", "--from", "1", "--to", "1", "--top", "0"], "Invalid value for '--top'"),
     ],
 )
 def test_usage(refused, arguments, message):
     line = refused(*arguments)
     assert message in line and "--help`" in line
+
+
+def test_one_end_of_two(refused):
+    for end in ("--from", "--to"):
+        assert "--from and --to go together; give both" in refused("heads", "x", end, "1")
 
 
 @pytest.mark.parametrize(

@@ -282,17 +282,17 @@ def test_help_and_version(capsys):
 def test_real_trace(real, tmp_path):
     out = real("trace", SALLY, "--out", tmp_path / "sally")
     assert re.search(r"' Sally' +0\.[89]\d+ +traced", out)
-    assert "' Sally' 6 → 23." in out
+    assert "' Sally' 6 → ' Aunt' 14 → ' Sally'" in out
     graph = json.loads((tmp_path / "sally" / "graph.json").read_text())
     check_graph(graph)
     best = max((n for n in graph["nodes"] if n["kind"] == "logit"), key=lambda n: n["token_prob"])
     assert best["clerp"].startswith('Output " Sally" (p=')
-    place = ("--layer", 23, "--head", 2, "--query", -1, "--key", " Sally")
+    place = ("--layer", 23, "--head", 7, "--query", -1, "--key", " Sally")
     saved = real.json("qk", tmp_path / "sally", *place, model=False)
     check_qk(saved)
     assert (saved["query"], saved["key"]) == (14, 6) and saved["probability"] > 0.5
     ends = ("--from", " Sally", "--to", "Aunt#2")
-    report = real.json("heads", tmp_path / "sally", *ends, model=False)
+    report = real.json("heads", tmp_path / "sally", *ends, "--by", "effect", model=False)
     assert (report["source"], report["target"]) == (6, 14)
     assert {(h["layer"], h["head"]) for h in report["heads"][:6]} >= {(23, 2), (23, 0)}
 
@@ -315,8 +315,8 @@ def test_real_prompts_as_text_and_as_ids(real):
 @pytest.mark.slow
 def test_real_heads(real):
     out = real("heads", SALLY, "--from", " Sally", "--to", "-1")
-    assert "From ' Sally' 6 to ' Aunt' 14" in out
-    assert re.search(r"\n +23\.[027] +\S+ +\S+ % +\S+ +0\.[5-9]\d+ ", out)
+    assert "from ' Sally' 6 to ' Aunt' 14, by masking" in " ".join(out.split())
+    assert re.search(r"\n +23\.[027] +\S+ +\S+ +\S+ % +\S+ +0\.[5-9]\d+ ", out)
 
 
 @pytest.mark.slow

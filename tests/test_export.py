@@ -179,7 +179,7 @@ def test_the_page_shows_what_it_should(plain):
     html = page(plain)
     for token in plain.tokens:
         assert f">{token.replace('<', '&lt;').replace('>', '&gt;')}<sub>" in html
-    assert len(plain.qk) == html.count("looks at") == 8
+    assert len(plain.qk) == html.count("looks at <span") == 8
     leak = html.split('id="leak"')[1]
     for row in plain.graph.leak:
         assert f'<td class="num">{row["surviving"]:.4f}</td>' in leak

@@ -79,4 +79,4 @@ def test_as_text(here, monkeypatch, capsys, word):
 def test_a_folder_that_is_one(here, monkeypatch, capsys):
     monkeypatch.chdir(here)
     assert main(["heads", "demo", "--from", "1", "--to", "2"]) == 0
-    assert "Heads by their effect" in capsys.readouterr().out
+    assert "Heads that matter" in capsys.readouterr().out

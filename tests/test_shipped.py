@@ -54,7 +54,7 @@ def test_the_readme_has_its_table():
 
 @pytest.mark.slow
 def test_it_fits_the_model_on_a_text_it_has_not_seen(bundle):
-    ids = bundle.tokenize((ROOT / "docs" / "findings.md").read_text())[0]
+    ids = bundle.tokenize((ROOT / "docs" / "findings.md").read_text()[:2000])[0]
     _, trace = jax.jit(
         lambda params, tokens: residual_stream(
             params, tokens, cfg=bundle.config, capture=("boundaries",)

@@ -47,10 +47,12 @@ def heads(
 ) -> None:
     """List the heads that moved the target, between two positions or anywhere, and how strongly
     they looked."""
-    from qkattr.errors import one_of
+    from qkattr.errors import InputError, one_of
     from qkattr.result import RANKINGS
 
     one_of("by", by, RANKINGS)
+    if (source is None) != (target is None):
+        raise InputError("--from and --to go together; give both, or neither for all positions")
     with common.progress() as progress:
         if reading.is_folder(prompt):
             result = options.open_saved(prompt, context)
@@ -85,10 +87,8 @@ def _ends(
     from qkattr.errors import InputError
     from qkattr.positions import find_position
 
-    if source is None and target is None:
-        return None, None
     if source is None or target is None:
-        raise InputError("--from and --to go together; give both, or neither for all positions")
+        return None, None
     s, t = find_position(tokens, source), find_position(tokens, target)
     if s > t:
         raise InputError(

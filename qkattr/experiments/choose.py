@@ -88,6 +88,9 @@ def choose_edits(
     if not ranked:
         raise InputError(
             f"no edge of the graph leads from position {key} to {query}; choose other positions"
+            if by in ("influence", "loading")
+            else f"no head works for the target, by {by}, as it looks from position {query} at "
+            f"{key}; choose other positions or another ranking"
         )
     if greedy:
         candidates = ranked[: max(n, how_many(CANDIDATES, math.prod(shape)))]

@@ -85,15 +85,23 @@ def _nothing(params: Params, tokens: Int[Array, "T"]) -> Float[Array, "L T N H"]
 
 
 def masking(pattern: Float[Array, "... S"], reads: Float[Array, "... S"]) -> Array:
-    """What masking each key takes from the target; 0 where the query sees one key.
+    """What masking each key takes from the target: `A[s] (e[s] - mean of e over the other keys, by
+    their attention)`; 0 where the query sees one key.
 
     Args:
       pattern: the head's.
       reads: e, what the target reads of each key's value.
     """
-    mean = (pattern * reads).sum(-1, keepdims=True)
-    others = pattern.sum(-1, keepdims=True) - pattern
-    # Of a pattern with all on one key, the rest is what rounding left: there is no other key.
-    alone = (pattern > 0).sum(-1, keepdims=True) < 2
-    rest = jnp.where(alone | (others <= 0), 1.0, others)
-    return jnp.where(alone | (others <= 0), 0.0, pattern * (reads - mean) / rest)
+    # 1 - A would lose what is left beside a key that has nearly all of the attention.
+    others, elsewhere = _without_own(pattern), _without_own(pattern * reads)
+    known = others > 0
+    mean = elsewhere / jnp.where(known, others, 1.0)
+    return jnp.where(known, pattern * (reads - mean), 0.0)
+
+
+def _without_own(x: Float[Array, "... S"]) -> Array:
+    """The sum over all other keys, for every key."""
+    shift = [(0, 0)] * (x.ndim - 1)
+    before = jnp.pad(jnp.cumsum(x, axis=-1)[..., :-1], [*shift, (1, 0)])
+    after = jax.lax.cumsum(x, axis=x.ndim - 1, reverse=True)[..., 1:]
+    return before + jnp.pad(after, [*shift, (0, 1)])

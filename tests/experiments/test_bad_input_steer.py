@@ -253,7 +253,10 @@ def test_heads(early, heads, message):
         (("--features", "0"), "Invalid value for '--features': "),
         (("--side", "value"), "side 'value' is not known; give one of query, key"),
         (("--side", "residual"), "side 'residual' is not known; give one of query, key"),
-        (("--by", "score"), "by 'score' is not known; give one of loading, influence"),
+        (
+            ("--by", "score"),
+            "by 'score' is not known; give one of effect, masking, ",
+        ),
         (("--edit", "1:error@9:key:*"), "position 9 is out of range"),
         (("--track", "Aunt"), "token 'Aunt' is text"),
         (("--query", "9"), "position 9 is out of range"),
@@ -264,7 +267,7 @@ def test_other_choices(early, more, message):
 
 
 def test_nothing_was_carried(steer):
-    line = steer("--from", "0", "--to", "2", "--heads", "1")
+    line = steer("--from", "0", "--to", "2", "--heads", "1", "--by", "influence")
     assert "no edge of the graph leads from position 0 to 2; choose other positions" in line
     line = steer("--from", "2", "--to", "-1", "--heads", "0.1")
     assert "no feature at position 2 speaks for looking from 4 at 2 in these heads" in line

@@ -26,7 +26,7 @@ CONFIGS = {
     "width = 24\nk = 4\nbuffer = 1\nbatch = 128\n": "does not fit a buffer of 127 positions",
     "width = = 24\n": "is not TOML",
     "width = 24\nk = 4\nrow = 15\n": "row should lie in 16..",
-    "width = 24\nk = 4\nwide = [1]\n": "bits is 0",
+    "width = 24\nk = 4\nwide = [1]\n": "with bits = 0 none is written",
     "width = 24\nk = 4\nbits = 4\nround_from = 1.0\n": "leaves none of the",
     "width = 24\nk = 4\nwarmup = 0.7\ndecay = 0.4\n": "at most 1 together",
 }
