@@ -46,7 +46,7 @@ from qkattr.model.edits import (
     PatternEdits,
     ReadEdits,
 )
-from qkattr.model.forward import forward, unembed
+from qkattr.model.forward import forward
 from qkattr.qk.terms import qk_terms
 
 # Edits that do nothing ----------------------------------------------------------------------------
@@ -311,17 +311,19 @@ def test_head_scale_0_is_no_output_projection(case):
     assert moved(logits, case.logits)
 
 
-def test_head_add_is_a_residual_edit_through_the_output_projection(case):
-    """In the last block, what is added to a head adds W_O of it, before a post-norm."""
-    b, n = tiny.L - 1, 2
-    if case.params.blocks.norm_attn_post is not None or not case.cfg.block.parallel:
-        pytest.skip("what is added goes through a norm or the MLP as well")
-    added = random_outputs(case, np.random.default_rng(0))
-    added[:b], added[:, :, np.arange(tiny.N) != n] = 0, 0
-    logits, _ = run(case, full(case, head_add=added))
-    delta = added[b, :, n] @ np.asarray(case.params.blocks.wo_NHD[b, n])
-    x = case.trace.boundaries[-1] + delta
-    within_largest("logits", logits, unembed(case.params, x, cfg=case.cfg))
+def test_head_add_is_a_bias_of_the_output_projection(case):
+    """The same at every position, it goes through post-norm and MLP as such a bias does."""
+    b, n = 1, 2
+    added = np.zeros((tiny.L, len(case.tokens), tiny.N, tiny.H), np.float32)
+    added[b, :, n] = np.random.default_rng(0).normal(size=tiny.H)
+    logits, trace = run(case, full(case, head_add=added))
+    blocks = case.params.blocks
+    bias = np.zeros((tiny.L, tiny.D), np.float32) if blocks.bo_D is None else np.array(blocks.bo_D)
+    bias[b] += added[b, 0, n] @ np.asarray(blocks.wo_NHD[b, n])
+    params = case.params.replace(blocks=blocks.replace(bo_D=bias))
+    expected, expected_trace = forward(params, case.tokens, cfg=case.cfg)
+    within_largest("logits", logits, expected)
+    within("patterns", trace.patterns, expected_trace.patterns, SAME)
     assert moved(logits, case.logits)
 
 
