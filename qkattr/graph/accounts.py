@@ -18,12 +18,8 @@ from qkattr.kinds import ACCOUNT_KINDS, Kind
 if TYPE_CHECKING:
     from qkattr.graph.effects import Effects, HeadPlaces
 
-#: What an effect weighs beside a masking where places are ordered.
-LAST = 1e-20
-
 #: The columns of the account beside boundary, node and target.
 ACCOUNT_COLUMNS = tuple(kind.label for kind in ACCOUNT_KINDS)
-
 
 #: Places of every block that are listed, at most: all of a prompt of some forty tokens.
 PLACES = 8192
@@ -78,7 +74,7 @@ class HeadEffects:
 
     @property
     def complete(self) -> bool:
-        """Whether every place with any effect is listed."""
+        """Whether every place with any masking or effect is listed."""
         return len(self) == 0 or int(np.bincount(self.block).max()) < PLACES
 
     def rows(self, at: np.ndarray | slice) -> list[dict]:
@@ -127,8 +123,8 @@ def account_table(found: Sequence[Effects], target_nodes: np.ndarray, boundary: 
 def head_table(places: HeadPlaces) -> HeadEffects:
     """The places of all blocks, those without masking and effect left out."""
     blocks = np.broadcast_to(np.arange(len(places.head))[:, None], places.head.shape)
-    size = np.abs(places.masking) + LAST * np.abs(places.effect)
-    order = np.argsort(-size, axis=None, kind="stable")[: np.count_nonzero(size)]
+    masking, effect = (np.abs(a).ravel() for a in (places.masking, places.effect))
+    order = np.lexsort((-effect, -masking))[: np.count_nonzero((masking > 0) | (effect > 0))]
     names = ("head", "query", "key", "masking", "effect", "derivative", "score", "probability")
     columns = {name: getattr(places, name).ravel()[order] for name in names}
     return HeadEffects(block=blocks.ravel()[order], **columns)

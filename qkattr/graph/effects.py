@@ -33,7 +33,6 @@ from flax import struct
 from jaxtyping import Array, Float, Int
 
 from qkattr.config import BlockConfig
-from qkattr.graph.accounts import LAST
 from qkattr.graph.live import masking
 from qkattr.kinds import ACCOUNT_KINDS
 from qkattr.model.attention import capped
@@ -41,6 +40,9 @@ from qkattr.model.linear import FrozenBlock, freeze, head_reads, pull, pull_stre
 from qkattr.sharding import on_any_mesh
 from qkattr.sources.components import Components
 from qkattr.types import BlockWeights
+
+#: What an effect weighs beside a masking where places are ordered.
+LAST = 1e-20
 
 #: Positions whose component vectors are gathered together, at most.
 POSITIONS_AT_ONCE = 16
