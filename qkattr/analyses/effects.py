@@ -24,10 +24,9 @@ from qkattr.graph.accounts import ACCOUNT_COLUMNS
 from qkattr.kinds import Kind
 from qkattr.load.bundle import Bundle, Prompt
 from qkattr.options import make_options, saved_options
-from qkattr.positions import token_texts
 from qkattr.result import Result
-from qkattr.scores import Labels, need_session
-from qkattr.session import Progress, Session, prompt_labels, start_session
+from qkattr.scores import Labels, open_session
+from qkattr.session import Progress, Session
 
 #: Numbers in the arrays of all heads and positions, at most: 2 GiB of each.
 MOST = 2**29
@@ -147,10 +146,10 @@ def effects(
     found = start.effects(heads=heads)
     kind, index = jax.device_get((session.components.kind, session.components.index))
     T, P = len(session.ids), len(start.rows)
-    joined = lambda name: np.concatenate([np.swapaxes(getattr(one, name), 0, 1) for one in found])[
-        :P
-    ]
-    real = lambda a: None if not heads else a[..., :T, :T]
+
+    def joined(name: str) -> np.ndarray:
+        return np.concatenate([np.swapaxes(getattr(one, name), 0, 1) for one in found])[:P]
+
     return TargetEffects(
         tokens=session.tokens,
         targets=start.names,
@@ -163,26 +162,17 @@ def effects(
         index=index[:, :T],
         constant=joined("constant")[..., :T],
         labels=dict(labels),
-        head=real(joined("head")) if heads else None,
-        derivative=real(joined("derivative")) if heads else None,
+        head=joined("head")[..., :T, :T] if heads else None,
+        derivative=joined("derivative")[..., :T, :T] if heads else None,
     )
 
 
 def _open(subject, prompt, labels, progress: Progress, options) -> tuple[Targets, Labels]:
+    session, labels = open_session(subject, prompt, labels=labels, progress=progress, **options)
     if isinstance(subject, Result):
-        if prompt is not None or options:
-            raise InputError("a result has its prompt and options; give them with a bundle only")
-        session, opts = need_session(subject), saved_options(subject.settings)
-        start = targets_of(subject, session, opts)
-        return start, subject.labels if labels is None else labels
-    if prompt is None:
-        raise InputError("a bundle needs a prompt; give text, token ids or messages")
+        return targets_of(subject, session, saved_options(subject.settings)), labels
     opts = make_options(options)
-    ids, _ = subject.tokenize(prompt, opts.bos)
-    asked = Asked.of(subject, token_texts(subject, ids), opts)
-    session = start_session(subject, ids, opts, progress)
-    start, _ = asked.targets(session, opts)
-    return start, prompt_labels(session) if labels is None else labels
+    return Asked.of(subject, session.tokens, opts).targets(session, opts)[0], labels
 
 
 def _check_size(session: Session, n_targets: int) -> None:

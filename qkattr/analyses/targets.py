@@ -41,7 +41,8 @@ class Targets:
 
     def __init__(self, session: Session, opts: TraceOptions):
         self.session, self.opts = session, opts
-        self.rows: list[tuple] = []  # the columns of `_columns`
+        # boundary, position, covector, constant, influence, kind, index
+        self.rows: list[tuple] = []
         self.names: list[str] = []
         self.scores: list[tuple[int, ...]] = []
         self.against = -1  # the token whose logit is subtracted, of a difference
