@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import folders
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ from tiny import within
 import qkattr
 from qkattr.cli.main import app
 from qkattr.errors import InputError
+from qkattr.export.effect_rows import accounts, away_from_sinks
 from qkattr.graph.accounts import ACCOUNT_COLUMNS
 from qkattr.kinds import Kind
 from qkattr.model.edits import BlockEdits, Edits, PatternEdits
@@ -354,3 +356,23 @@ def test_the_page_tells_the_account_before_the_leak(traced):
     assert 0 < text.index("What the target is made of") < text.index("What leaked")
     for row in traced.head_effects(3):
         assert f"{row['layer']}.{row['head']}" in text
+
+
+def test_what_is_shown_names_the_main_target(bundle):
+    """Also beside scores; and whatever ranks the heads, the largest masking is that."""
+    traced = qkattr.trace(bundle, PROMPT, through_qk=2)
+    assert [a["name"] for a in accounts(traced)] == [traced.main_target]
+    rows = traced.head_effects(by="effect")
+    largest = max(abs(row["masking"]) for row in rows if row["key"] in traced.sink_positions)
+    _, folded = away_from_sinks(traced, rows)
+    said = re.search(r"largest masking of these is ([-+.\de]+),", folded)
+    assert said and abs(float(said[1])) == pytest.approx(largest, rel=5e-3)
+
+
+def test_places_that_were_not_kept_are_told(traced, tmp_path, capsys, monkeypatch):
+    traced.save(tmp_path / "out")
+    app(["heads", str(tmp_path / "out")], standalone_mode=False)
+    assert "more places than a trace keeps" not in capsys.readouterr().out
+    monkeypatch.setattr("qkattr.graph.accounts.PLACES", 1)
+    app(["heads", str(tmp_path / "out")], standalone_mode=False)
+    assert "more places than a trace keeps" in " ".join(capsys.readouterr().out.split())

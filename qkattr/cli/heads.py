@@ -1,4 +1,4 @@
-"""`qkattr heads`: the effects of heads on the target, between two positions or anywhere."""
+"""`qkattr heads`: the heads that matter to the target, between two positions or anywhere."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def heads(
     reading: options.Asked = options.Asked(),
     json: common.Json = False,
 ) -> None:
-    """List the heads that moved the target, between two positions or anywhere, and how strongly
+    """List the heads that matter to the target, between two positions or anywhere, and how strongly
     they looked."""
     from qkattr.errors import InputError, one_of
     from qkattr.result import RANKINGS
@@ -57,7 +57,7 @@ def heads(
         if reading.is_folder(prompt):
             result = options.open_saved(prompt, context)
             _ends(result.tokens, source, target)
-            if not _holds(result, source, target, top):
+            if source is not None and not result.graph.heads.complete:
                 progress("loading the model")
                 result = options.with_model(result, model)
         else:
@@ -97,12 +97,6 @@ def _ends(
     return s, t
 
 
-def _holds(result, source: str | None, target: str | None, top: int | None) -> bool:
-    """Whether a saved result answers by itself."""
-    heads = result.graph.heads
-    return heads.complete or (source is None and (top or 20) <= len(result.head_effects(top or 20)))
-
-
 def heads_report(
     result, source: str | None, target: str | None, by: str = "masking"
 ) -> dict[str, Any]:
@@ -110,7 +104,9 @@ def heads_report(
     s, t = _ends(result.tokens, source, target)
     report = dict(tokens=result.tokens, of=result.main_target, by=by, source=s, target=t)
     if s is None or t is None:
-        return dict(report, heads=result.head_effects(by=by), settings=result.settings)
+        heads = result.head_effects(by=by)
+        complete = result.graph.heads.complete
+        return dict(report, complete=complete, heads=heads, settings=result.settings)
     loadings = result.head_loadings(source=s, target=t, into="feature")
     heads = [
         row | dict(loading=float(loadings.loadings[row["layer"], row["head"]]))
@@ -142,6 +138,7 @@ def _show(report: dict[str, Any], top: int, folded: str) -> None:
     from qkattr.cli.show import console, percent, say, show_table
     from qkattr.errors import quoted
     from qkattr.export.effect_rows import ABOUT_HEADS
+    from qkattr.graph.accounts import PLACES
 
     out, tokens = console(), shown(report["tokens"])
     at = lambda p: f"{quoted(tokens[p])} {p}"
@@ -167,6 +164,12 @@ def _show(report: dict[str, Any], top: int, folded: str) -> None:
     )
     if folded:
         say(out, f"{folded} --all lists them.")
+    if not report.get("complete", True):
+        say(
+            out,
+            f"The prompt has more places than a trace keeps; ranked are the {PLACES:,} of every "
+            "block with the largest masking.",
+        )
     say(
         out,
         f"{ABOUT_HEADS} Slope: how much the target moves with the head's score, with everything "

@@ -10,6 +10,7 @@ from qkattr.errors import quoted
 from qkattr.export.qk_rows import sink_name
 from qkattr.export.summary import number
 from qkattr.graph.accounts import main_weights
+from qkattr.kinds import Kind
 from qkattr.result import Result
 
 #: What the columns of the heads' tables are.
@@ -27,12 +28,13 @@ def away_from_sinks(result: Result, rows: list[dict[str, Any]]) -> tuple[list[di
     resting = [row for row in rows if row["key"] in sinks]
     if not resting:
         return rows, ""
-    names = ", ".join(sink_name(result.tokens, t) for t in sinks)
-    largest = resting[0]
+    tokens = result.shown_tokens
+    names = ", ".join(sink_name(tokens, t) for t in sinks)
+    largest = max(resting, key=lambda row: abs(row["masking"]))
     return [row for row in rows if row["key"] not in sinks], (
         f"Not listed: {len(resting):,} places where a head looks at {names}; the largest masking "
         f"of these is {largest['masking']:+.3g}, of {largest['layer']}.{largest['head']} at "
-        f"{quoted(result.tokens[largest['query']])} {largest['query']}."
+        f"{quoted(tokens[largest['query']])} {largest['query']}."
     )
 
 
@@ -85,7 +87,8 @@ def accounts(result: Result) -> list[dict[str, Any]]:
             dict(boundary=int(b), shares=row)
             for b, row in zip(account.boundary[at], shares, strict=True)
         ]
-        name = result.label(node) if len(result.scores) else result.main_target
+        score = graph.nodes.kind[node] == Kind.SCORE  # which of its two sides, says its label
+        name = result.label(node) if score else result.main_target
         found.append(dict(name=name, value=value, rows=rows))
     return found
 
@@ -95,13 +98,13 @@ def in_short(result: Result, n: int = 3) -> list[str]:
     against, and how much of it is not explained by features."""
     rows, _ = away_from_sinks(result, result.head_effects())
     said = []
-    for sign, does in ((1, "lower"), (-1, "raise")):
+    for sign, moves in ((1, "fall"), (-1, "rise")):
         found = [row for row in rows if sign * row["masking"] > 0][:n]
         if found:
             heads = "; ".join(_head(result, row) for row in found)
             said.append(
-                f"If one head could not look there, this would {does} the {result.main_target} "
-                f"most (to first order): {heads}."
+                f"The {result.main_target} would {moves} most, to first order, if one of these "
+                f"heads could not look where it does: {heads}."
             )
     middle = result.n_blocks // 2
     for account in accounts(result):
@@ -111,12 +114,12 @@ def in_short(result: Result, n: int = 3) -> list[str]:
         shares = zip(ACCOUNTED, row["shares"], strict=True)
         parts = ", ".join(f"{name} {100 * v:+.0f} %" for (name, _), v in shares if abs(v) >= 0.005)
         said.append(
-            f"Half way through the model, at boundary {middle}, the {account['name']} of "
-            f"{account['value']:+.3g} is made of: {parts}."
+            f"Half way through the model, at boundary {middle}, the {account['name']} "
+            f"({account['value']:+.3g}) is made of {parts}."
         )
     return said
 
 
 def _head(result: Result, row: dict[str, Any]) -> str:
-    key, query = (f"{quoted(result.tokens[row[end]])} {row[end]}" for end in ("key", "query"))
+    key, query = (f"{quoted(result.shown_tokens[row[end]])} {row[end]}" for end in ("key", "query"))
     return f"{row['layer']}.{row['head']} from {key} to {query} (by {abs(row['masking']):.2g})"
