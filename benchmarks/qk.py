@@ -32,7 +32,7 @@ from qkattr.kinds import NO_WINDOW
 from qkattr.model.forward import block
 from qkattr.options import TraceOptions
 from qkattr.qk.marginals import marginals
-from qkattr.qk.search import TILE, search_slots, top_pairs
+from qkattr.qk.pairs import TILE, search_slots, top_pairs
 from qkattr.qk.terms import every_query_component, key_components
 from qkattr.qk.weights import HeadScales, weight_pairs
 from qkattr.session import start_session

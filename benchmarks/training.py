@@ -32,7 +32,7 @@ class TorchLoop:
         import torch
         import transformers
 
-        from qkattr.load.bundle import load
+        from qkattr.load.opening import load
 
         self.torch, self.rows = torch, rows
         torch.set_num_threads(2)
@@ -82,7 +82,7 @@ class JaxLoop:
     """A step of `qkattr train`: the stream's batch, then every boundary's step."""
 
     def __init__(self, rows: np.ndarray):
-        from qkattr.load.bundle import load
+        from qkattr.load.opening import load
         from qkattr.train.config import TrainConfig
         from qkattr.train.parts import Parts
         from qkattr.train.run import _fresh

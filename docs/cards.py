@@ -15,7 +15,8 @@ import numpy as np
 
 from qkattr.export.summary import visible
 from qkattr.features import Card, Cards, Example
-from qkattr.features.sets import origin, overview, packaged_cards
+from qkattr.features.overview import overview
+from qkattr.load.smollm2 import packaged_cards
 
 # What markdown would act on inside of <code>.
 _ENTITIES = {c: f"&#{ord(c)};" for c in "[]()`|*_\\~"}
@@ -77,7 +78,7 @@ def page(cards: Cards, boundaries: list[int], n: int, seed: int) -> str:
         f"with an AUC of at least 0.7; {strong} of these only where the feature is strong (above "
         f"its 80 % quantile), which the label says.",
         "",
-        origin(cards) + " [How this was counted](training.md#the-text-behind-the-packaged-set).",
+        cards.origin() + " [How this was counted](training.md#the-text-behind-the-packaged-set).",
         "",
         "A rule looks at the token and what comes before it, or at the next token where that is "
         "among the feature's top logits. It is chosen on half of the rows and its AUC measured on "

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 HEAD = """\
 # What the attributes of a Hugging Face config.json do, by the code of `transformers`. Read by
-# `qkattr.load.families.attributes`. Written by docs/config_attributes.py on DATE from the
+# `qkattr.load.models.families.attributes`. Written by docs/config_attributes.py on DATE from the
 # releases below; what an attribute does is judged by hand, in docs/config_judgements.py: change
 # that file and run the script again, as its first lines say.
 #

@@ -15,8 +15,8 @@ import sys
 
 import numpy as np
 
-from qkattr.features.cards import Cards
-from qkattr.features.sets import packaged_cards
+from qkattr.cards.columns import Cards
+from qkattr.load.smollm2 import packaged_cards
 
 TEMPLATES = re.compile(
     r'Le contraire de "|An antonym of "|A synonym of "|The opposite of |Q: Is |True or false\?|'

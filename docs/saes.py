@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 import qkattr
-from qkattr.check import check_saes
+from qkattr.features.check import check_saes
 
 FILE = Path(__file__).parent / "saes.json"
 HEAD = "boundary | unexplained variance | median relative error | L0 | dead | loss recovered"

@@ -10,12 +10,12 @@ The pure functions below it take arrays and small frozen structs; `docs/embeddin
 someone else's code.
 """
 
-__version__ = "0.1.0"
-
 import importlib
 import sys
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
+
+from qkattr.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from qkattr.analyses.effects import TargetEffects, effects
@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from qkattr.experiments.edits import Edit
     from qkattr.experiments.steer import Steering, steer
     from qkattr.export.folder import open_result as open
-    from qkattr.load.bundle import Bundle, load
+    from qkattr.load.bundle import Bundle
+    from qkattr.load.opening import load
     from qkattr.options import TraceOptions
     from qkattr.result import HeadLoadings, Result
     from qkattr.scores import qk_attribution
@@ -43,7 +44,7 @@ _HOMES = {
     "TraceOptions": "options",
     "choose_edits": "experiments.choose",
     "effects": "analyses.effects",
-    "load": "load.bundle",
+    "load": "load.opening",
     "open": "export.folder",
     "qk_attribution": "scores",
     "run": "analysis",

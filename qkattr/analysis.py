@@ -19,22 +19,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-import qkattr
 from qkattr.analyses.targets import Asked, targets_of
 from qkattr.errors import InputError
 from qkattr.export.summary import shown_cards
 from qkattr.graph.build import with_effects
-from qkattr.graph.paths import Place
 from qkattr.graph.tables import Graph
-from qkattr.kinds import NO_WINDOW, Kind
+from qkattr.kinds import NO_WINDOW, Kind, Place
 from qkattr.load.bundle import Bundle, Prompt, need_bundle
 from qkattr.model.forward import CAPTURE, forward
 from qkattr.options import TraceOptions, make_options, one_of, saved_options
-from qkattr.positions import prompt_text, token_text, token_texts
 from qkattr.result import Result
 from qkattr.scores import qk_tables
 from qkattr.session import Progress, pad_tokens, prompt_labels, start_session
 from qkattr.types import Trace
+from qkattr.version import __version__
 
 
 def run(
@@ -87,7 +85,7 @@ def trace(
     opts = make_options(options)
     need_bundle(bundle)
     ids, bos = bundle.tokenize(prompt, opts.bos)
-    tokens = token_texts(bundle, ids)
+    tokens = bundle.tokens(ids)
     asked = Asked.of(bundle, tokens, opts)
 
     session = start_session(bundle, ids, opts, progress)
@@ -107,7 +105,7 @@ def trace(
     progress("QK attributions")
     result = Result(
         tokens=tokens,
-        prompt=prompt_text(bundle, ids),
+        prompt=bundle.text(ids),
         token_ids=ids,
         bos=bos,
         predictions=predictions,
@@ -128,9 +126,7 @@ def trace(
     )
     if bundle.cards is None:
         return result
-    from qkattr.features.sets import origin
-
-    provenance = result.provenance | dict(cards=origin(bundle.cards))
+    provenance = result.provenance | dict(cards=bundle.cards.origin())
     cards = shown_cards(result, bundle.cards)
     return dataclasses.replace(result, cards=cards, provenance=provenance)
 
@@ -193,7 +189,7 @@ def _sinks(components, n_real: int) -> list[dict[str, Any]]:
 
 def _vocabulary(bundle: Bundle, graph: Graph) -> dict[int, str]:
     logits = graph.nodes.index[graph.nodes.kind == Kind.LOGIT]
-    return {int(i): token_text(bundle, int(i)) for i in logits}
+    return {int(i): bundle.token(int(i)) for i in logits}
 
 
 def _settings(bundle: Bundle, opts: TraceOptions) -> dict[str, Any]:
@@ -215,12 +211,12 @@ def _settings(bundle: Bundle, opts: TraceOptions) -> dict[str, Any]:
 
 def _provenance(bundle: Bundle, ids: Sequence[int], opts: TraceOptions) -> dict[str, Any]:
     device = jax.devices()[0]
-    made_of = repr((bundle.model_hash, bundle.saes_hash, tuple(ids), opts, qkattr.__version__))
+    made_of = repr((bundle.model_hash, bundle.saes_hash, tuple(ids), opts, __version__))
     return dict(
         run=hashlib.sha256(made_of.encode()).hexdigest()[:16],
         model_hash=bundle.model_hash,
         saes_hash=bundle.saes_hash,
-        qkattr=qkattr.__version__,
+        qkattr=__version__,
         jax=jax.__version__,
         python=platform.python_version(),
         device=f"{device.platform} {device.device_kind}",

@@ -1,6 +1,6 @@
 """Model configuration: what `forward` and the linear block need to know beyond the weights.
 
-`qkattr.load.families` reads it from a Hugging Face `config.json`.
+`qkattr.load.models.families` reads it from a Hugging Face `config.json`.
 """
 
 from __future__ import annotations

@@ -59,3 +59,8 @@ def one_of(name: str, value: str, known: Sequence[str]) -> None:
         raise InputError(
             f"{name} {quoted(str(value))} is not known; give one of {', '.join(known)}"
         )
+
+
+def some(names: list[str], most: int = 3) -> str:
+    """`a, b, c and 12 more`: a list of names that stays on one line."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

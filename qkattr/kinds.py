@@ -10,6 +10,9 @@ from enum import IntEnum
 #: (block, head, query position, key position)
 Place = tuple[int, int, int, int]
 
+#: Named features by boundary: {boundary: [index, ...]}.
+Group = dict[int, list[int]]
+
 
 class Kind(IntEnum):
     """What a component, or a node of the graph, is."""

@@ -1,4 +1,4 @@
-"""Tokens as text, and which positions and places are meant by what people type.
+"""Which positions and places of a prompt are meant by what people type.
 
 Nothing here needs JAX: it is asked before a model is read, and of results that are read without
 one.
@@ -8,61 +8,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
-from qkattr.errors import InputError, clipped, quoted
+from qkattr.errors import InputError, clipped, quoted, some
 from qkattr.kinds import Place
-from qkattr.load.mapped import some
-
-if TYPE_CHECKING:
-    from qkattr.config import ModelConfig
-    from qkattr.load.bundle import Bundle
 
 #: What reads as an index. `int` takes more, such as the node id "0_1_2".
-_INDEX = re.compile(r"\s*[+-]?[0-9]{1,9}\s*")
-
-
-def token_text(bundle: Bundle, token: int) -> str:
-    """A token as text; its id where there is no tokenizer."""
-    return str(token) if bundle.tokenizer is None else bundle.tokenizer.token(int(token))
-
-
-def token_texts(bundle: Bundle, ids: Sequence[int]) -> list[str]:
-    """Every token as text."""
-    return [token_text(bundle, i) for i in ids]
-
-
-def prompt_text(bundle: Bundle, ids: Sequence[int]) -> str:
-    """The text of a prompt: its tokens decoded together, without the BOS before them; its ids where
-    there is no tokenizer."""
-    tokenizer = bundle.tokenizer
-    if tokenizer is None:
-        return " ".join(map(str, ids))
-    begins = len(ids) > 1 and ids[0] == tokenizer.bos_id
-    return tokenizer.text(ids[1:] if begins else ids)
-
-
-def token_id(bundle: Bundle, token: str | int) -> int:
-    """A vocabulary id from an id or from text that is exactly one token; without a tokenizer, text
-    that reads as a whole number is an id."""
-    if bundle.tokenizer is None and isinstance(token, str) and _INDEX.fullmatch(token):
-        token = int(token)
-    if isinstance(token, int):
-        if not 0 <= token < bundle.config.vocab:
-            raise InputError(
-                f"token id {token} is outside the vocabulary, 0..{bundle.config.vocab - 1}"
-            )
-        return token
-    if bundle.tokenizer is None:
-        raise InputError(f"token {token!r} is text and the model has no tokenizer; give a token id")
-    ids = bundle.tokenizer.encode(token, bos=False)
-    if len(ids) != 1:
-        pieces = ", ".join(repr(token_text(bundle, i)) for i in ids)
-        raise InputError(
-            f"token {token!r} is {len(ids)} tokens ({pieces}); "
-            f"give one token, mind its leading space"
-        )
-    return ids[0]
+INDEX = re.compile(r"\s*[+-]?[0-9]{1,9}\s*")
 
 
 def find_position(tokens: list[str], where: int | str) -> int:
@@ -74,7 +25,7 @@ def find_position(tokens: list[str], where: int | str) -> int:
       InputError: there is no such position, or the text names several.
     """
     text = str(where)
-    if not _INDEX.fullmatch(text):
+    if not INDEX.fullmatch(text):
         return _find_token(tokens, text)
     index = int(text)
     if not -len(tokens) <= index < len(tokens):
@@ -104,11 +55,6 @@ def _find_token(tokens: list[str], text: str) -> int:
         listed = some([f"{quoted(f'{name}#{i + 1}')} at {at}" for i, at in enumerate(found)], 8)
         raise InputError(f"token {quoted(name)} is ambiguous: {listed}; say which")
     return found[0]
-
-
-def find_place_in(config: ModelConfig, tokens: list[str], place: tuple) -> Place:
-    """`find_place` for a model."""
-    return find_place(tokens, place, n_heads=config.n_heads, windows=config.windows)
 
 
 def find_place(tokens: list[str], place: tuple, *, n_heads: int, windows: Sequence[int]) -> Place:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from qkattr.card import Card
+from qkattr.cards.card import Card
 from qkattr.characters import readable, shown
 from qkattr.errors import InputError, one_of, printable, quoted
 from qkattr.graph.paths import Route, strongest_routes
@@ -327,7 +327,8 @@ class Result:
 
     def to_html(self, path: str | Path) -> Path:
         """Write the page alone."""
-        from qkattr.export.folder import encoded_page, write_files
+        from qkattr.export.folder import encoded_page
+        from qkattr.files import write_files
 
         path = Path(path)
         write_files(path.parent, {path.name: encoded_page(self)})

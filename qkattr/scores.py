@@ -11,12 +11,10 @@ import numpy as np
 
 from qkattr.errors import InputError
 from qkattr.graph.effects import PlaceEffects, effects_at, masking_at
-from qkattr.graph.paths import Place
-from qkattr.kinds import Kind
+from qkattr.kinds import Kind, Place
 from qkattr.load.bundle import Bundle, Prompt
 from qkattr.model.forward import block
 from qkattr.options import make_options
-from qkattr.positions import find_place_in, token_texts
 from qkattr.qk.pair_effects import pair_effects
 from qkattr.qk.table import Labeller, Moved, QKAttribution, qk_table
 from qkattr.qk.terms import QKTerms, qk_terms_many
@@ -260,7 +258,7 @@ def open_place(
         found = place_in(subject, place)
     else:
         ids, _ = subject.tokenize(_need(prompt), make_options(options).bos)
-        found = find_place_in(subject.config, token_texts(subject, ids), place)
+        found = subject.find_place(subject.tokens(ids), place)
     session, labels = open_session(subject, prompt, labels=labels, progress=progress, **options)
     return session, found, labels
 

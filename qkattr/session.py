@@ -15,7 +15,6 @@ from qkattr.kinds import Kind
 from qkattr.load.bundle import Bundle
 from qkattr.model.forward import residual_stream, unembed
 from qkattr.options import TraceOptions
-from qkattr.positions import token_texts
 from qkattr.sharding import bucket
 from qkattr.sources.components import Components
 from qkattr.sources.prompt import decompose_prompt
@@ -94,7 +93,7 @@ def start_session(
         components=components,
         logits=logits,
         last=last,
-        tokens=token_texts(bundle, ids),
+        tokens=bundle.tokens(ids),
         precision=opts.precision,
     )
 

@@ -57,7 +57,7 @@ def refused(capsys, root, monkeypatch):
 @pytest.fixture(scope="session")
 def bundle():
     """SmolLM2 with its SAEs."""
-    from qkattr.load.bundle import load
+    from qkattr.load.opening import load
 
     return load("smollm2", "smollm2")
 

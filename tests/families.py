@@ -19,7 +19,7 @@ import tiny
 import torch
 import transformers
 
-from qkattr.load.bundle import load
+from qkattr.load.opening import load
 
 #: Longer than every window below.
 PROMPT = np.random.default_rng(5).integers(1, 50, 11).astype(np.int32)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import qkattr
-from qkattr.export import folder as export_folder
+from qkattr import files
 from qkattr.load import smollm2
 
 IDS = "0,40,41,42,40"
@@ -362,7 +362,7 @@ def test_disk_full(trace, root, tmp_path, monkeypatch, fail_at):
         if len(calls) == fail_at:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(export_folder.os, "fsync", full)
+    monkeypatch.setattr(files.os, "fsync", full)
     line = trace("--out", out, "--no-sink")
     assert "No space left on device; what was there is unchanged, make room" in line
     assert content(out) == before

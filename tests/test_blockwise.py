@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qkattr.load.blockwise import dequantise, quantise, relative_error, shapes
+from qkattr.load.dictionaries.blockwise import dequantise, quantise, relative_error, shapes
 
 #: A weight is rounded to float16 once, from a float32 product: half a unit in the last place of
 #: each, and of the smallest float16 near 0.

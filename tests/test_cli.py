@@ -8,8 +8,8 @@ import re
 import folders
 import pytest
 
-from qkattr.check import HURTS
 from qkattr.cli.main import main
+from qkattr.features.check import HURTS
 
 #: Float32 terms, thousands of them, summed in another order than the score.
 SUM_TOLERANCE = 1e-3

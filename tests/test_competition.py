@@ -11,8 +11,8 @@ from qk_places import FOUR, log_sum_exp, places
 from tiny import within
 
 from qkattr.model.forward import block
-from qkattr.qk.competition import FORMS, competition
 from qkattr.qk.terms import qk_terms
+from qkattr.qk.why import FORMS, competition
 
 #: Absolute, as asked: sums of some 1e4 float32 rows.
 IDENTITY = 1e-4

@@ -17,7 +17,7 @@ import torch
 import transformers
 from tiny import within
 
-from qkattr.load.families import FAMILIES, attributes, from_hf
+from qkattr.load.models.families import FAMILIES, attributes, from_hf
 
 DOCS = Path(__file__).parents[1] / "docs"
 PACKAGE = Path(transformers.__file__).parent

@@ -15,12 +15,12 @@ import pytest
 from test_gguf import FILES, VOCABULARY, write
 
 from qkattr.errors import InputError
-from qkattr.load import converted
-from qkattr.load.converted import open_converted
-from qkattr.load.gguf import open_gguf
-from qkattr.load.gguf_tokenizer import tokenizer_from_gguf
-from qkattr.load.hf import load_hf
-from qkattr.load.weights import read_params
+from qkattr.load.models import converted
+from qkattr.load.models.converted import open_converted
+from qkattr.load.models.gguf import open_gguf
+from qkattr.load.models.hf import load_hf
+from qkattr.load.models.weights import read_params
+from qkattr.load.text.gguf_tokenizer import tokenizer_from_gguf
 
 FOLDER = {
     "config.json",
@@ -179,8 +179,8 @@ def test_a_full_disk(gguf, tmp_path):
     script = (
         "import resource, signal, sys\n"
         "from pathlib import Path\n"
-        "from qkattr.load.converted import open_converted\n"
-        "from qkattr.load.gguf import open_gguf\n"
+        "from qkattr.load.models.converted import open_converted\n"
+        "from qkattr.load.models.gguf import open_gguf\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "gguf, folder = map(Path, sys.argv[1:3])\n"
         "for limit in (0, 100, 1000, 10_000):\n"
@@ -235,7 +235,7 @@ def test_several_processes_at_once(gguf, tmp_path):
     script = (
         "import sys\n"
         "from pathlib import Path\n"
-        "from qkattr.load.converted import open_converted\n"
+        "from qkattr.load.models.converted import open_converted\n"
         "found = open_converted(Path(sys.argv[1]), sys.argv[3], Path(sys.argv[2]))\n"
         "read, names = found.checkpoint.read, sorted(found.checkpoint.shapes())\n"
         "print(*(read(name).sum() for name in names))\n"

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from qkattr.load.prompts import read_prompts
+from qkattr.load.text.prompts import read_prompts
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"

@@ -23,10 +23,10 @@ from qkattr.errors import InputError
 from qkattr.export.graph_json import graph_json
 from qkattr.export.html import page
 from qkattr.kinds import NO_WINDOW
-from qkattr.load.bundle import load
-from qkattr.load.families import FAMILIES, from_hf
-from qkattr.load.families.refused import REFUSED
-from qkattr.load.hf import load_hf
+from qkattr.load.models.families import FAMILIES, from_hf
+from qkattr.load.models.families.refused import REFUSED
+from qkattr.load.models.hf import load_hf
+from qkattr.load.opening import load
 from qkattr.model.forward import forward
 
 WINDOWED, GLOBAL = "sliding_attention", "full_attention"

@@ -17,11 +17,11 @@ from test_forward import LOGITS
 from tiny import within
 
 from qkattr.errors import InputError
-from qkattr.load.bundle import load
-from qkattr.load.gguf import half_split, open_gguf
-from qkattr.load.gguf_tokenizer import tokenizer_from_gguf
-from qkattr.load.hf import load_hf, read_config
-from qkattr.load.weights import read_params
+from qkattr.load.models.gguf import half_split, open_gguf
+from qkattr.load.models.hf import load_hf, read_config
+from qkattr.load.models.weights import read_params
+from qkattr.load.opening import load
+from qkattr.load.text.gguf_tokenizer import tokenizer_from_gguf
 from qkattr.model.forward import forward
 
 

@@ -12,8 +12,8 @@ from gguf import GGMLQuantizationType as Quant
 from gguf import GGUFValueType as Kind
 
 from qkattr.errors import InputError
-from qkattr.load.gguf import open_gguf
-from qkattr.load.gguf_container import parse
+from qkattr.load.models.gguf import open_gguf
+from qkattr.load.models.gguf_container import parse
 
 SECONDS = 2.0  # for the vocabulary of Gemma 3; it takes about a quarter of it
 

@@ -7,8 +7,8 @@ import io
 import gguf
 import pytest
 
-from qkattr.load.gguf_container import parse
-from qkattr.load.gguf_tokenizer import tokenizer_from_gguf
+from qkattr.load.models.gguf_container import parse
+from qkattr.load.text.gguf_tokenizer import tokenizer_from_gguf
 
 sentencepiece = pytest.importorskip("sentencepiece")
 

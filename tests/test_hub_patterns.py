@@ -13,8 +13,8 @@ from huggingface_hub import constants
 
 import qkattr
 from qkattr.errors import InputError
-from qkattr.load import hub, hub_saes, named
-from qkattr.load.saes import find_saes
+from qkattr.load import hub, named
+from qkattr.load.dictionaries import find_saes, hub_saes
 
 FILES = [
     f"layer_{layer}/width_{width}/average_l0_{l0}/params.npz"

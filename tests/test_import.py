@@ -58,15 +58,15 @@ def test_every_public_name_comes_alone(name):
     [
         "import qkattr.load.bundle",
         "import qkattr.load",
-        "from qkattr.load import hf",
-        "from qkattr.load.mapped import some",
+        "from qkattr.load.models import hf",
+        "from qkattr.load.tensors.mapped import open_mapped",
         "from qkattr import load",
     ],
 )
 def test_load_is_the_function_whatever_was_imported_before(first):
     script = (
         f"{first}\nimport qkattr\nfrom qkattr.load import hub\n"
-        "from qkattr.load.bundle import load\n"
+        "from qkattr.load.opening import load\n"
         "assert qkattr.load is load and hub.__name__ == 'qkattr.load.hub'\n"
         "from qkattr import load as again\nassert again is load"
     )

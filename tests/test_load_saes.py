@@ -11,8 +11,8 @@ from safetensors.numpy import save_file
 from qkattr.config import BlockConfig, ModelConfig, Rotary
 from qkattr.errors import InputError
 from qkattr.kinds import NO_WINDOW
+from qkattr.load.dictionaries import check_saes, load_sae, load_saes, sae_model_names
 from qkattr.load.fingerprint import fingerprint
-from qkattr.load.saes import check_saes, load_sae, load_saes, sae_model_names
 from qkattr.sources.dictionary import activations, encode
 
 D, M, T = 6, 16, 5

@@ -13,9 +13,9 @@ from qkattr.config import BlockConfig, ModelConfig, Rotary
 from qkattr.errors import InputError
 from qkattr.kinds import NO_WINDOW
 from qkattr.load.bundle import Bundle
-from qkattr.load.gguf_container import parse
-from qkattr.load.gguf_tokenizer import tokenizer_from_gguf
-from qkattr.load.tokenizer import Tokenizer
+from qkattr.load.models.gguf_container import parse
+from qkattr.load.text.gguf_tokenizer import tokenizer_from_gguf
+from qkattr.load.text.tokenizer import Tokenizer
 
 BOS, EOS = "<s>", "</s>"
 ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())

@@ -11,8 +11,8 @@ import orbax.checkpoint as ocp
 import pytest
 
 from qkattr.errors import InputError
-from qkattr.load.hf import load_hf
-from qkattr.load.tree import GEMMA, GEMMA_2, GEMMA_3, LLAMA, Leaf, from_tree, load_orbax
+from qkattr.load.models.hf import load_hf
+from qkattr.load.models.tree import GEMMA, GEMMA_2, GEMMA_3, LLAMA, Leaf, from_tree, load_orbax
 from qkattr.model.forward import forward
 from qkattr.types import Params
 

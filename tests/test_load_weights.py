@@ -16,10 +16,10 @@ from safetensors.numpy import load_file, save_file
 
 from qkattr.errors import InputError
 from qkattr.load import smollm2
-from qkattr.load.bundle import load
-from qkattr.load.gguf import open_gguf
-from qkattr.load.gguf_tokenizer import tokenizer_from_gguf
-from qkattr.load.hf import load_hf, read_config
+from qkattr.load.models.gguf import open_gguf
+from qkattr.load.models.hf import load_hf, read_config
+from qkattr.load.opening import load
+from qkattr.load.text.gguf_tokenizer import tokenizer_from_gguf
 
 D, N, K, H, F, V, L = 24, 4, 2, 6, 20, 32, 2
 

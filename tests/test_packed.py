@@ -17,11 +17,11 @@ import qkattr
 from qkattr.cli import demo as demo_command
 from qkattr.cli.main import main
 from qkattr.errors import InputError
-from qkattr.load import bundle as bundle_module
+from qkattr.load import opening as bundle_module
 from qkattr.load import smollm2
-from qkattr.load.blockwise import relative_error
-from qkattr.load.packed import METADATA, check_packed, open_packed, pack_saes
-from qkattr.load.saes import load_saes
+from qkattr.load.dictionaries import load_saes
+from qkattr.load.dictionaries.blockwise import relative_error
+from qkattr.load.dictionaries.packed import METADATA, check_packed, open_packed, pack_saes
 
 KINDS = {"standard": "relu", "topk": "topk", "jumprelu": "jumprelu"}
 HOOKS = ("blocks.0.hook_resid_post", "blocks.1.hook_resid_post")

@@ -17,11 +17,11 @@ from test_competition import identities
 
 from qkattr.config import BlockConfig, ModelConfig, Rotary
 from qkattr.kinds import NO_WINDOW, Kind
-from qkattr.qk.competition import competition
 from qkattr.qk.mechanisms import mechanisms
-from qkattr.qk.search import search_slots, top_pairs
+from qkattr.qk.pairs import search_slots, top_pairs
 from qkattr.qk.terms import qk_terms
 from qkattr.qk.weights import HeadScales, weight_pairs
+from qkattr.qk.why import competition
 from qkattr.sources.dictionary import Dictionary, DictionaryConfig
 from qkattr.types import BlockWeights, Params
 

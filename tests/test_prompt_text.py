@@ -15,7 +15,7 @@ from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 
 import qkattr
 from qkattr.analyses.pairs import top_pairs
-from qkattr.card import Example
+from qkattr.cards.card import Example
 from qkattr.characters import joined, shown, whole
 from qkattr.cli.card import context
 from qkattr.cli.main import main
@@ -23,8 +23,8 @@ from qkattr.errors import printable, quoted
 from qkattr.experiments.faithfulness.run import _text
 from qkattr.export.html import _context, page
 from qkattr.features.views import views_of
-from qkattr.load.prompts import GivenPrompt
-from qkattr.load.tokenizer import Tokenizer
+from qkattr.load.text.prompts import GivenPrompt
+from qkattr.load.text.tokenizer import Tokenizer
 
 TEXTS = {
     "family": "hi \N{WOMAN}\u200d\N{WOMAN}\u200d\N{GIRL} hi",

@@ -12,7 +12,7 @@ import pytest
 from huggingface_hub import constants
 
 from qkattr.cli.main import main
-from qkattr.load.bundle import open_bundle
+from qkattr.load.opening import open_bundle
 
 MLP = "google/gemma-scope-2b-pt-mlp"
 

@@ -15,9 +15,9 @@ from test_forward import LOGITS
 from tiny import within
 
 from qkattr.errors import InputError
-from qkattr.load.families import FAMILIES, from_hf
-from qkattr.load.hf import load_hf
-from qkattr.load.tokenizer import Tokenizer
+from qkattr.load.models.families import FAMILIES, from_hf
+from qkattr.load.models.hf import load_hf
+from qkattr.load.text.tokenizer import Tokenizer
 from qkattr.model.forward import forward
 
 CONFIGS = {name: p for name, p in PUBLISHED.items() if "config.json" in p["files"]}

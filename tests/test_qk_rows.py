@@ -13,7 +13,7 @@ from tiny import within
 
 import qkattr
 from qkattr.analyses.why import why
-from qkattr.card import Card
+from qkattr.cards.card import Card
 from qkattr.cli.qk import show
 from qkattr.export import qk_rows
 from qkattr.export.effect_rows import away_from_sinks

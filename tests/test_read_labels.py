@@ -15,8 +15,9 @@ from qkattr.cli.main import main
 from qkattr.errors import InputError
 from qkattr.export.graph_json import graph_json
 from qkattr.export.viewers import cantor
-from qkattr.load import explanations, labels, neuronpedia
-from qkattr.load.labels import labelled, read_given, read_labels
+from qkattr.labels import explanations, neuronpedia
+from qkattr.labels import read as labels
+from qkattr.labels.read import labelled, read_given, read_labels
 from qkattr.load.registry import Source
 
 WIDTHS = {1: 32, 2: 32}

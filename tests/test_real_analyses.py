@@ -11,7 +11,7 @@ from tiny import within
 from qkattr.qk.distance import distance_profile
 from qkattr.qk.marginals import marginals
 from qkattr.qk.mechanisms import mechanisms
-from qkattr.qk.search import search_slots, top_pairs
+from qkattr.qk.pairs import search_slots, top_pairs
 from qkattr.qk.terms import qk_terms_many
 
 BLOCK, HEAD, TOP = 23, 2, 30

@@ -14,7 +14,7 @@ from qk_places import FOUR
 from tiny import within
 
 from qkattr.kinds import Kind
-from qkattr.qk.search import search_slots, strongest, top_pairs
+from qkattr.qk.pairs import search_slots, strongest, top_pairs
 from qkattr.qk.terms import qk_terms
 
 #: Of the largest |term| of a head: products of the same vectors in tiles and one place at a time.

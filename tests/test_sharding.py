@@ -18,7 +18,7 @@ from qkattr.graph.targets import logit_covectors, score_covectors
 from qkattr.model.forward import forward
 from qkattr.qk.marginals import marginals
 from qkattr.qk.pair_effects import pair_effects
-from qkattr.qk.search import search_slots, top_pairs
+from qkattr.qk.pairs import search_slots, top_pairs
 from qkattr.qk.terms import qk_terms, qk_terms_many
 from qkattr.sharding import bucket, make_mesh, shard, spec_of
 from qkattr.sources.components import decompose

@@ -30,7 +30,7 @@ def test_it_is_small():
 
 
 def test_it_beats_the_set_before_it():
-    """As measured on 64 held-out rows by `qkattr.check`, at every boundary and the same L0."""
+    """By `qkattr.features.check` on 64 held-out rows, at every boundary and the same L0."""
     shipped, before = REPORT["shipped"]["boundaries"], REPORT["interim"]["boundaries"]
     assert [row["boundary"] for row in shipped] == list(range(1, 31))
     for now, was in zip(shipped, before, strict=True):

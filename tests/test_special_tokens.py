@@ -12,8 +12,8 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
 
 from qkattr.cli.main import main
 from qkattr.errors import InputError
-from qkattr.load.bundle import open_bundle
-from qkattr.load.tokenizer import Tokenizer
+from qkattr.load.opening import open_bundle
+from qkattr.load.text.tokenizer import Tokenizer
 
 #: At ids that no rule guesses.
 SPECIAL = ("<|endoftext|>", "<s>", "</s>", "<bos>", "<eos>", "<|im_end|>")

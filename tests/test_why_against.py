@@ -18,7 +18,7 @@ from tiny import within
 import qkattr
 from qkattr.analyses.why import why
 from qkattr.cli.main import main
-from qkattr.qk.competition import competition
+from qkattr.qk.why import competition
 
 #: Of the largest |row| or of a sum of |rows|: the weights against NumPy's.
 ROW = 2e-5

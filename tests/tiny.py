@@ -15,7 +15,7 @@ import transformers
 
 from qkattr.config import BlockConfig, ModelConfig, Rotary
 from qkattr.kinds import NO_WINDOW
-from qkattr.load.hf import load_hf
+from qkattr.load.models.hf import load_hf
 from qkattr.model.forward import forward
 from qkattr.sources.components import Components
 from qkattr.sources.dictionary import Dictionary, DictionaryConfig

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from qkattr.errors import InputError
-from qkattr.load.groups import Group, search_labels
+from qkattr.kinds import Group
+from qkattr.labels.groups import search_labels
 from qkattr.qk.groups import group_name, group_of_features, group_table
 from qkattr.qk.table import QKAttribution
 

@@ -15,13 +15,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from qkattr.cards.norms import NormScales
 from qkattr.errors import InputError
-from qkattr.features.norms import NormScales
 from qkattr.kinds import Kind
 from qkattr.load.bundle import Bundle, Prompt
 from qkattr.model.layers import f32
-from qkattr.positions import check_head, prompt_text
-from qkattr.qk import search
+from qkattr.positions import check_head
+from qkattr.qk import pairs as search
 from qkattr.qk import weights as of_weights
 from qkattr.qk.table import describe
 from qkattr.result import Result
@@ -160,7 +160,7 @@ def top_pairs(
     ]
     return TopPairs(
         tokens=session.tokens,
-        prompt=prompt_text(session.bundle, session.ids),
+        prompt=session.bundle.text(session.ids),
         layers=list(layers),
         features=features,
         searched=_searched(session, slots, layers) * len(heads),

@@ -20,14 +20,12 @@ from qkattr.graph.accounts import PLACES, main_weights
 from qkattr.graph.build import build_graph
 from qkattr.graph.effects import Effects, effects
 from qkattr.graph.live import logit_gradient, score_gradient
-from qkattr.graph.paths import Place
 from qkattr.graph.sweep import DirectTargets, sweep
 from qkattr.graph.tables import Graph
 from qkattr.graph.targets import direct_targets, logit_covectors, score_covectors
-from qkattr.kinds import Kind
+from qkattr.kinds import Kind, Place
 from qkattr.load.bundle import Bundle
 from qkattr.options import TraceOptions
-from qkattr.positions import find_place_in, token_id, token_text
 from qkattr.result import Result, logit_name, score_name
 from qkattr.session import MainTarget, Session, pad_tokens
 from qkattr.sharding import bucket
@@ -183,10 +181,10 @@ class Asked:
         Raises:
           InputError: there is no such token or place, or the contrast is of a token with itself.
         """
-        asked = [token_id(bundle, token) for token in opts.contrast or opts.target]
+        asked = [bundle.token_id(token) for token in opts.contrast or opts.target]
         if opts.contrast and asked[0] == asked[1]:
             raise InputError(f"contrast compares two tokens, both given are {opts.contrast[0]!r}")
-        score = find_place_in(bundle.config, tokens, opts.score) if opts.score else None
+        score = bundle.find_place(tokens, opts.score) if opts.score else None
         return cls(asked, score)
 
     def targets(self, session: Session, opts: TraceOptions) -> tuple[Targets, list[dict[str, Any]]]:
@@ -232,7 +230,7 @@ def _predictions(
         found[against] = False
     return [
         dict(
-            token=token_text(bundle, token),
+            token=bundle.token(token),
             id=token,
             probability=float(probability[token]),
             logit=float(logits[token]),

@@ -20,12 +20,11 @@ import jax
 import numpy as np
 
 from qkattr.errors import InputError, quoted
-from qkattr.graph.paths import Place
-from qkattr.kinds import FOLDED_KINDS, Kind
+from qkattr.kinds import FOLDED_KINDS, Kind, Place
 from qkattr.load.bundle import Bundle, Prompt
 from qkattr.positions import find_position
-from qkattr.qk.competition import Competition, Nets, Rows, competition
 from qkattr.qk.table import describe
+from qkattr.qk.why import Competition, Nets, Rows, competition
 from qkattr.result import Result
 from qkattr.scores import Labels, labeller, moved_at, open_place
 from qkattr.session import Progress, Session

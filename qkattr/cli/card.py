@@ -6,7 +6,7 @@ from itertools import groupby
 
 from rich.text import Text
 
-from qkattr.card import Card, Example
+from qkattr.cards.card import Card, Example
 from qkattr.cli.show import bar, console, percent, say
 from qkattr.errors import printable, quoted
 from qkattr.export.summary import pieces, quality, visible

@@ -40,7 +40,7 @@ def check(
         passage = read_text(text)
         model.check_both()
         bundle = model.open()
-        from qkattr.check import check_saes
+        from qkattr.features.check import check_saes
 
         cut = cut_rows(bundle, passage, reading.bos, rows)
         name = "the packaged sample" if text is None else text.name
@@ -95,7 +95,7 @@ def _short(verdict: str) -> str:
 
 def closing(report: dict) -> list[str]:
     """What the table comes to, in sentences."""
-    from qkattr.check import HURTS
+    from qkattr.features.check import HURTS
 
     boundaries = report["boundaries"]
     verdicts = [c["verdict"] for c in boundaries]

@@ -3,7 +3,7 @@
 Ctrl-C prints one line and ends the process at once, with exit code 130. Nothing is unwound: that
 would wait for a program that is being compiled, print tracebacks of whatever is being imported, and
 take XLA's threads apart while they run. Files are written under other names and renamed (see
-`load.writing`), so that none is left half written.
+`files`), so that none is left half written.
 """
 
 from __future__ import annotations

@@ -40,7 +40,7 @@ def faithfulness(
     json: common.Json = False,
 ) -> None:
     """Test explanations against the model: scores, heads, effects, edges and nodes."""
-    from qkattr.load.prompts import read_prompts
+    from qkattr.load.text.prompts import read_prompts
 
     chosen = [name.strip() for name in measures.split(",")]
     given: list[Any]
@@ -53,7 +53,7 @@ def faithfulness(
         given = [reading.read(prompts)]
     model.check_both()
     if out is not None:
-        from qkattr.export.folder import check_writable
+        from qkattr.files import check_writable
 
         check_writable(out)
     with common.progress() as progress:
@@ -90,8 +90,8 @@ def _is_file(text: str) -> bool:
 
 def _write(report: Report, out: Path) -> list[Path]:
     """The tables, and the figure where matplotlib is installed."""
-    from qkattr.export.folder import write_files
     from qkattr.export.graph_json import dumps
+    from qkattr.files import write_files
 
     write_files(out, {"faithfulness.json": dumps(report.to_json()).encode()})
     written = [out / "faithfulness.json"]

@@ -15,7 +15,7 @@ from qkattr.cli import common, options
 from qkattr.errors import InputError, printable
 
 if TYPE_CHECKING:
-    from qkattr.features.cards import Cards
+    from qkattr.cards.columns import Cards
 
 Option = typer.Option
 
@@ -88,8 +88,8 @@ def features(
             bos=reading.bos,
         )
         return
-    from qkattr.features.cards import Cards
-    from qkattr.features.sets import packaged_cards
+    from qkattr.cards.columns import Cards
+    from qkattr.load.smollm2 import packaged_cards
 
     into = out or cards
     if labels is not None and into is None:
@@ -162,7 +162,7 @@ def _need_out(out: Path | None, model: options.Saes) -> Path:
         raise InputError("--out is missing; give the .npz file to write the cards to")
     if out.is_dir():
         raise InputError(f"--out {out} is a folder; give the .npz file to write the cards to")
-    from qkattr.export.folder import check_writable
+    from qkattr.files import check_writable
 
     check_writable(out.parent)
     return out
@@ -173,7 +173,7 @@ def _make(model: options.Saes, text: Path, out: Path, *, rows, length, batch, bo
         progress("loading", 0.0)
         bundle = model.open()
         from qkattr.features import ScanConfig, make_cards
-        from qkattr.load.corpus import read_rows
+        from qkattr.load.text.corpus import read_rows
 
         wanted = bundle.bos if bos is None else bos
         vocab = bundle.config.vocab
@@ -209,7 +209,7 @@ def _bar() -> Iterator[Callable[[str, float], None]]:
 
 
 def _import(cards: Cards, path: Path, out: Path, pre: bool, boundary: int | None) -> None:
-    from qkattr.load.labels import read_labels
+    from qkattr.labels.read import read_labels
 
     widths = {int(b): cards.width(int(b)) for b in cards.boundaries}
     found = read_labels(path, widths, pre=pre, boundary=boundary)
@@ -241,15 +241,14 @@ def _card(cards: Cards, boundary: int, index: int, json: bool) -> None:
     else:
         from qkattr.cli.card import show_card
         from qkattr.cli.show import console, say
-        from qkattr.features.sets import origin
 
         show_card(card)
-        say(console(), origin(cards))
+        say(console(), cards.origin())
 
 
 def _search(cards: Cards, text: str, boundary: int | None, json: bool) -> None:
     from qkattr.cli.show import console, show_table
-    from qkattr.load.groups import search_labels
+    from qkattr.labels.groups import search_labels
 
     wanted = set(_boundaries(cards, boundary))
     known = {f: label for f, label in cards.labels().items() if f[0] in wanted}
@@ -278,7 +277,7 @@ def _auc(auc: float | None) -> str:
 
 def _overview(cards: Cards, boundary: int | None, json: bool) -> None:
     from qkattr.cli.show import console, percent, say, show_table
-    from qkattr.features.sets import origin, overview
+    from qkattr.features.overview import overview
 
     rows = [r for r in overview(cards) if r["boundary"] in _boundaries(cards, boundary)]
     if json:
@@ -302,7 +301,7 @@ def _overview(cards: Cards, boundary: int | None, json: bool) -> None:
         for r in rows
     )
     show_table(out, f"Feature cards of {meta['saes']} for {meta['model']}", columns, said)
-    say(out, origin(cards))
+    say(out, cards.origin())
     say(
         out,
         "Labelled: features with a rule that separates the held-out positions that activate them "

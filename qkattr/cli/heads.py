@@ -62,11 +62,10 @@ def heads(
                 result = options.with_model(result, model)
         else:
             from qkattr.analysis import trace
-            from qkattr.positions import token_texts
 
             given = reading.read(prompt)
             bundle = model.open()
-            tokens = token_texts(bundle, bundle.tokenize(given, reading.bos)[0])
+            tokens = bundle.tokens(bundle.tokenize(given, reading.bos)[0])
             _ends(tokens, source, target)
             result = trace(bundle, given, progress=progress, qk=0, **reading.components)
         report, folded = heads_report(result, source, target, by), ""

@@ -85,9 +85,9 @@ def _options(
     version: bool = typer.Option(False, "--version", help="Print the version."),
 ) -> None:
     if version:
-        import qkattr
+        from qkattr.version import __version__
 
-        print(qkattr.__version__)
+        print(__version__)
         raise typer.Exit()
     if context.invoked_subcommand is None:
         print(context.get_help(), file=sys.stderr)

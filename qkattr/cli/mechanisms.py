@@ -73,7 +73,7 @@ def mechanisms(
 
 
 def _prompts(path: Path, prompt: str, reading: options.Asked) -> list[str]:
-    from qkattr.load.files import read_text
+    from qkattr.files import read_text
 
     if reading.is_folder(prompt):
         raise InputError("--more goes with a prompt, not with a folder; give the prompt's text")

@@ -80,7 +80,7 @@ class Model:
     def _open(self, saes: str | None, missing: str) -> bundle.Bundle:
         self.check()
         use_compilation_cache()
-        from qkattr.load.bundle import open_bundle
+        from qkattr.load.opening import open_bundle
 
         opened = open_bundle(
             typing.cast(str, self.model),

@@ -56,7 +56,7 @@ def pack(
         named = options.Saes(**vars(model), saes=str(saes), missing=missing)
         bundle = named.open()
         wanted = None if passage is None else cut_rows(bundle, passage, reading.bos, rows)
-        from qkattr.load.packed import pack_saes
+        from qkattr.load.dictionaries.packed import pack_saes
 
         errors = pack_saes(saes, out, bits=bits, block=block, wide=wide or (), progress=progress)
         boundaries = {e.boundary: dataclasses.asdict(e) for e in errors}
@@ -72,7 +72,7 @@ def pack(
 
 def _check_out(out: Path) -> None:
     """Fail before the work, not after it."""
-    from qkattr.export.folder import check_writable
+    from qkattr.files import check_writable
 
     if out.suffix != ".safetensors" or out.is_dir():
         raise InputError(f"--out {str(out)!r} is not a .safetensors file; give another name")
@@ -82,8 +82,8 @@ def _check_out(out: Path) -> None:
 def _measure(bundle, packed: Path, rows: list, boundaries: dict[int, dict], progress) -> dict:
     """Puts what the folder and the packed file explain into `boundaries`; returns what they were
     measured on."""
-    from qkattr.check import check_saes
-    from qkattr.load.packed import open_packed
+    from qkattr.features.check import check_saes
+    from qkattr.load.dictionaries.packed import open_packed
 
     before = check_saes(bundle, rows, progress=progress)
     dictionaries = open_packed(packed, bundle.config, missing=bundle.missing)

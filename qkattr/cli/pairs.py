@@ -125,7 +125,7 @@ def _of_weights(
     bundle = model.open()
     check_weight_place(bundle, how["layer"], how["head"], distance)
     if labels:
-        from qkattr.load.labels import labelled
+        from qkattr.labels.read import labelled
 
         bundle = labelled(bundle, labels, progress)
     norms = None

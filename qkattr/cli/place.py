@@ -13,7 +13,7 @@ from qkattr.errors import InputError
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from qkattr.graph.paths import Place
+    from qkattr.kinds import Place
     from qkattr.load.bundle import Bundle, Prompt
     from qkattr.result import Result
 
@@ -39,7 +39,7 @@ def check_figure(path: Path | None) -> None:
     """Fail before the work where a figure could not be written."""
     if path is not None:
         from qkattr.export.figures import check_figure as check
-        from qkattr.export.folder import check_writable
+        from qkattr.files import check_writable
 
         check(path)
         check_writable(path.parent)
@@ -77,17 +77,16 @@ def open_subject(
             result = relabelled(result, labels)
         progress("loading the model")
         return options.with_model(result, model), None, {}
-    from qkattr.positions import find_place_in, token_texts
 
     given = reading.read(prompt)
     bundle = model.open()
-    tokens = token_texts(bundle, bundle.tokenize(given, reading.bos)[0])
+    tokens = bundle.tokens(bundle.tokenize(given, reading.bos)[0])
     if place is not None:
-        found = find_place_in(bundle.config, tokens, place)
+        found = bundle.find_place(tokens, place)
         if check is not None:
             check(tokens, found, bundle.config.windows)
     if labels:
-        from qkattr.load.labels import labelled
+        from qkattr.labels.read import labelled
 
         bundle = labelled(bundle, labels, progress)
     return bundle, given, reading.components
@@ -95,7 +94,7 @@ def open_subject(
 
 def relabelled(result: Result, labels: list[str]) -> Result:
     """A saved result with other labels; which features its SAEs have is not known here."""
-    from qkattr.load.labels import read_given
+    from qkattr.labels.read import read_given
     from qkattr.load.registry import Source
 
     saved = result.settings.get("neuronpedia")

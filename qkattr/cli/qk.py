@@ -84,7 +84,7 @@ def qk(
             given = reading.read(prompt)
             subject = bundle = model.open()
             if labels:
-                from qkattr.load.labels import labelled
+                from qkattr.labels.read import labelled
 
                 bundle = labelled(bundle, labels, progress)
             from qkattr.scores import attribute_qk
@@ -117,7 +117,7 @@ def qk(
 
 
 def _read(path: Path) -> dict[str, Any]:
-    from qkattr.load.groups import read_groups
+    from qkattr.labels.groups import read_groups
 
     return read_groups(path)
 

@@ -12,8 +12,8 @@ from qkattr.errors import InputError, printable, quoted
 
 if TYPE_CHECKING:
     from qkattr.experiments.hydra import Hydra
+    from qkattr.kinds import Group
     from qkattr.load.bundle import Bundle
-    from qkattr.load.groups import Group
     from qkattr.result import Result
 
 Option = typer.Option
@@ -137,7 +137,7 @@ def steer(
     from qkattr.experiments.edits import parse_edit, parse_heads
     from qkattr.experiments.steer import check_asked, check_scales
     from qkattr.experiments.steer import steer as steer_prompt
-    from qkattr.load.groups import search_labels
+    from qkattr.labels.groups import search_labels
 
     edits = [parse_edit(text) for text in edit or ()]
     ablated = parse_heads(ablate) if ablate is not None else ()
@@ -214,13 +214,13 @@ def _numbers(text: str) -> list[float]:
 def _labels(path: Path | None) -> dict[tuple[int, int], str] | None:
     if path is None:
         return None
-    from qkattr.load.labels import read_labels
+    from qkattr.labels.read import read_labels
 
     return read_labels(path)
 
 
 def _group(group: str | None, label: str | None, labels) -> Group | None:
-    from qkattr.load.groups import read_group, search_labels
+    from qkattr.labels.groups import read_group, search_labels
 
     if group is not None and label is not None:
         raise InputError("--group and --label both choose the features; give one of them")
@@ -252,7 +252,7 @@ def _check_ends(source, target, edited: bool, needs_ends: bool, choosing: list[s
 def _check_figure(figure: Path | None) -> None:
     if figure is not None:
         from qkattr.export.figures import check_figure
-        from qkattr.export.folder import check_writable
+        from qkattr.files import check_writable
 
         check_figure(figure)
         check_writable(figure.parent)
@@ -273,9 +273,8 @@ def _open(prompt, model: options.Saes, reading: options.Asked, *, context, check
     if not trace:
         return bundle, given, reading.components
     from qkattr.analysis import trace as trace_prompt
-    from qkattr.positions import token_texts
 
-    tokens = token_texts(bundle, bundle.tokenize(given, reading.bos)[0])
+    tokens = bundle.tokens(bundle.tokenize(given, reading.bos)[0])
     check(tokens, bundle.config.head_grid, bundle)
     result = trace_prompt(bundle, given, progress=progress, qk=0, **reading.components)
     return result, None, {}

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 def show(steering: Steering) -> None:
     """The edits, the prediction at every scale, and who looked instead."""
     from qkattr.cli.show import console, percent, say, show_table
-    from qkattr.load.mapped import some
+    from qkattr.errors import some
 
     out = console()
     rows = [

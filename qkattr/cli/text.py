@@ -19,7 +19,7 @@ def read_text(path: Path | None) -> str | np.ndarray:
     if path is None:
         return resources.files("qkattr").joinpath("sample.txt").read_text(encoding="utf-8")
     if path.suffix == ".npy":
-        from qkattr.load.corpus import read_ids
+        from qkattr.load.text.corpus import read_ids
 
         return read_ids(path)
     try:
@@ -39,7 +39,7 @@ def cut_rows(
     """
     if not isinstance(text, str):
         return _checked_rows(bundle, text[:most])
-    from qkattr.check import ROW
+    from qkattr.features.check import ROW
 
     if not text.strip():
         raise InputError("the text is empty; give at least 16 tokens of text")

@@ -17,11 +17,10 @@ def tokens(
     json: common.Json = False,
 ) -> None:
     """List the positions and tokens of PROMPT as the model sees them."""
-    from qkattr.positions import token_texts
 
     bundle = model.open()
     token_ids, done = bundle.tokenize(reading.read(prompt), reading.bos)
-    texts = token_texts(bundle, token_ids)
+    texts = bundle.tokens(token_ids)
     if json:
         rows = [
             dict(position=i, id=int(t), token=text)

@@ -161,17 +161,18 @@ def trace(
             _check_scan(scan, written=json or out is not None)
         most = None if links is None else _read_links(links, written=json or out is not None)
         if out is not None:
-            from qkattr.export.folder import check_ours, check_writable
+            from qkattr.export.folder import check_ours
+            from qkattr.files import check_writable
 
             check_ours(out, force=force)
             check_writable(out)
         bundle = model.open()
         if cards is not None:
-            from qkattr.features import with_cards
+            from qkattr.labels.cards import with_cards
 
             bundle = with_cards(bundle, cards)
         if labels:
-            from qkattr.load.labels import labelled
+            from qkattr.labels.read import labelled
 
             bundle = labelled(bundle, labels, progress)
         from qkattr.analysis import trace as trace_prompt

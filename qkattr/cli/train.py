@@ -69,12 +69,12 @@ def train(
     cfg = read_config(config, **_changes(set_ or []))
     model.check()
     path, folder = _need(text, "--text", "a text file"), _need(out, "--out", "a folder")
-    from qkattr.export.folder import check_writable
+    from qkattr.files import check_writable
 
     check_writable(folder)
     devices = _mesh(mesh)
     bundle = model.open()
-    from qkattr.load.corpus import read_rows
+    from qkattr.load.text.corpus import read_rows
 
     rows = read_rows(
         path, tokenizer=bundle.tokenizer, length=cfg.row, vocab=bundle.config.vocab, bos=reading.bos

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from qkattr.analyses.why import Why
-    from qkattr.graph.paths import Place
+    from qkattr.kinds import Place
 
 
 def why(

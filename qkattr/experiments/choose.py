@@ -17,8 +17,7 @@ import numpy as np
 from qkattr.errors import InputError, one_of, quoted
 from qkattr.experiments.edits import SIDES, Edit, Head, check_heads, parse_heads
 from qkattr.experiments.hydra import greedy_heads
-from qkattr.kinds import Kind
-from qkattr.load.groups import Group
+from qkattr.kinds import Group, Kind
 from qkattr.positions import find_position
 from qkattr.result import Result, ranked_heads
 from qkattr.scores import heads_at, need_session, terms_at
@@ -54,7 +53,7 @@ def choose_edits(
         or as "23.2,23.7".
       side: "key" edits what is read at the source, "query" at the target.
       features: how many in each block.
-      group: features by boundary (see `qkattr.load.groups`) instead.
+      group: features by boundary (see `qkattr.labels.groups`) instead.
       by: rank heads by "effect" (those that work for the target), "masking", "influence",
         "loading" or "attention"; see `heads_between`.
 

@@ -21,10 +21,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qkattr.errors import InputError, quoted
+from qkattr.errors import InputError, quoted, some
 from qkattr.kinds import Kind
 from qkattr.load.bundle import Bundle
-from qkattr.load.mapped import some
 from qkattr.model.edits import (
     BlockEdits,
     Edits,

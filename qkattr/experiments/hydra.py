@@ -20,7 +20,6 @@ from qkattr.experiments.edits import Edit, Head, at_scales, freeze_others, head_
 from qkattr.experiments.runs import clean_top, run_edits
 from qkattr.experiments.steer import make_edits, patterns_of
 from qkattr.model.edits import Edits
-from qkattr.positions import token_text
 from qkattr.result import ranked_heads
 from qkattr.session import Session
 
@@ -85,7 +84,7 @@ def hydra(
     rise = live.patterns[-1, :, :, 0, key] - before
     rise[masks[-1] | head_mask(ablated, shape)] = 0
     return Hydra(
-        token=token_text(session.bundle, top),
+        token=session.bundle.token(top),
         scale=float(scale),
         heads=[f"{layer}.{head}" for layer, head in heads],
         counts=counts,
@@ -129,7 +128,7 @@ def _fate(session: Session, runs, top: int, counts: list[int]) -> dict[str, Any]
     flipped = [n for n, token in zip(counts, best, strict=True) if token != top]
     return dict(
         p=np.exp(log_p[:, top]).tolist(),
-        token=[token_text(session.bundle, int(token)) for token in best],
+        token=[session.bundle.token(int(token)) for token in best],
         flip=min(flipped, default=None),
     )
 

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 
 from qkattr.experiments.edits import SIDES, Placed
-from qkattr.positions import token_text
 from qkattr.result import ranked_heads
 from qkattr.session import Session
 
@@ -38,7 +37,7 @@ def followed(log_p: np.ndarray, clean: np.ndarray, track: list[int]) -> list[int
 
 def by_text(session: Session, ids: list[int], p: np.ndarray) -> dict[str, list[float]]:
     """Two tokens may read the same; then the id tells them apart."""
-    texts = [token_text(session.bundle, i) for i in ids]
+    texts = [session.bundle.token(i) for i in ids]
     return {
         text if texts.count(text) == 1 else f"{text} ({i})": p[:, i].tolist()
         for text, i in zip(texts, ids, strict=True)
@@ -48,9 +47,7 @@ def by_text(session: Session, ids: list[int], p: np.ndarray) -> dict[str, list[f
 def likeliest(session: Session, log_p: np.ndarray) -> list[dict[str, Any]]:
     order = np.argsort(-log_p, kind="stable")[:TOP]
     return [
-        dict(
-            token=token_text(session.bundle, int(i)), id=int(i), probability=float(np.exp(log_p[i]))
-        )
+        dict(token=session.bundle.token(int(i)), id=int(i), probability=float(np.exp(log_p[i])))
         for i in order
     ]
 

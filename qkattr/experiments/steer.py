@@ -55,7 +55,7 @@ from qkattr.extras import need
 from qkattr.load.bundle import Bundle, Prompt
 from qkattr.model.edits import Edits
 from qkattr.options import make_options
-from qkattr.positions import find_position, token_id, token_texts
+from qkattr.positions import find_position
 from qkattr.result import Result
 from qkattr.scores import Labels, need_session
 from qkattr.session import Progress, Session, pad_tokens, prompt_labels, start_session
@@ -185,7 +185,7 @@ def steer(
     else:
         opts = make_options(options)
         ids, _ = bundle.tokenize(prompt, opts.bos)
-        asked = check_asked(bundle, token_texts(bundle, ids), parsed, ablate, track, query)
+        asked = check_asked(bundle, bundle.tokens(ids), parsed, ablate, track, query)
         session = start_session(bundle, ids, opts, progress)
         labels = prompt_labels(session) if labels is None else labels
     progress("edited runs")
@@ -220,7 +220,7 @@ def check_asked(
     """
     fit_edits(bundle, tokens, edits)
     check_heads(ablate, bundle.config.head_grid)
-    return [token_id(bundle, token) for token in track], find_position(tokens, query)
+    return [bundle.token_id(token) for token in track], find_position(tokens, query)
 
 
 def check_scales(scales: Sequence[float]) -> list[float]:

@@ -10,11 +10,11 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from qkattr.card import Card
-from qkattr.export.folder import write_files
+from qkattr.cards.card import Card
+from qkattr.cards.columns import Cards
 from qkattr.export.graph_json import encoded
 from qkattr.export.viewers import node_layer, node_number, scan_of, source_of
-from qkattr.features.cards import Cards
+from qkattr.files import write_files
 from qkattr.kinds import Kind
 
 

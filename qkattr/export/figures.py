@@ -7,10 +7,9 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qkattr.errors import InputError, clipped, printable
-from qkattr.export.folder import write_files
+from qkattr.errors import InputError, clipped, printable, some
 from qkattr.extras import need
-from qkattr.load.mapped import some
+from qkattr.files import write_files
 
 if TYPE_CHECKING:
     from qkattr.experiments.steer import Steering

@@ -10,22 +10,18 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
-import lzma
 import mmap
-import os
-import tempfile
-import zipfile
-import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from qkattr.card import Card
+from qkattr.cards.card import Card
 from qkattr.characters import joined
 from qkattr.errors import InputError
 from qkattr.export.graph_json import SCHEMA, encoded, graph_json
 from qkattr.export.html import page
+from qkattr.files import DAMAGED_NPZ, write_files
 from qkattr.graph.accounts import Account, HeadEffects
 from qkattr.graph.tables import Edges, Graph, Nodes
 from qkattr.qk.table import QKAttribution
@@ -33,21 +29,6 @@ from qkattr.result import Result
 
 if TYPE_CHECKING:
     from qkattr.load.bundle import Bundle
-
-# What np.load raises on a file that is cut short, overwritten or no archive at all.
-DAMAGE = (
-    ValueError,
-    OSError,
-    EOFError,
-    KeyError,
-    TypeError,
-    AttributeError,
-    SyntaxError,
-    RuntimeError,
-    zipfile.BadZipFile,
-    zlib.error,
-    lzma.LZMAError,
-)
 
 
 def save_result(result: Result, folder: Path, links: int | str | None = None) -> Path:
@@ -64,24 +45,6 @@ def save_result(result: Result, folder: Path, links: int | str | None = None) ->
 def encoded_page(result: Result) -> bytes:
     r"""UTF-8; half a surrogate pair becomes `\udc80`."""
     return page(result).encode(errors="backslashreplace")
-
-
-def check_writable(folder: Path) -> None:
-    """Fail before the work, not after it. Nothing is made yet.
-
-    Raises:
-      InputError: the folder cannot be made or written to.
-    """
-    try:
-        existing = folder
-        while not existing.exists() and existing != existing.parent:
-            existing = existing.parent
-        if not existing.is_dir():
-            raise NotADirectoryError(None, f"{existing} is a file")
-        with tempfile.TemporaryFile(dir=existing):
-            pass
-    except (OSError, ValueError) as e:
-        raise InputError(f"cannot write to {folder}: {_reason(e)}; choose another folder") from e
 
 
 def check_ours(folder: Path, *, force: bool = False) -> None:
@@ -107,44 +70,6 @@ def _is_ours(folder: Path) -> bool:
         return False
     with json_file.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:
         return text.find(b'"qkattr"') >= 0
-
-
-def _reason(error: Exception) -> str:
-    return getattr(error, "strerror", None) or str(error)
-
-
-def write_files(folder: Path, files: dict[str, bytes]) -> None:
-    """Write all of the files or none: to temporary names first, then renamed.
-
-    Raises:
-      InputError: the folder cannot be written, or the disk is full; files that were there are
-        unchanged.
-    """
-    check_writable(folder)
-    written: dict[str, str] = {}
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, content in files.items():
-            handle, temporary = tempfile.mkstemp(dir=folder, prefix=f".{name}.")
-            written[name] = temporary
-            with os.fdopen(handle, "wb") as f:
-                f.write(content)
-                f.flush()
-                os.fsync(f.fileno())
-        mask = os.umask(0)
-        os.umask(mask)
-        for name in list(written):
-            os.chmod(written[name], 0o666 & ~mask)
-            os.replace(written[name], folder / name)
-            del written[name]
-    except OSError as e:
-        raise InputError(
-            f"cannot write to {folder}: {_reason(e)}; what was there is unchanged, make room or "
-            f"choose another folder"
-        ) from e
-    finally:
-        for temporary in written.values():
-            Path(temporary).unlink(missing_ok=True)
 
 
 def open_result(folder: str | Path, *, bundle: Bundle | None = None) -> Result:
@@ -273,7 +198,7 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         with (folder / "graph.npz").open("rb") as file, np.load(file, allow_pickle=False) as data:
             columns = {name: data[name] for name in data.files}
         written_by = str(columns["run"])
-    except DAMAGE as e:
+    except DAMAGED_NPZ as e:
         raise InputError(
             f"{folder / 'graph.npz'} is damaged; write it again with `qkattr trace`"
         ) from e

@@ -11,7 +11,7 @@ from typing import Any
 import jinja2
 
 from qkattr import characters
-from qkattr.card import Card, Example
+from qkattr.cards.card import Card, Example
 from qkattr.characters import joined
 from qkattr.errors import quoted
 from qkattr.export.effect_rows import ABOUT_HEADS, ACCOUNTED, accounts, in_short, strongest_heads

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from qkattr.card import Card, Example, strongest_tokens
+from qkattr.cards.card import Card, Example, strongest_tokens
 from qkattr.characters import readable, whole
 from qkattr.errors import clipped, printable, quoted
 from qkattr.export.qk_rows import unfolded
@@ -14,7 +14,7 @@ from qkattr.kinds import Kind
 from qkattr.result import Result
 
 if TYPE_CHECKING:
-    from qkattr.features.cards import Cards
+    from qkattr.cards.columns import Cards
 
 #: Rows of a QK attribution, and of the edges, that are shown.
 PAIRS_SHOWN = 12

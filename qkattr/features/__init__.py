@@ -5,10 +5,10 @@ cards.card(12, 345), cards.labels(), cards.save(path), Cards.open(path)
 with_cards(bundle, cards)               traces then name their features
 """
 
-from qkattr.card import Card, Example
+from qkattr.cards.card import Card, Example
+from qkattr.cards.columns import Cards
 from qkattr.features.build import make_cards
-from qkattr.features.cards import Cards
 from qkattr.features.seen import ScanConfig
-from qkattr.features.sets import with_cards
+from qkattr.labels.cards import with_cards
 
 __all__ = ["Card", "Cards", "Example", "ScanConfig", "make_cards", "with_cards"]

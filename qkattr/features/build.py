@@ -18,17 +18,16 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
-import qkattr
-from qkattr.features.cards import AUTOMATIC, HISTOGRAM, Cards
+from qkattr.cards.columns import AUTOMATIC, HISTOGRAM, Cards
+from qkattr.cards.levels import auc_level, level_of
 from qkattr.features.labels import Half, Labels, label_features
-from qkattr.features.levels import auc_level, level_of
 from qkattr.features.logits import top_logits
 from qkattr.features.norms import norm_scales
 from qkattr.features.scan import Progress, Scan, check_rows, scan
 from qkattr.features.seen import ScanConfig, Seen
 from qkattr.features.views import View, views_of
 from qkattr.load.bundle import Bundle
-from qkattr.positions import token_text
+from qkattr.version import __version__
 
 #: Tokens listed of the top and of the bottom logits; fifths of the activations; features labelled
 #: at a time.
@@ -61,7 +60,7 @@ def make_cards(
     how = dict(config=config, folder=folder, every=every, mesh=mesh, progress=progress)
     found = scan(bundle, rows, **how)
     used = np.unique(rows)
-    texts = {int(i): token_text(bundle, int(i)) for i in used}
+    texts = {int(i): bundle.token(int(i)) for i in used}
     views = views_of(rows, texts)
     columns: dict[str, list] = defaultdict(list)
     for done, (b, seen) in enumerate(found.seen.items()):
@@ -171,7 +170,7 @@ def _assembled(bundle: Bundle, found: Scan, columns, norms, texts, text: str) ->
     level = joined["context_level"]
     row_number = np.unique(place[level > 0] // T) if level.any() else np.zeros(0, int)
     row = np.searchsorted(row_number, place // T) * (level > 0)
-    logit_tokens = {int(i): token_text(bundle, int(i)) for i in np.unique(joined["logit_token"])}
+    logit_tokens = {int(i): bundle.token(int(i)) for i in np.unique(joined["logit_token"])}
     first = np.concatenate([[0], np.cumsum(joined.pop("width"))])
     return Cards(
         meta=_meta(bundle, found, text),
@@ -198,7 +197,7 @@ def _meta(bundle: Bundle, found: Scan, text: str) -> dict[str, Any]:
         saes_hash=bundle.saes_hash,
         neuronpedia=bundle.source and bundle.source.to_json(),
         dtype=bundle.dtype,
-        qkattr=qkattr.__version__,
+        qkattr=__version__,
         text=text,
         text_rows=len(found.rows),
         text_length=found.rows.shape[1],

@@ -19,7 +19,7 @@ STATE = "scan.npz"
 
 def write_checkpoint(folder: Path, made_of: str, done: int, state: Any) -> None:
     """Write after `done` batches; what was there survives a failure."""
-    from qkattr.export.folder import write_files
+    from qkattr.files import write_files
 
     leaves = jax.tree.leaves(jax.device_get(state))
     packed = [np.packbits(leaf) if leaf.dtype == bool else leaf for leaf in leaves]
@@ -35,7 +35,7 @@ def read_checkpoint(folder: Path, made_of: str, like: Any) -> tuple[int, Any] | 
     Raises:
       InputError: it is the state of another scan, or damaged.
     """
-    from qkattr.export.folder import DAMAGE
+    from qkattr.files import DAMAGED_NPZ
 
     path = folder / STATE
     if not path.is_file():
@@ -46,7 +46,7 @@ def read_checkpoint(folder: Path, made_of: str, like: Any) -> tuple[int, Any] | 
         said, done = str(columns["made_of"]), int(columns["done"])
         leaves, tree = jax.tree.flatten(like)
         found = [_unpacked(columns[f"leaf_{i}"], leaf) for i, leaf in enumerate(leaves)]
-    except DAMAGE as e:
+    except DAMAGED_NPZ as e:
         raise InputError(f"{path} is damaged; remove it and scan again") from e
     if said != made_of:
         raise InputError(

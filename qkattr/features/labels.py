@@ -24,7 +24,7 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from qkattr.card import FOR_EXAMPLE, RARE, UNCLEAR
+from qkattr.cards.card import FOR_EXAMPLE, RARE, UNCLEAR
 from qkattr.errors import quoted
 from qkattr.features.views import View
 

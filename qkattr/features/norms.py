@@ -10,14 +10,13 @@ Axes: L block, N query heads, K key/value heads, B rows, T position.
 
 from __future__ import annotations
 
-import dataclasses
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float
 
+from qkattr.cards.norms import NormScales
 from qkattr.load.bundle import Bundle
 from qkattr.model.forward import block, embed
 from qkattr.model.layers import norm_scale
@@ -26,16 +25,6 @@ from qkattr.sources.components import sink_positions
 
 #: Rows looked at, at most, and at a time.
 ROWS, BATCH = 128, 8
-
-
-@dataclasses.dataclass(frozen=True)
-class NormScales:
-    """Medians: attn of each block's input norm, q and k of its QK-norms, final of the last norm."""
-
-    attn: Float[np.ndarray, "L"]
-    q: Float[np.ndarray, "L N"]
-    k: Float[np.ndarray, "L K"]
-    final: float
 
 
 def norm_scales(bundle: Bundle, rows: np.ndarray, *, precision: str = "highest") -> NormScales:

@@ -12,7 +12,7 @@ import hashlib
 from collections.abc import Iterable
 from pathlib import Path
 
-from qkattr.load.mapped import header_bytes
+from qkattr.load.tensors.mapped import header_bytes
 
 _ENDS = 2**16
 

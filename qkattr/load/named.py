@@ -15,11 +15,14 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from qkattr.errors import InputError
-from qkattr.load import hf, hub, hub_saes, vocabulary
+from qkattr.files import replacing
+from qkattr.load import hub
+from qkattr.load.dictionaries import hub_saes
+from qkattr.load.dictionaries.choose import split_pattern
+from qkattr.load.models import hf
 from qkattr.load.registry import SaeChoice, find_model, find_saes, is_choice
-from qkattr.load.saes.choose import split_pattern
 from qkattr.load.smollm2 import cache_folder
-from qkattr.load.writing import replacing
+from qkattr.load.text import vocabulary
 from qkattr.sources.dictionary import Dictionary
 
 

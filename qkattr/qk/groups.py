@@ -14,8 +14,7 @@ import numpy as np
 from jaxtyping import Float
 
 from qkattr.errors import InputError, quoted
-from qkattr.kinds import Kind
-from qkattr.load.groups import Group
+from qkattr.kinds import Group, Kind
 
 #: Features that are in no group.
 OTHERS = "other features"

@@ -25,7 +25,7 @@ from jaxtyping import Array, Float, Int
 from qkattr.config import BlockConfig
 from qkattr.model.attention import finish_head, gain_of
 from qkattr.model.layers import f32, norm_direction
-from qkattr.qk.search import Strongest, strongest
+from qkattr.qk.pairs import Strongest, strongest
 from qkattr.sharding import on_any_mesh
 from qkattr.types import BlockWeights
 

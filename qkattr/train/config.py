@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from qkattr.errors import InputError, quoted
-from qkattr.load.files import read_toml
+from qkattr.files import read_toml
 
 ACTIVATIONS = ("topk", "batchtopk", "jumprelu")
 

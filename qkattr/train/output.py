@@ -19,9 +19,9 @@ from jaxtyping import Array, Float
 
 from qkattr.config import ModelConfig
 from qkattr.errors import InputError
-from qkattr.export.folder import write_files
-from qkattr.load.packed import open_packed, pack_saes
-from qkattr.load.saes import CONFIG, WEIGHTS, load_saes
+from qkattr.files import write_files
+from qkattr.load.dictionaries import CONFIG, WEIGHTS, load_saes
+from qkattr.load.dictionaries.packed import open_packed, pack_saes
 from qkattr.sources.dictionary import Dictionary, DictionaryConfig
 from qkattr.train.config import TrainConfig
 from qkattr.train.rounding import BLOCK, rounded

@@ -18,7 +18,7 @@ import numpy as np
 from flax import struct
 from jaxtyping import Array, Float
 
-from qkattr.load.blockwise import quantise
+from qkattr.load.dictionaries.blockwise import quantise
 from qkattr.train.config import TrainConfig
 from qkattr.train.sae import SAE
 

@@ -22,10 +22,10 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool
 
-from qkattr.check import check_saes
 from qkattr.errors import InputError
-from qkattr.export.folder import write_files
 from qkattr.export.graph_json import dumps
+from qkattr.features.check import check_saes
+from qkattr.files import write_files
 from qkattr.load.bundle import Bundle
 from qkattr.sharding import on_host, shard
 from qkattr.sources.dictionary import Dictionary
@@ -131,7 +131,7 @@ def measure(
     progress: Callable[[str], None] = lambda stage: None,
 ) -> dict[str, Any]:
     """How good a trained set is on the held-out rows (the last row where none is held out), see
-    `qkattr.check`; also written to `out/metrics.json`."""
+    `qkattr.features.check`; also written to `out/metrics.json`."""
     whole = dataclasses.replace(bundle, dictionaries=(None, *trained))
     held_out = rows[-max(1, cfg.held_out) :]
     report = check_saes(whole, held_out, text="the held-out rows", progress=progress)

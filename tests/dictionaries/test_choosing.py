@@ -8,8 +8,8 @@ import pytest
 from test_formats import MODEL
 
 from qkattr.errors import InputError
+from qkattr.load.dictionaries import Options, check_saes, find_saes, load_sae, load_saes, recognise
 from qkattr.load.fingerprint import fingerprint
-from qkattr.load.saes import Options, check_saes, find_saes, load_sae, load_saes, recognise
 
 RNG = np.random.default_rng
 

@@ -9,8 +9,8 @@ from layouts import CASES, D, M
 
 from qkattr.config import BlockConfig, ModelConfig, Rotary
 from qkattr.kinds import NO_WINDOW
-from qkattr.load.packed import open_packed, pack_saes
-from qkattr.load.saes import load_saes
+from qkattr.load.dictionaries import load_saes
+from qkattr.load.dictionaries.packed import open_packed, pack_saes
 from qkattr.sources.components import decompose
 from qkattr.sources.dictionary import (
     Dictionary,

@@ -12,7 +12,7 @@ from test_formats import MODEL, near
 import qkattr
 from qkattr.cli.main import main
 from qkattr.errors import InputError
-from qkattr.load.saes import find_saes, hooks, load_saes
+from qkattr.load.dictionaries import find_saes, hooks, load_saes
 from qkattr.sources.dictionary import reconstruct
 
 RNG = np.random.default_rng

@@ -18,9 +18,9 @@ import torch
 from test_formats import MODEL
 
 from qkattr.errors import InputError
-from qkattr.load.npz import open_npz
-from qkattr.load.saes import find_saes, load_saes
-from qkattr.load.torch_file import open_torch
+from qkattr.load.dictionaries import find_saes, load_saes
+from qkattr.load.tensors.npz import open_npz
+from qkattr.load.tensors.torch_file import open_torch
 
 D, M = layouts.D, layouts.M
 BOUNDED = 2**28  # bytes that reading a hostile file may take, of address space beyond the start
@@ -320,10 +320,10 @@ WITHIN = """
 import resource
 import sys
 from pathlib import Path
-import qkattr.load.saes
+import qkattr.load.dictionaries
 from qkattr.errors import InputError
-from qkattr.load.npz import open_npz
-from qkattr.load.torch_file import open_torch
+from qkattr.load.tensors.npz import open_npz
+from qkattr.load.tensors.torch_file import open_torch
 with open("/proc/self/statm") as file:
     now = int(file.read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (now + int(sys.argv[1]),) * 2)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from test_formats import CLOSE, MODEL, near
 
-from qkattr.load.saes import Options, load_saes
+from qkattr.load.dictionaries import Options, load_saes
 from qkattr.sources.dictionary import reconstruct
 
 D, M, T = MODEL.d_model, 24, 7

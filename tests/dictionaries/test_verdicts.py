@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from test_formats import random_sae
 
-from qkattr.check import _verdict, check_saes, recovered
 from qkattr.cli.check import closing, show
 from qkattr.errors import InputError
+from qkattr.features.check import _verdict, check_saes, recovered
 
 
 def verdict(loss_recovered=0.95, fits=0.8, **figures):

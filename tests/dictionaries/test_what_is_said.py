@@ -8,7 +8,7 @@ import pytest
 from test_formats import MODEL, near, stream
 
 from qkattr.errors import InputError
-from qkattr.load.saes import find_saes, load_sae, load_saes
+from qkattr.load.dictionaries import find_saes, load_sae, load_saes
 from qkattr.sources.dictionary import reconstruct
 
 RNG = np.random.default_rng

@@ -23,8 +23,8 @@ from qkattr import Edit
 from qkattr.errors import InputError
 from qkattr.experiments.choose import heads_between, how_many
 from qkattr.experiments.hydra import greedy_heads, hydra
-from qkattr.load.groups import read_group, search_labels
-from qkattr.load.labels import read_labels
+from qkattr.labels.groups import read_group, search_labels
+from qkattr.labels.read import read_labels
 
 # Which heads and features -------------------------------------------------------------------------
 

@@ -27,7 +27,7 @@ from qkattr.experiments.faithfulness.statistics import (
     slope,
 )
 from qkattr.kinds import Kind
-from qkattr.load.prompts import GivenPrompt, read_prompts
+from qkattr.load.text.prompts import GivenPrompt, read_prompts
 from qkattr.model.edits import Edits, ResidualEdits
 from qkattr.model.forward import block, forward
 from qkattr.options import TraceOptions

@@ -36,7 +36,7 @@ from qkattr.experiments.rankings import (
     place_measures,
     target_effects,
 )
-from qkattr.load.prompts import GivenPrompt
+from qkattr.load.text.prompts import GivenPrompt
 from qkattr.model.edits import BlockEdits, Edits, PatternEdits
 from qkattr.model.mlp import LINEARISATIONS
 from qkattr.session import pad_tokens

@@ -14,7 +14,7 @@ import qkattr
 from qkattr.cli.main import main
 from qkattr.export.feature_json import feature_json
 from qkattr.features import Cards, with_cards
-from qkattr.load.bundle import load
+from qkattr.load.opening import load
 
 
 @pytest.fixture(scope="module")

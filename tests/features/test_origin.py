@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from qkattr.cli.main import main
-from qkattr.features.sets import ABOUT_PACKAGED, origin, packaged_cards
+from qkattr.load.smollm2 import ABOUT_PACKAGED, packaged_cards
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -31,10 +31,10 @@ def test_the_shares_that_the_docs_name(cards):
 
 
 def test_origin(cards):
-    assert origin(cards).startswith(
+    assert cards.origin().startswith(
         "The cards were made from 1,024 rows of 128 tokens of rows.npy."
     )
-    assert origin(cards).endswith(ABOUT_PACKAGED)
+    assert cards.origin().endswith(ABOUT_PACKAGED)
 
 
 @pytest.mark.parametrize("text, said", [("notes.txt", "tokens of notes.txt."), ("", "tokens.")])
@@ -42,7 +42,7 @@ def test_origin_of_other_cards(cards, text, said):
     import dataclasses
 
     meta = {k: v for k, v in cards.meta.items() if k != "about"} | dict(text=text)
-    assert origin(dataclasses.replace(cards, meta=meta)).endswith(said)
+    assert dataclasses.replace(cards, meta=meta).origin().endswith(said)
 
 
 @pytest.mark.parametrize("asked", [(), ("--boundary", "12", "--index", "345")])

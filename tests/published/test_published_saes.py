@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from qkattr.errors import InputError
+from qkattr.load.dictionaries.find import find_saes
 from qkattr.load.registry import registry
-from qkattr.load.saes.find import find_saes
 
 SETS = {p.stem: json.loads(p.read_text()) for p in (Path(__file__).parent / "saes").glob("*.json")}
 NEEDED = {"set", "origin", "format", "model", "blocks", "files", "other_hooks", "config", "tensors"}

@@ -18,7 +18,7 @@ from safetensors.numpy import save_file
 from test_published_saes import BARE, SETS, filled, weights, whole
 
 from qkattr.errors import InputError
-from qkattr.load.saes import find_saes
+from qkattr.load.dictionaries import find_saes
 from qkattr.sources.dictionary import reconstruct
 
 D, M = 8, 256

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from training import ROW, ROWS, toml
 
-from qkattr.load.bundle import load
+from qkattr.load.opening import load
 
 
 @pytest.fixture(scope="session")

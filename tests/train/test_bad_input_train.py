@@ -10,7 +10,7 @@ import pytest
 from training import toml
 
 from qkattr.errors import InputError
-from qkattr.load.corpus import read_rows
+from qkattr.load.text.corpus import read_rows
 
 CONFIGS = {
     "wdith = 3\n": "'wdith' is not known",

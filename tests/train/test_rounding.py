@@ -12,9 +12,9 @@ from safetensors.numpy import load_file
 from tiny import within
 from training import SETTINGS
 
-from qkattr.load.blockwise import Blockwise, dequantise, on_grid, quantise
-from qkattr.load.packed import open_packed, pack_saes
-from qkattr.load.saes import load_saes
+from qkattr.load.dictionaries import load_saes
+from qkattr.load.dictionaries.blockwise import Blockwise, dequantise, on_grid, quantise
+from qkattr.load.dictionaries.packed import open_packed, pack_saes
 from qkattr.sources.dictionary import reconstruct
 from qkattr.train.config import TrainConfig
 from qkattr.train.rounding import BLOCK, Grid, fit_grid, no_grid, rounded

@@ -20,7 +20,7 @@ from training import SETTINGS, toml
 
 from qkattr.cli.main import main
 from qkattr.errors import InputError
-from qkattr.load.saes import load_saes
+from qkattr.load.dictionaries import load_saes
 from qkattr.sharding import make_mesh
 from qkattr.sources.dictionary import activations, reconstruct
 from qkattr.train.config import ACTIVATIONS, TrainConfig

@@ -50,7 +50,7 @@ def _read(path: Path) -> Measured:
 
 
 def _write(path: Path, measured: Measured) -> None:
-    from qkattr.export.folder import write_files
+    from qkattr.files import write_files
 
     text = json.dumps(measured, separators=(",", ":"))
     write_files(path.parent, {path.name: text.encode()})

@@ -9,16 +9,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import qkattr
 from qkattr.errors import InputError, quoted
 from qkattr.experiments.faithfulness.edges import measure_paraphrases
 from qkattr.experiments.faithfulness.kept import Kept
 from qkattr.experiments.faithfulness.report import summarise
 from qkattr.experiments.faithfulness.subject import MEASURES, Subject
 from qkattr.load.bundle import Bundle, Prompt
-from qkattr.load.prompts import GivenPrompt
+from qkattr.load.text.prompts import GivenPrompt
 from qkattr.options import one_of
-from qkattr.positions import find_position, prompt_text, token_texts
+from qkattr.positions import find_position
+from qkattr.version import __version__
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +99,7 @@ def faithfulness(
     placed = [_place(bundle, prompt, bos, i, len(given)) for i, prompt in enumerate(given)]
     settings: dict[str, Any] = dict(
         model=bundle.model, saes=bundle.saes, model_hash=bundle.model_hash,
-        saes_hash=bundle.saes_hash, dtype=bundle.dtype, qkattr=qkattr.__version__,
+        saes_hash=bundle.saes_hash, dtype=bundle.dtype, qkattr=__version__,
         measures=[name for name in MEASURES if name in measures], draws=draws, seed=seed, bos=bos,
         sinks=sinks,
     )  # fmt: skip
@@ -132,7 +132,7 @@ def faithfulness(
 
 
 def _text(bundle: Bundle, prompt: GivenPrompt, ids) -> str:
-    return prompt.prompt if isinstance(prompt.prompt, str) else prompt_text(bundle, ids)
+    return prompt.prompt if isinstance(prompt.prompt, str) else bundle.text(ids)
 
 
 def _place(
@@ -142,7 +142,7 @@ def _place(
     graph."""
     try:
         ids, _ = bundle.tokenize(given.prompt, bos)
-        tokens = token_texts(bundle, ids)
+        tokens = bundle.tokens(ids)
         target = find_position(tokens, -1 if given.target is None else given.target)
         source = None if given.source is None else find_position(tokens, given.source)
         if source is not None and source > target:

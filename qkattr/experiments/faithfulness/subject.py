@@ -21,7 +21,6 @@ from qkattr.experiments.faithfulness.qk import measure_qk
 from qkattr.experiments.runs import clean_top
 from qkattr.load.bundle import Bundle
 from qkattr.options import TraceOptions
-from qkattr.positions import token_text
 from qkattr.result import Result
 from qkattr.session import start_session
 
@@ -69,7 +68,7 @@ class Subject:
         """What the report says of the prompt."""
         return dict(
             tokens=self.result.tokens,
-            prediction=token_text(self.bundle, clean_top(self.result.session)[0]),
+            prediction=self.bundle.token(clean_top(self.result.session)[0]),
             probability=self.result.predictions[0]["probability"],
             source=self.source,
             target=self.target,

@@ -1,0 +1,1 @@
+"""What people call features: files, Neuronpedia, groups."""

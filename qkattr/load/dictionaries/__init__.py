@@ -1,0 +1,36 @@
+"""Folders of SAEs in the formats that people publish them in; `docs/saes.md` lists them."""
+
+from qkattr.load.dictionaries.find import (
+    SaeSet,
+    by_boundary,
+    check_saes,
+    check_set,
+    find_saes,
+    load_sae,
+    load_saes,
+    recognise,
+    sae_folders,
+    sae_model_names,
+    split_pattern,
+)
+from qkattr.load.dictionaries.header import Header, Options, map_sae
+from qkattr.load.dictionaries.saelens import CONFIG, WEIGHTS
+
+__all__ = [
+    "CONFIG",
+    "Header",
+    "Options",
+    "SaeSet",
+    "WEIGHTS",
+    "by_boundary",
+    "check_saes",
+    "check_set",
+    "find_saes",
+    "load_sae",
+    "load_saes",
+    "map_sae",
+    "recognise",
+    "sae_folders",
+    "sae_model_names",
+    "split_pattern",
+]

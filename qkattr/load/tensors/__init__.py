@@ -1,0 +1,1 @@
+"""Files of named tensors, mapped and never unpickled."""
