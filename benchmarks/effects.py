@@ -26,9 +26,9 @@ import qkattr
 from qkattr.graph.effects import effects, effects_at
 from qkattr.graph.targets import logit_covectors
 from qkattr.model.forward import forward
-from qkattr.options import TraceOptions
 from qkattr.qk.pair_effects import pair_effects
-from qkattr.session import pad_tokens, start_session
+from qkattr.sharding import pad_tokens
+from qkattr.subject import subject as open_subject
 
 AUNT_SALLY = "I always loved visiting Aunt Sally. Whenever I was feeling sad, Aunt"
 N_PLACES = 8
@@ -50,10 +50,10 @@ def prepared(function, *arguments, **static):
     return lambda: program(*arguments), took, mib
 
 
-def targets(bundle, session, n: int, n_real: int):
+def targets(bundle, subject, n: int, n_real: int):
     """The n likeliest logits of the last position."""
-    tokens = jax.lax.top_k(session.logits, n)[1]
-    read = session.boundaries[-1, n_real - 1]
+    tokens = jax.lax.top_k(subject.logits, n)[1]
+    read = subject.boundaries[-1, n_real - 1]
     g, constant = logit_covectors(
         bundle.params, read, tokens, jnp.full(n, -1), cfg=bundle.config
     )  # fmt: skip
@@ -69,16 +69,16 @@ def some_places(config, n_real: int):
 
 def bench(bundle, ids, counts: list[int], repeat: int) -> list[dict]:
     """All programs at one prompt length."""
-    session = start_session(bundle, ids, TraceOptions())
+    subject = open_subject(bundle, ids)
     padded, cfg = jnp.asarray(pad_tokens(ids)), bundle.config.block
-    prompt = bundle.params.blocks, session.boundaries, session.components
+    prompt = bundle.params.blocks, subject.boundaries, subject.components
     programs = {
         "plain": prepared(
             forward, bundle.params, padded, cfg=bundle.config, capture=("boundaries",)
         )
     }
     for n in counts:
-        into = targets(bundle, session, n, len(ids))
+        into = targets(bundle, subject, n, len(ids))
         for heads in (False, True):
             name = f"effects, {n} target(s), {'with' if heads else 'without'} heads"
             programs[name] = prepared(effects, *prompt, *into, cfg=cfg, heads=heads)

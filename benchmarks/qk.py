@@ -30,12 +30,11 @@ from qkattr.cli.common import use_compilation_cache
 from qkattr.config import BlockConfig
 from qkattr.kinds import NO_WINDOW
 from qkattr.model.forward import block
-from qkattr.options import TraceOptions
 from qkattr.qk.marginals import marginals
 from qkattr.qk.pairs import TILE, search_slots, top_pairs
 from qkattr.qk.terms import every_query_component, key_components
 from qkattr.qk.weights import HeadScales, weight_pairs
-from qkattr.session import start_session
+from qkattr.subject import subject as open_subject
 from qkattr.types import BlockWeights
 
 AUNT_SALLY = "I always loved visiting Aunt Sally. Whenever I was feeling sad, Aunt"
@@ -85,15 +84,15 @@ def compared(name: str, calls: list, operations: float, plain, repeat: int, **mo
 def of_prompt(bundle, n_tokens: int, repeat: int) -> list[dict]:
     """All marginals, and top pairs over everything: block by block, to the host."""
     text = bundle.tokenize(AUNT_SALLY * (1 + n_tokens // 14))[0][:n_tokens]
-    session = start_session(bundle, text, TraceOptions())
-    config, blocks, parts = bundle.config, bundle.params.blocks, session.components
+    subject = open_subject(bundle, text)
+    config, blocks, parts = bundle.config, bundle.params.blocks, subject.components
     slots = search_slots(blocks, parts)
     how = dict(cfg=config.block, precision="highest")
     inputs = [
-        jax.tree.map(lambda a, b=b: a[b], (blocks, session.boundaries, parts))
+        jax.tree.map(lambda a, b=b: a[b], (blocks, subject.boundaries, parts))
         for b in range(config.n_blocks)
     ]
-    per_pair, places = slot_pairs(session, slots)
+    per_pair, places = slot_pairs(subject, slots)
     h, d, a, n_heads = config.head_dim, config.d_model, parts.n_slots, config.n_heads
     vectors = parts.rows.shape[1] + 2 * len(parts.kind[0])
     projections = 2.0 * config.n_blocks * vectors * d * h * (n_heads + config.n_kv_heads)
@@ -120,9 +119,9 @@ def of_prompt(bundle, n_tokens: int, repeat: int) -> list[dict]:
     return [row | dict(memory_gib=peak_gib() - before) for row in rows]
 
 
-def slot_pairs(session, slots: np.ndarray) -> tuple[int, int]:
+def slot_pairs(subject, slots: np.ndarray) -> tuple[int, int]:
     """`(pairs of slots that a head sees, over all blocks; places (t, s))`."""
-    n_slots, n = session.components.n_slots, len(session.ids)
+    n_slots, n = subject.components.n_slots, len(subject.ids)
     pairs = 0
     for of_block in slots:
         counts = np.bincount(of_block[of_block >= 0] // n_slots, minlength=n)
@@ -133,13 +132,13 @@ def slot_pairs(session, slots: np.ndarray) -> tuple[int, int]:
 def against_a_loop(bundle, n_tokens: int) -> list[dict]:
     """One block's heads by a jitted einsum per (t, s), beside the two functions."""
     text = bundle.tokenize(AUNT_SALLY * (1 + n_tokens // 14))[0][:n_tokens]
-    session = start_session(bundle, text, TraceOptions())
+    subject = open_subject(bundle, text)
     config = bundle.config
     weights, x, parts = jax.tree.map(
-        lambda a: a[12], (bundle.params.blocks, session.boundaries, session.components)
+        lambda a: a[12], (bundle.params.blocks, subject.boundaries, subject.components)
     )
     how = dict(cfg=config.block, precision="highest")
-    slots = search_slots(bundle.params.blocks, session.components)[12]
+    slots = search_slots(bundle.params.blocks, subject.components)[12]
     _, seen = jax.jit(partial(block, **how))(weights, x)
 
     @jax.jit

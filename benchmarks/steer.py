@@ -24,7 +24,7 @@ from qkattr.experiments.edits import at_scales
 from qkattr.experiments.runs import edited_runs
 from qkattr.experiments.steer import make_edits, patterns_of
 from qkattr.model.forward import residual_stream, unembed
-from qkattr.session import pad_tokens
+from qkattr.sharding import pad_tokens
 
 PROMPT = "I always loved visiting Aunt Sally. Whenever I was feeling sad, Aunt"
 SCALES = np.linspace(-1, 2, 11).tolist()
@@ -47,13 +47,13 @@ def main() -> None:
     repeat = parser.parse_args().repeat
     bundle = qkattr.load("smollm2", "smollm2")
     result = qkattr.trace(bundle, PROMPT, qk=0)
-    session = result.session
+    subject = result.subject
     edits = qkattr.choose_edits(result, source=" Sally", target=-1, heads=7, features=4)
-    padded, last = jnp.asarray(pad_tokens(session.ids)), len(session.ids) - 1
-    batch = jnp.tile(jnp.asarray(session.ids), (len(SCALES), 1))
+    padded, last = jnp.asarray(pad_tokens(subject.ids)), len(subject.ids) - 1
+    batch = jnp.tile(jnp.asarray(subject.ids), (len(SCALES), 1))
 
     def sweep(**how):
-        arrays = at_scales(make_edits(session, edits, **how)[0], SCALES)
+        arrays = at_scales(make_edits(subject, edits, **how)[0], SCALES)
         rows = jnp.asarray([last])
         return lambda: edited_runs(bundle.params, padded, last, rows, arrays, cfg=bundle.config)
 
@@ -61,8 +61,8 @@ def main() -> None:
         "forward of 11 prompts": lambda: plain(bundle.params, batch, cfg=bundle.config),
         "sweep": sweep(),
         "sweep, live scales": sweep(live_scales=True),
-        "sweep, others frozen": sweep(held=patterns_of(session)),
-        "steer (with tables)": lambda: qkattr.steer(result, None, edits, scales=SCALES),
+        "sweep, others frozen": sweep(held=patterns_of(subject)),
+        "steer (with tables)": lambda: qkattr.steer(result, edits, scales=SCALES),
     }
     times = {name: [] for name in cases}
     for i in range(repeat + 1):

@@ -27,13 +27,15 @@ import numpy as np
 
 import qkattr
 from qkattr.cli.common import use_compilation_cache
-from qkattr.graph.sweep import SweepConfig, sweep
+from qkattr.config import SweepConfig
+from qkattr.graph.sweep import sweep
 from qkattr.graph.targets import direct_targets, logit_covectors
 from qkattr.model.forward import forward
 from qkattr.options import TraceOptions
 from qkattr.qk.terms import qk_terms_many
-from qkattr.session import pad_tokens, start_session
+from qkattr.sharding import pad_tokens
 from qkattr.sources.prompt import decompose_prompt
+from qkattr.subject import subject as open_subject
 
 AUNT_SALLY = "I always loved visiting Aunt Sally. Whenever I was feeling sad, Aunt"
 N_PLACES = 8
@@ -107,11 +109,11 @@ def bench(bundle, ids, repeat: int) -> dict:
     """All stages for one prompt length."""
     config, opts = bundle.config, TraceOptions()
     padded, n_real = pad_tokens(ids), len(ids)
-    session = start_session(bundle, ids, opts)
-    components = session.components
-    top, tokens = jax.lax.top_k(jax.nn.softmax(session.logits), 10)
+    subject = open_subject(bundle, ids)
+    components = subject.components
+    top, tokens = jax.lax.top_k(jax.nn.softmax(subject.logits), 10)
     g, constant = logit_covectors(
-        bundle.params, session.boundaries[-1, n_real - 1], tokens, jnp.full(10, -1), cfg=config
+        bundle.params, subject.boundaries[-1, n_real - 1], tokens, jnp.full(10, -1), cfg=config
     )
     targets = direct_targets(
         np.full(10, config.n_blocks),
@@ -139,18 +141,18 @@ def bench(bundle, ids, repeat: int) -> dict:
             bundle.params, jnp.asarray(padded), cfg=config, capture=("boundaries",)
         ),
         "encode": lambda: decompose_prompt(
-            bundle.params, bundle.dictionaries, session.boundaries, padded, n_real=n_real
+            bundle.params, bundle.dictionaries, subject.boundaries, padded, n_real=n_real
         ),
         "sweep": lambda: sweep(
             bundle.params.blocks,
-            session.boundaries,
+            subject.boundaries,
             components,
             targets,
             cfg=config.block,
             config=SweepConfig(),
         ),
         "qk": lambda: qk_terms_many(
-            bundle.params.blocks, session.boundaries, components, places, cfg=config.block
+            bundle.params.blocks, subject.boundaries, components, places, cfg=config.block
         ),
         "trace, whole": lambda: qkattr.trace(bundle, list(ids)).graph.edges.weight,
     }

@@ -4,10 +4,11 @@
     result = qkattr.trace(bundle, prompt)       features acting on features, and through which heads
     qkattr.effects(result)                      what the prediction is made of, signed
     qkattr.qk_attribution(result, layer=, head=, query=, key=)     why a head looked where it did
-    qkattr.steer(result, None, edits, scales=)  is it true? scale features in the QK circuit only
+    qkattr.steer(result, edits, scales=)        is it true? scale features in the QK circuit only
 
-The pure functions below it take arrays and small frozen structs; `docs/embedding.md` shows them in
-someone else's code.
+Every analysis takes a subject first: a result, or `qkattr.subject(bundle, prompt)`. The pure
+functions below take arrays and small frozen structs; `docs/embedding.md` shows them in someone
+else's code.
 """
 
 import importlib
@@ -18,18 +19,23 @@ from typing import TYPE_CHECKING, Any
 from qkattr.version import __version__ as __version__
 
 if TYPE_CHECKING:
+    from qkattr.analyses.distance import distance
     from qkattr.analyses.effects import TargetEffects, effects
-    from qkattr.analysis import run, trace
+    from qkattr.analyses.marginals import marginals
+    from qkattr.analyses.mechanisms import mechanisms
+    from qkattr.analyses.pairs import pairs
+    from qkattr.analyses.weights import weight_pairs
+    from qkattr.analyses.why import why
+    from qkattr.api import Result, choose_edits, figure, open, qk_attribution, run, trace
     from qkattr.errors import InputError
-    from qkattr.experiments.choose import choose_edits
     from qkattr.experiments.edits import Edit
+    from qkattr.experiments.faithfulness import faithfulness
     from qkattr.experiments.steer import Steering, steer
-    from qkattr.export.folder import open_result as open
     from qkattr.load.bundle import Bundle
     from qkattr.load.opening import load
-    from qkattr.options import TraceOptions
-    from qkattr.result import HeadLoadings, Result
-    from qkattr.scores import qk_attribution
+    from qkattr.options import SubjectOptions, TraceOptions
+    from qkattr.result import HeadLoadings
+    from qkattr.subject import Subject, subject
 
 #: Where each public name comes from. They are imported when they are first used, so that a command
 #: that needs no JAX does not wait for it.
@@ -38,20 +44,30 @@ _HOMES = {
     "Edit": "experiments.edits",
     "HeadLoadings": "result",
     "InputError": "errors",
-    "Result": "result",
+    "Result": "api",
     "Steering": "experiments.steer",
+    "Subject": "subject",
+    "SubjectOptions": "options",
     "TargetEffects": "analyses.effects",
     "TraceOptions": "options",
-    "choose_edits": "experiments.choose",
+    "choose_edits": "api",
+    "distance": "analyses.distance",
     "effects": "analyses.effects",
+    "faithfulness": "experiments.faithfulness",
+    "figure": "api",
     "load": "load.opening",
-    "open": "export.folder",
-    "qk_attribution": "scores",
-    "run": "analysis",
+    "marginals": "analyses.marginals",
+    "mechanisms": "analyses.mechanisms",
+    "open": "api",
+    "pairs": "analyses.pairs",
+    "qk_attribution": "api",
+    "run": "api",
     "steer": "experiments.steer",
-    "trace": "analysis",
+    "subject": "subject",
+    "trace": "api",
+    "weight_pairs": "analyses.weights",
+    "why": "analyses.why",
 }
-_CALLED = {"open": "open_result"}  # where it has another name at home
 
 __all__ = [
     "Bundle",
@@ -60,24 +76,34 @@ __all__ = [
     "InputError",
     "Result",
     "Steering",
+    "Subject",
+    "SubjectOptions",
     "TargetEffects",
     "TraceOptions",
     "choose_edits",
+    "distance",
     "effects",
+    "faithfulness",
+    "figure",
     "load",
+    "marginals",
+    "mechanisms",
     "open",
+    "pairs",
     "qk_attribution",
     "run",
     "steer",
+    "subject",
     "trace",
+    "weight_pairs",
+    "why",
 ]
 
 
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    home = importlib.import_module(f"qkattr.{_HOMES[name]}")
-    return getattr(home, _CALLED.get(name, name))
+    return getattr(importlib.import_module(f"qkattr.{_HOMES[name]}"), name)
 
 
 def __dir__() -> list[str]:
@@ -85,8 +111,8 @@ def __dir__() -> list[str]:
 
 
 class _Package(ModuleType):
-    """`qkattr.load` is the function, although the modules below it lie in a folder of that name,
-    which the import system would put here."""
+    """`qkattr.load` and `qkattr.subject` are functions, although modules of these names lie in the
+    package, which the import system would put here."""
 
     @property
     def load(self) -> Any:
@@ -94,6 +120,14 @@ class _Package(ModuleType):
 
     @load.setter
     def load(self, folder: ModuleType) -> None:
+        pass
+
+    @property
+    def subject(self) -> Any:
+        return __getattr__("subject")
+
+    @subject.setter
+    def subject(self, module: ModuleType) -> None:
         pass
 
 

@@ -1,12 +1,14 @@
-"""Model configuration: what `forward` and the linear block need to know beyond the weights.
+"""Configurations: of a model, beyond its weights, and of the sweep.
 
-`qkattr.load.models.families` reads it from a Hugging Face `config.json`.
+`qkattr.load.models.families` reads a model's from a Hugging Face `config.json`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
@@ -96,3 +98,69 @@ class ModelConfig:
         local = self.rotary if self.local_rotary is None else self.local_rotary
         tables = (self.rotary.inv_freq(), local.inv_freq())
         return np.stack([tables[window != NO_WINDOW] for window in self.windows])
+
+
+#: How an MLP is linearised; see `model.mlp`.
+LINEARISATIONS = ("jacobian", "frozen-gate", "half")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SweepConfig:
+    """Static options of the backward sweep.
+
+    max_rows: R, targets a boundary.
+    max_edges: E, sources kept of one target.
+    keep: share of a boundary's influence that its kept sources carry.
+    linearisation: of the MLP, one of `LINEARISATIONS`.
+    through_errors: errors are targets too.
+    precision: of all matmuls.
+    """
+
+    max_rows: int = 256
+    max_edges: int = 64
+    keep: float = 0.95
+    linearisation: str = "jacobian"
+    through_errors: bool = True
+    precision: str = "highest"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelFacts:
+    """What a result keeps of its model and SAEs, so that it can be read without them.
+
+    model, saes, dtype, missing, accepted: as they were asked for.
+    neuronpedia: where Neuronpedia has the SAEs (see `load.registry.Source`), if it is known.
+    notes: what is to be known of them.
+    n_blocks, n_heads: L and N.
+    windows: of every block, `NO_WINDOW` where it sees everything.
+    """
+
+    model: str
+    saes: str | None
+    dtype: str
+    neuronpedia: dict[str, Any] | None
+    missing: str
+    accepted: tuple[str, ...]
+    notes: tuple[str, ...]
+    n_blocks: int
+    n_heads: int
+    windows: tuple[int, ...]
+
+    @property
+    def head_grid(self) -> tuple[int, int]:
+        """L blocks and N heads: the shape of whatever has one value a head."""
+        return self.n_blocks, self.n_heads
+
+    def to_json(self) -> dict[str, Any]:
+        """As the settings of a result have them."""
+        windows = [None if w == NO_WINDOW else w for w in self.windows]
+        lists = dict(accepted=list(self.accepted), notes=list(self.notes), windows=windows)
+        return vars(self) | lists
+
+    @classmethod
+    def from_json(cls, settings: Mapping[str, Any]) -> ModelFacts:
+        """From the settings of a result."""
+        given = {field.name: settings[field.name] for field in dataclasses.fields(cls)}
+        windows = [NO_WINDOW if w is None else w for w in given["windows"]]
+        tuples = {k: tuple(given[k]) for k in ("accepted", "notes")}
+        return cls(**(given | tuples | dict(windows=tuple(windows))))

@@ -1,9 +1,11 @@
-"""Small files read whole, and files that are written whole or not at all."""
+"""Small files read whole, files that are written whole or not at all, and values as JSON."""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import lzma
+import math
 import os
 import tempfile
 import tomllib
@@ -14,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
 
 from qkattr.errors import InputError
 
@@ -152,3 +155,34 @@ def check_writable(folder: Path) -> None:
 
 def _reason(error: Exception) -> str:
     return getattr(error, "strerror", None) or str(error)
+
+
+def encoded(value: Any) -> bytes:
+    r"""JSON in UTF-8 as the standard has it: what is not finite is null. Half a surrogate pair,
+    which UTF-8 does not have, becomes its escape, `\udc80`."""
+    try:
+        return msgspec.json.encode(value, enc_hook=_plain)
+    except UnicodeEncodeError:
+        return dumps(value).encode(errors="backslashreplace")
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, np.generic):  # an option that the caller computed
+        return value.item()
+    raise NotImplementedError
+
+
+def dumps(value: Any, *, ascii: bool = False) -> str:
+    """JSON as the standard has it: what is not finite is null."""
+    try:
+        return json.dumps(value, ensure_ascii=ascii, allow_nan=False)
+    except ValueError:
+        return json.dumps(_finite(value), ensure_ascii=ascii, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -5,10 +5,14 @@ Nothing here needs JAX, so that a saved result can be read without it.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from enum import IntEnum
 
 #: (block, head, query position, key position)
 Place = tuple[int, int, int, int]
+
+#: What features are called, by (boundary, index).
+Labels = Mapping[tuple[int, int], str]
 
 #: Named features by boundary: {boundary: [index, ...]}.
 Group = dict[int, list[int]]

@@ -1,34 +1,62 @@
-"""Options of `qkattr.trace`, checked when they are given."""
+"""Options of a prompt's components and of `qkattr.trace`, checked when they are given."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
+from qkattr.config import LINEARISATIONS, SweepConfig
 from qkattr.errors import InputError, one_of, quoted
-from qkattr.graph.sweep import SweepConfig
-from qkattr.model.mlp import LINEARISATIONS
 
-#: Of rows, edges, slots and logits; more of them overflow XLA's sizes.
+OptionsT = TypeVar("OptionsT", "SubjectOptions", "TraceOptions")
+
+#: The largest allowed value of `max_rows`, `max_edges`, `max_slots` and `max_logits`; XLA's sizes
+#: overflow beyond it.
 MOST = 2**16
+
+READS = ("decoder", "encoder")
+PRECISIONS = ("default", "high", "highest")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SubjectOptions:
+    """How a prompt becomes components.
+
+    bos: whether text begins with a BOS; None: as the SAEs or the tokenizer say.
+    sinks: see `sources.components`.
+    read: features as targets are read by their "decoder" direction or "encoder".
+    max_slots: features a position.
+    precision: of all matmuls, "default", "high" or "highest".
+    """
+
+    bos: bool | None = None
+    sinks: bool = True
+    read: str = "decoder"
+    max_slots: int = 256
+    precision: str = "highest"
+
+    def __post_init__(self):
+        one_of("read", self.read, READS)
+        one_of("precision", self.precision, PRECISIONS)
+        _check_sizes(self, "max_slots")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TraceOptions:
-    """Options of `trace`. Every output names them.
+    """Options of `trace`: those of its `SubjectOptions`, and its own. Every output names them.
 
-    target: tokens (text or ids) to explain instead of the likeliest. contrast: two tokens; the
-      difference of their logits is the target. score: (layer, head, query, key); that attention
-      score is the target, read on both sides.
+    target: tokens (text or ids) to explain instead of the likeliest.
+    contrast: two tokens; the difference of their logits is the target.
+    score: (layer, head, query, key); that attention score is the target, read on both sides.
     through_qk: also trace the scores behind the so many strongest edges.
-    linearisation: of the MLP, "jacobian", "frozen-gate" or "half". read: features as targets are
-      read by their "decoder" direction or "encoder". through_errors: errors are targets too. keep:
-      share of each boundary's influence that is kept. max_rows: kept nodes a boundary. max_edges:
-      edges of one target. max_slots: features a position.
-    sinks: see `sources.components`. bos: None as the SAEs or the tokenizer say. max_logits,
-      logit_mass: the likeliest tokens up to this probability are targets. qk: how many QK
-      attributions go along. precision: of all matmuls.
+    linearisation: of the MLP, "jacobian", "frozen-gate" or "half".
+    through_errors: errors are targets too.
+    keep: share of each boundary's influence that is kept.
+    max_rows: kept nodes a boundary.
+    max_edges: edges of one target.
+    max_logits, logit_mass: the likeliest tokens up to this probability are targets.
+    qk: how many QK attributions go along.
     """
 
     target: tuple[str | int, ...] = ()
@@ -51,16 +79,13 @@ class TraceOptions:
 
     def __post_init__(self):
         one_of("linearisation", self.linearisation, LINEARISATIONS)
-        one_of("read", self.read, ("decoder", "encoder"))
-        one_of("precision", self.precision, ("default", "high", "highest"))
+        _ = self.subject
         for name in ("keep", "logit_mass"):
             if not 0 < getattr(self, name) <= 1:
                 raise InputError(
                     f"{name} should lie in (0, 1], got {getattr(self, name)}; give a share"
                 )
-        for name in ("max_rows", "max_edges", "max_slots", "max_logits"):
-            if not 1 <= getattr(self, name) <= MOST:
-                raise InputError(f"{name} should lie in 1..{MOST}, got {getattr(self, name)}")
+        _check_sizes(self, "max_rows", "max_edges", "max_logits")
         for name in ("through_qk", "qk"):
             if getattr(self, name) < 0:
                 raise InputError(f"{name} should be at least 0, got {getattr(self, name)}")
@@ -77,26 +102,45 @@ class TraceOptions:
             )
 
     @property
+    def subject(self) -> SubjectOptions:
+        """Those of the prompt's components."""
+        return SubjectOptions(**_fields(self, SubjectOptions))
+
+    @property
     def sweep(self) -> SweepConfig:
-        names = [field.name for field in dataclasses.fields(SweepConfig)]
-        return SweepConfig(**{name: getattr(self, name) for name in names})
+        """Those of the backward sweep."""
+        return SweepConfig(**_fields(self, SweepConfig))
+
+    def to_json(self) -> dict[str, Any]:
+        """As results keep them."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in vars(self).items()}
+
+    @classmethod
+    def from_json(cls, settings: Mapping[str, Any]) -> TraceOptions:
+        """The options among the settings of a result, which may have been saved as JSON."""
+        names = {field.name for field in dataclasses.fields(cls)}
+        given = {name: value for name, value in settings.items() if name in names}
+        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in given.items()})
 
 
-def saved_options(settings: Mapping[str, Any]) -> TraceOptions:
-    """The options among the settings of a result, which may have been saved as JSON."""
-    names = {field.name for field in dataclasses.fields(TraceOptions)}
-    given = {name: value for name, value in settings.items() if name in names}
-    return TraceOptions(**{k: tuple(v) if isinstance(v, list) else v for k, v in given.items()})
+def _fields(options: TraceOptions, of: type) -> dict[str, Any]:
+    return {field.name: getattr(options, field.name) for field in dataclasses.fields(of)}
 
 
-def make_options(options: dict) -> TraceOptions:
-    """`TraceOptions`, naming what is not one.
+def _check_sizes(options: Any, *names: str) -> None:
+    for name in names:
+        if not 1 <= getattr(options, name) <= MOST:
+            raise InputError(f"{name} should lie in 1..{MOST}, got {getattr(options, name)}")
+
+
+def make_options(kind: type[OptionsT], options: Mapping[str, Any]) -> OptionsT:
+    """Options of a kind, naming what is not one.
 
     Raises:
       InputError: an option is not known, or its value cannot be used.
     """
-    known = [field.name for field in dataclasses.fields(TraceOptions)]
+    known = [field.name for field in dataclasses.fields(kind)]
     for name in options:
         if name not in known:
             raise InputError(f"option {name!r} is not known; the options are {', '.join(known)}")
-    return TraceOptions(**options)
+    return kind(**options)

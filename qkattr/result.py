@@ -1,27 +1,31 @@
-"""`Result`: the graph of one prompt, and what is needed to ask more of it."""
+"""What a trace found, as data: the graph of one prompt and all that is said of it.
+
+`qkattr.trace` returns it as a `Result` (see `api`), which can also be saved, drawn and asked for
+more. Nothing here needs JAX or the model.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
 import json
-from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Sequence
+from typing import Any, TypedDict, TypeVar
 
 import numpy as np
 
 from qkattr.cards.card import Card
 from qkattr.characters import readable, shown
+from qkattr.config import ModelFacts
 from qkattr.errors import InputError, one_of, printable, quoted
 from qkattr.graph.paths import Route, strongest_routes
 from qkattr.graph.tables import Graph
-from qkattr.kinds import Kind
-from qkattr.positions import find_position
+from qkattr.kinds import Kind, Labels, Place
+from qkattr.options import TraceOptions
+from qkattr.positions import find_place, find_position
 from qkattr.qk.table import QKAttribution
 
-if TYPE_CHECKING:
-    from qkattr.session import Session
+TracedT = TypeVar("TracedT", bound="Traced")
 
 #: What names the nodes of one end of an edge: a position (index, negative index or token text), a
 #: node id, or several of them.
@@ -34,7 +38,41 @@ RANKINGS = ("masking", "effect", "influence", "attention")
 TARGET_KINDS = (Kind.FEATURE, Kind.ERROR, Kind.LOGIT, Kind.SCORE)
 
 
-def logit_name(predictions: Sequence[dict[str, Any]], target: dict[str, Any]) -> str:
+class Prediction(TypedDict):
+    """A next token. target: whether its logit was traced; against: the token whose logit is
+    subtracted from it, or -1."""
+
+    token: str
+    id: int
+    probability: float
+    logit: float
+    target: bool
+    against: int
+
+
+class PlaceRow(TypedDict):
+    """A head at one (query, key): what masking it takes from the main target (see `graph.live`),
+    its effect, the target's derivative with respect to its score, its score, attention and share of
+    the targets' influence."""
+
+    layer: int
+    head: int
+    query: int
+    key: int
+    masking: float
+    effect: float
+    derivative: float
+    score: float
+    probability: float
+    influence: float
+
+
+def measured(row: PlaceRow, by: str) -> float:
+    """What a place is ranked by, one of `RANKINGS`."""
+    return row["probability"] if by == "attention" else row[by]  # pyright: ignore
+
+
+def logit_name(predictions: Sequence[Prediction], target: Prediction) -> str:
     """What a person calls the logit of a token, or its difference to that of another."""
     name = f"logit of {quoted(readable(target['token']))}"
     if target["against"] < 0:
@@ -46,6 +84,12 @@ def logit_name(predictions: Sequence[dict[str, Any]], target: dict[str, Any]) ->
 def score_name(block: int, head: int, query: int, key: int) -> str:
     """What a person calls an attention score as a target."""
     return f"score of {block}.{head} at {query} to {key}"
+
+
+def sink_positions(sinks: Sequence[dict[str, Any]], with_sinks: bool) -> list[int]:
+    """Positions that are a sink at any boundary, and the first; none without sinks."""
+    first = [0] if with_sinks else []
+    return sorted({*first, *(sink["position"] for sink in sinks)})
 
 
 def ranked_heads(value: np.ndarray, n: int | None = None) -> list[tuple[int, int]]:
@@ -97,43 +141,60 @@ class HeadLoadings:
         ]
 
 
-@dataclasses.dataclass(frozen=True)
-class Result:
+@dataclasses.dataclass(frozen=True, repr=False)
+class Traced:
     """An attribution graph with its prompt.
 
-    tokens: decoded one by one; token_ids. prompt: the tokens decoded together, without the BOS
-    before them; their ids where there is no tokenizer. bos: what was done about it. predictions:
-    the next tokens, by falling probability. graph: nodes and edges. sinks: positions by boundary.
-    scores: `[X, 5]` block, head, query, key, side (0 query, 1 key) of SCORE nodes. qk: by
-    "L.H.query.key". settings: all options. provenance: what made it. labels: of features, by
-    (boundary, index). vocabulary: the text of logit nodes, by token id. cards: of the features that
-    the page shows.
+    tokens: decoded one by one.
+    prompt: the tokens decoded together, without the BOS before them; their ids where there is no
+      tokenizer.
+    token_ids: of the tokens.
+    bos: what was done about it.
+    predictions: the next tokens, by falling probability.
+    graph: nodes and edges.
+    sinks: positions by boundary.
+    scores: `[X, 5]` block, head, query, key, side (0 query, 1 key) of SCORE nodes.
+    qk: QK attributions by "L.H.query.key".
+    model: facts of the model and its SAEs.
+    options: of the trace.
+    provenance: what made it.
+    labels: of features, by (boundary, index).
+    vocabulary: the text of logit nodes, by token id.
+    cards: of the features that the page shows.
+    scan: what graph viewers call the model, where it was given.
     """
 
     tokens: list[str]
     prompt: str
     token_ids: tuple[int, ...]
     bos: str
-    predictions: list[dict[str, Any]]
+    predictions: list[Prediction]
     graph: Graph
     sinks: list[dict[str, Any]]
     scores: np.ndarray
     qk: dict[str, QKAttribution]
-    settings: dict[str, Any]
+    model: ModelFacts
+    options: TraceOptions
     provenance: dict[str, Any]
-    labels: dict[tuple[int, int], str] = dataclasses.field(default_factory=dict)
+    labels: Labels = dataclasses.field(default_factory=dict)
     vocabulary: dict[int, str] = dataclasses.field(default_factory=dict)
     cards: dict[tuple[int, int], Card] = dataclasses.field(default_factory=dict)
-    session: Session | None = dataclasses.field(default=None, repr=False)
+    scan: str | None = None
 
     @property
     def notes(self) -> tuple[str, ...]:
         """What is to be known of the model and the SAEs."""
-        return tuple(self.settings.get("notes", ()))
+        return self.model.notes
 
     @property
     def n_blocks(self) -> int:
-        return self.settings["n_blocks"]
+        return self.model.n_blocks
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """All that was asked for, as JSON has it."""
+        scan = {} if self.scan is None else dict(scan=self.scan)
+        return self.model.to_json() | self.options.to_json() | scan
 
     @functools.cached_property
     def shown_tokens(self) -> list[str]:
@@ -143,6 +204,26 @@ class Result:
     def position(self, where: int | str) -> int:
         """A position from an index, a negative index, or a token's text, as in `" Aunt#2"`."""
         return find_position(self.tokens, where)
+
+    def place(self, layer: int, head: int, query: int | str, key: int | str) -> Place:
+        """A place whose positions may be given as token texts, checked.
+
+        Raises:
+          InputError: no such block, head or position, or the query does not see the key.
+        """
+        facts, place = self.model, (layer, head, query, key)
+        return find_place(self.tokens, place, n_heads=facts.n_heads, windows=facts.windows)
+
+    def stored(self, place: Place, most: int | None = None) -> QKAttribution | None:
+        """The attribution that it holds, unless some of its pairs were left out.
+
+        most: how many of the strongest pairs are needed; None: all.
+        """
+        stored = self.qk.get(".".join(map(str, place)))
+        if stored is None:
+            return None
+        needed = stored.n_pairs if most is None else min(most, stored.n_pairs)
+        return stored if needed <= len(stored.pairs) else None
 
     def node_id(self, node: int) -> str:
         """The name of a node in the graph JSON."""
@@ -178,21 +259,11 @@ class Result:
             return f"score of {block}.{head} at {query} to {key}, read on its {read} side"
         return ""
 
-    def with_labels(self, labels: Mapping[tuple[int, int], str]) -> Result:
+    def with_labels(self: TracedT, labels: Labels) -> TracedT:
         """The result with these labels before its own; those of features it lacks do no harm."""
         labels = {**self.labels, **labels}
         qk = {place: table.with_labels(labels) for place, table in self.qk.items()}
         return dataclasses.replace(self, labels=labels, qk=qk)
-
-    def with_scan(self, scan: str) -> Result:
-        """The result with this name of its model in the graph JSON, and in what is saved of it.
-
-        Raises:
-          InputError: graph viewers take no such name.
-        """
-        from qkattr.export.viewers import check_scan
-
-        return dataclasses.replace(self, settings={**self.settings, "scan": check_scan(scan)})
 
     def head_loadings(self, *, source: Ends, target: Ends, into: str | None = None) -> HeadLoadings:
         """Every head's loading between two ends, summed over the edges of the graph between them.
@@ -229,7 +300,7 @@ class Result:
     def head_effects(
         self, n: int | None = None, *, source: int | str | None = None,
         target: int | str | None = None, by: str = "masking",
-    ) -> list[dict[str, Any]]:  # fmt: skip
+    ) -> list[PlaceRow]:  # fmt: skip
         """Places (layer, head, query, key), the strongest first, each with what masking it takes
         from the main target, its effect, score, attention and influence.
 
@@ -256,25 +327,18 @@ class Result:
         sizes = dict(influence=influence, attention=heads.probability[at])
         size = sizes[by] if by in sizes else np.abs(getattr(heads, by)[at])
         order = np.argsort(-size, kind="stable")[:n]
-        return [
-            row | dict(influence=share)
-            for row, share in zip(heads.rows(at[order]), influence[order].tolist(), strict=True)
-        ]
+        rows = zip(heads.rows(at[order]), influence[order].tolist(), strict=True)
+        return [PlaceRow(**row, influence=share) for row, share in rows]
 
-    def places_that_matter(self, n: int) -> list[tuple[int, int, int, int]]:
+    def places_that_matter(self, n: int) -> list[Place]:
         """The n places (block, head, query, key) with the largest |masking| between two positions
         of which the key is no sink."""
-        heads = self.graph.heads
-        asked = (heads.query != heads.key) & ~np.isin(heads.key, self.sink_positions)
-        at = np.flatnonzero(asked & (heads.masking != 0))[:n]
-        columns = (heads.block, heads.head, heads.query, heads.key)
-        return list(zip(*(column[at].tolist() for column in columns), strict=True))
+        return self.graph.places_that_matter(n, self.sink_positions)
 
     @property
     def sink_positions(self) -> list[int]:
         """Positions that are a sink at any boundary, and the first; none without sinks."""
-        first = [0] if self.settings["sinks"] else []
-        return sorted({*first, *(sink["position"] for sink in self.sinks)})
+        return sink_positions(self.sinks, self.options.sinks)
 
     @property
     def main_target(self) -> str:
@@ -313,59 +377,7 @@ class Result:
         at = self.position(ends)
         return f"{self.tokens[at]!r} at {at}"
 
-    def save(
-        self, folder: str | Path, *, scan: str | None = None, links: int | str | None = None
-    ) -> Path:
-        """Write `graph.json`, `graph.npz` and `index.html`; what was there survives a failure.
-
-        scan: see `with_scan`. links: see `to_json`.
-        """
-        from qkattr.export.folder import save_result
-
-        named = self if scan is None else self.with_scan(scan)
-        return save_result(named, Path(folder), links)
-
-    def to_html(self, path: str | Path) -> Path:
-        """Write the page alone."""
-        from qkattr.export.folder import encoded_page
-        from qkattr.files import write_files
-
-        path = Path(path)
-        write_files(path.parent, {path.name: encoded_page(self)})
-        return path
-
-    def to_pandas(self, table: str = "edges"):
-        """A DataFrame: "edges", "heads" (one row an edge and head), "nodes", "effects" (of heads,
-        one row a place) or "account".
-
-        Raises:
-          InputError: no such table, or pandas is not installed.
-        """
-        from qkattr.export.frames import frame
-
-        return frame(self, table)
-
-    def to_json(self, *, links: int | str | None = None) -> dict[str, Any]:
-        """The graph JSON as an object.
-
-        links: how many to list, the strongest by influence, or "all"; None: 10,000.
-
-        Raises:
-          InputError: links is none of these.
-        """
-        from qkattr.export.graph_json import graph_json
-
-        return graph_json(self, links)
-
-    def _repr_html_(self) -> str:
-        from html import escape
-
-        from qkattr.export.html import page
-
-        body = escape(page(self), quote=True)
-        return f'<iframe srcdoc="{body}" style="width:100%;height:640px;border:0"></iframe>'
-
     def __repr__(self) -> str:
         graph = self.graph
         said = printable(json.dumps(self.prompt, ensure_ascii=False))
-        return f"Result({said}, {len(graph.nodes)} nodes, {len(graph.edges)} edges)"
+        return f"{type(self).__name__}({said}, {len(graph.nodes)} nodes, {len(graph.edges)} edges)"

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 import tiny
 
+from qkattr.config import LINEARISATIONS
 from qkattr.graph.effects import Effects, effects
 from qkattr.graph.targets import logit_covectors, score_covectors
-from qkattr.model.mlp import LINEARISATIONS
 
 ACCOUNT = 1e-4  # of the target: what the method asks for
 EFFECT = 1e-5  # of the largest effect of its kind: three blocks of float32 matmuls

@@ -31,10 +31,10 @@ from effects_tried import (  # noqa: F401
 )
 from tiny import within
 
+from qkattr.config import LINEARISATIONS
 from qkattr.graph.effects import ACCOUNT_KINDS, Effects, effects
 from qkattr.kinds import Kind
 from qkattr.model.linear import freeze, pull_stream, push
-from qkattr.model.mlp import LINEARISATIONS
 
 # The account --------------------------------------------------------------------------------------
 

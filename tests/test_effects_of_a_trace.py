@@ -19,7 +19,7 @@ from qkattr.graph.accounts import ACCOUNT_COLUMNS
 from qkattr.kinds import Kind
 from qkattr.model.edits import BlockEdits, Edits, PatternEdits
 from qkattr.model.forward import forward
-from qkattr.session import pad_tokens
+from qkattr.sharding import pad_tokens
 
 PROMPT = "hi hi hi 12 hi"
 ACCOUNT = 1e-4  # of the target, as the method asks
@@ -156,13 +156,13 @@ def test_heads_are_ranked_between_two_positions(traced, by):
 
 def test_heads_of_a_long_prompt_are_asked_of_the_model(bundle, monkeypatch):
     """Where not every place is listed."""
-    from qkattr.scores import heads_at
+    from qkattr.analyses.heads import heads_at
 
     traced = qkattr.trace(bundle, PROMPT)
-    listed = {(r["layer"], r["head"]): r for r in heads_at(traced, query=4, key=1)}
+    listed = {(r["layer"], r["head"]): r for r in heads_at(traced, traced, query=4, key=1)}
     monkeypatch.setattr("qkattr.graph.accounts.PLACES", 1)
     assert not traced.graph.heads.complete
-    computed = heads_at(traced, query=4, key=1)
+    computed = heads_at(traced, traced, query=4, key=1)
     assert len(computed) == len(listed) > 0
     for name in ("effect", "derivative", "score", "probability", "influence"):
         was = [listed[r["layer"], r["head"]][name] for r in computed]
@@ -236,9 +236,10 @@ def test_the_whole_account_adds_up_and_has_the_graphs_numbers(traced):
 
 def test_the_account_of_a_prompt_is_that_of_its_trace(traced, bundle):
     options = {k: v for k, v in traced.settings.items() if k in ("target", "contrast", "score")}
-    options |= {k: traced.settings[k] for k in ("max_logits", "logit_mass", "sinks")}
+    options |= {k: traced.settings[k] for k in ("max_logits", "logit_mass")}
     options = {k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}
-    found, of_trace = qkattr.effects(bundle, PROMPT, **options), qkattr.effects(traced)
+    asked = qkattr.subject(bundle, PROMPT, sinks=traced.options.sinks)
+    found, of_trace = qkattr.effects(asked, **options), qkattr.effects(traced)
     n = len(found.targets)
     assert found.targets == of_trace.targets[:n] and found.head is None
     np.testing.assert_array_equal(found.account, of_trace.account[:n])
@@ -247,25 +248,21 @@ def test_the_account_of_a_prompt_is_that_of_its_trace(traced, bundle):
     assert {r["boundary"] for r in top} == {1}
 
 
-@pytest.mark.parametrize(
-    "arguments, message",
-    [
-        (dict(), "a bundle needs a prompt"),
-        (dict(prompt="hi", nonsense=1), "option 'nonsense' is not known"),
-        (dict(prompt="hi " * 3000), "tokens"),
-    ],
-)
-def test_effects_refuse_what_they_cannot_use(bundle, arguments, message):
-    with pytest.raises(InputError, match=message):
-        qkattr.effects(bundle, **arguments)
+def test_effects_refuse_what_they_cannot_use(bundle, traced):
+    asked = qkattr.subject(bundle, "hi")
+    for option in ("nonsense", "keep", "through_qk"):
+        with pytest.raises(InputError, match=f"option '{option}' is not one of effects; its opt"):
+            qkattr.effects(asked, **{option: 1})
+    with pytest.raises(InputError, match="max_logits should lie in"):
+        qkattr.effects(asked, max_logits=0)
+    with pytest.raises(InputError, match="a result has its targets; leave target out"):
+        qkattr.effects(traced, target=("hi",))
 
 
 def test_effects_of_all_heads_have_a_limit(traced, monkeypatch):
     monkeypatch.setattr("qkattr.analyses.effects.MOST", 100)
     with pytest.raises(InputError, match="ask with heads=False"):
         qkattr.effects(traced, heads=True)
-    with pytest.raises(InputError, match="give them with a bundle only"):
-        qkattr.effects(traced, PROMPT)
 
 
 # Pairs --------------------------------------------------------------------------------------------
@@ -302,9 +299,8 @@ def test_pairs_move_the_target_over_all_keys(traced):
 
 
 def test_without_a_trace_there_is_no_effect(bundle):
-    from qkattr.scores import attribute_qk
 
-    table = attribute_qk(bundle, PROMPT, layer=1, head=0, query=-1, key=1)
+    table = qkattr.qk_attribution(qkattr.subject(bundle, PROMPT), layer=1, head=0, query=-1, key=1)
     assert table.target is None and table.effect is None and table.derivative is None
     assert "effect" not in table.pairs[0]
 
@@ -335,7 +331,7 @@ def test_joined_with_its_model_pairs_have_the_same_effects(traced, bundle, tmp_p
 
 def test_heads_of_a_folder_are_listed_without_the_model(traced, tmp_path, capsys, monkeypatch):
     traced.save(tmp_path / "out")
-    monkeypatch.setattr("qkattr.cli.options.with_model", lambda *a: pytest.fail("model read"))
+    monkeypatch.setattr("qkattr.cli.options.Saes.open", lambda *a: pytest.fail("model read"))
     for given, expected in (
         ([], traced.head_effects(5)),
         (["--from", "2", "--to", "4"], traced.head_effects(5, source=2, target=4)),

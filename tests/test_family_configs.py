@@ -18,7 +18,7 @@ from safetensors.numpy import load_file, save_file
 from test_forward import LOGITS
 from tiny import within
 
-from qkattr.analysis import trace
+from qkattr.api import trace
 from qkattr.errors import InputError
 from qkattr.export.graph_json import graph_json
 from qkattr.export.html import page

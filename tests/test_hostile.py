@@ -97,7 +97,7 @@ def test_labels_with_half_a_surrogate_pair(hostile, tmp_path):
 
 
 def test_json_has_no_nan():
-    from qkattr.export.graph_json import dumps
+    from qkattr.files import dumps
 
     value = {"a": [1.5, float("nan"), (float("-inf"),)], "b": {"c": "NaN"}}
     assert json.loads(dumps(value)) == {"a": [1.5, None, [None]], "b": {"c": "NaN"}}

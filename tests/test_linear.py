@@ -16,10 +16,10 @@ import tiny
 from frozen import frozen_block, of_head
 from tiny import within
 
+from qkattr.config import LINEARISATIONS
 from qkattr.graph.edges import Candidates, edge_totals, kept_parts, source_values
 from qkattr.model.linear import constant, freeze, push, values
 from qkattr.model.linear import pull as pull_back
-from qkattr.model.mlp import LINEARISATIONS
 
 BLOCK = 2e-5  # of the largest entry of the result: a block is four float32 matmuls deep
 LOADING = 1e-4  # of the row's largest loading: as the method's own check asks

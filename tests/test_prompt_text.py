@@ -14,16 +14,14 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 
 import qkattr
-from qkattr.analyses.pairs import top_pairs
+from qkattr.analyses.pairs import pairs
 from qkattr.cards.card import Example
 from qkattr.characters import joined, shown, whole
 from qkattr.cli.card import context
 from qkattr.cli.main import main
 from qkattr.errors import printable, quoted
-from qkattr.experiments.faithfulness.run import _text
 from qkattr.export.html import _context, page
 from qkattr.features.views import views_of
-from qkattr.load.text.prompts import GivenPrompt
 from qkattr.load.text.tokenizer import Tokenizer
 
 TEXTS = {
@@ -204,8 +202,8 @@ def test_ids_without_a_tokenizer(roots, tmp_path):
 def test_reports_and_figures_name_the_prompt(bundle, tmp_path):
     text = TEXTS["chinese"]
     ids = bundle.tokenize(text, bos=True)[0]
-    assert _text(bundle, GivenPrompt(list(ids)), ids) == text
-    found = top_pairs(bundle, text, top=3)
+    assert bundle.text(ids) == text
+    found = pairs(qkattr.subject(bundle, text), top=3)
     assert found.prompt == text == found.to_json()["prompt"]
     from qkattr.export.qk_figures import pairs_figure
 

@@ -15,11 +15,10 @@ import qkattr
 from qkattr.analyses.why import why
 from qkattr.cards.card import Card
 from qkattr.cli.qk import show
-from qkattr.export import qk_rows
 from qkattr.export.effect_rows import away_from_sinks
 from qkattr.export.html import page
 from qkattr.export.summary import both_aucs, called
-from qkattr.scores import attribute_qk
+from qkattr.qk import rows as qk_rows
 
 IDS = [0, 40, 41, 42, 40, 43]
 PLACE = dict(layer=1, head=2, query=-1, key=1)
@@ -98,7 +97,7 @@ def test_nothing_is_folded_where_there_is_nothing_to_fold():
 def test_a_model_without_saes_is_not_explained(tmp_path, capsys):
     folders.write_model(tmp_path / "model", tokenizer=True)
     bundle = qkattr.load(tmp_path / "model")
-    show(attribute_qk(bundle, IDS, **PLACE), 20)
+    show(qkattr.qk_attribution(qkattr.subject(bundle, IDS), **PLACE), 20)
     said = capsys.readouterr().out
     assert "do not explain the score" in " ".join(said.split()) and "Pairs\n" not in said
 
@@ -149,7 +148,7 @@ def test_heads_at_sinks_get_no_qk_attribution_and_are_counted_in_one_line(result
 
 
 def test_without_sinks_no_place_is_folded(result):
-    plain = qkattr.trace(result.session.bundle, IDS, sinks=False)
+    plain = qkattr.trace(result.subject.bundle, IDS, sinks=False)
     rows = plain.head_effects()
     assert away_from_sinks(plain, rows) == (rows, "") and "Not listed: " not in page(plain)[:20000]
 

@@ -101,7 +101,7 @@ def test_positions_that_are_none(where, message):
 
 
 def test_reprs_are_a_line_without_arrays(plain):
-    bundle = plain.session.bundle
+    bundle = plain.subject.bundle
     assert repr(bundle).startswith("<Bundle ") and "2 blocks, d_model 16, 4 heads" in repr(bundle)
     assert "2 SAEs of 32 features" in repr(bundle)
     shown = [bundle, plain.head_loadings(source=1, target=-1), next(iter(plain.qk.values()))]
@@ -126,7 +126,7 @@ def test_qk_attributions_as_frames(plain):
 
 @pytest.mark.parametrize("given", ["hi", None, 3])
 def test_a_bundle_comes_first(plain, given):
-    for call in (lambda: qkattr.trace(given, plain.session.bundle), lambda: qkattr.run(given, [1])):
+    for call in (lambda: qkattr.trace(given, plain.subject.bundle), lambda: qkattr.run(given, [1])):
         with pytest.raises(InputError, match="first argument should be a bundle from qkattr.load"):
             call()
 

@@ -12,8 +12,9 @@ import tiny
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from tiny import within
 
+from qkattr.config import SweepConfig
 from qkattr.graph.effects import effects, effects_at
-from qkattr.graph.sweep import DirectTargets, SweepConfig, sweep
+from qkattr.graph.sweep import DirectTargets, sweep
 from qkattr.graph.targets import logit_covectors, score_covectors
 from qkattr.model.forward import forward
 from qkattr.qk.marginals import marginals

@@ -168,7 +168,7 @@ def test_numbers_are_distinct_per_kind(nodes, pre):
 
 
 def test_feature_files_have_the_numbers_of_the_nodes(result, graph, tmp_path):
-    bundle = result.session.bundle
+    bundle = result.subject.bundle
     rows = [list(result.token_ids)] * 8
     cards = make_cards(bundle, rows, config=ScanConfig(batch=8))
     into = export_features(cards, tmp_path, cards.boundaries.tolist())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import types
 from collections import defaultdict
 
 import folders
@@ -192,9 +193,11 @@ def test_what_is_refused(run, more, said, subject):
 
 
 def test_a_key_outside_the_window_is_refused():
-    from qkattr.analyses.why import check_against
+    from qkattr.analyses.why import other_key
     from qkattr.errors import InputError
 
-    assert check_against(list("abcdef"), (0, 0, 5, 4), 3, [3]) == 3
+    facts = types.SimpleNamespace(windows=[3])
+    asked = types.SimpleNamespace(tokens=list("abcdef"), facts=facts, position=int)
+    assert other_key(asked, (0, 0, 5, 4), 3) == 3
     with pytest.raises(InputError, match="give a position from 3 to 5"):
-        check_against(list("abcdef"), (0, 0, 5, 4), 2, [3])
+        other_key(asked, (0, 0, 5, 4), 2)

@@ -1,6 +1,6 @@
 """How far a score depends on distance: the score and its strongest pairs at every distance.
 
-    distance(subject, prompt, layer=, head=, query=, key=, distances=)
+    distance(subject, layer=, head=, query=, key=, distances=)
 
 See `qk.distance`: everything but the rotation is held as it is on the prompt.
 """
@@ -8,21 +8,17 @@ See `qk.distance`: everything but the rotation is held as it is on the prompt.
 from __future__ import annotations
 
 import dataclasses
-from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from qkattr.analyses.places import terms_at
 from qkattr.errors import InputError
 from qkattr.kinds import Kind
-from qkattr.load.bundle import Bundle, Prompt
 from qkattr.qk.distance import distance_profile
-from qkattr.qk.table import describe
-from qkattr.result import Result
-from qkattr.scores import Labels, labeller, open_place, terms_at
-from qkattr.session import Progress
+from qkattr.subject import HasSubject, enter
 
 #: Distances that are computed unless asked otherwise; fewer where the block's window is shorter.
 DISTANCES = 256
@@ -58,15 +54,8 @@ class Distance:
         return dataclasses.asdict(self)
 
 
-def check_distances(distances: int | None) -> None:
-    """Raise `InputError` unless so many distances can be computed."""
-    if distances is not None and not 1 <= distances <= MOST:
-        raise InputError(f"distances should lie in 1..{MOST}, got {distances}; give another number")
-
-
 def distance(
-    subject: Result | Bundle,
-    prompt: Prompt | None = None,
+    asked: HasSubject,
     *,
     layer: int,
     head: int,
@@ -74,42 +63,36 @@ def distance(
     key: int | str,
     distances: int | None = None,
     top: int = 12,
-    labels: Labels | None = None,
-    progress: Progress = lambda stage: None,
-    **options: Any,
 ) -> Distance:
-    """The profile of one score. subject, query, key: as `why` takes them. distances: how many, from
+    """The profile of one score. query, key: positions or token texts. distances: how many, from
     0 on; None: 256, or the block's window, and in any case past the true one.
 
     Raises:
-      InputError: the place, the number, the prompt or an option cannot be used.
+      InputError: the place or the number cannot be used.
     """
-    check_distances(distances)
-    session, place, labels = open_place(
-        subject, prompt, (layer, head, query, key), labels=labels, progress=progress, **options
-    )
+    if distances is not None and not 1 <= distances <= MOST:
+        raise InputError(f"distances should lie in 1..{MOST}, got {distances}; give another number")
+    subject = enter(asked)
+    place = subject.place(layer, head, query, key)
     layer, head, t, s = place
-    window = session.bundle.config.windows[layer]
+    subject.begin("distance")
+    window = subject.bundle.config.windows[layer]
     wanted = max(distances or min(DISTANCES, window), t - s + 1)
-    progress("distance")
-    qk = terms_at(session, [place])
+    qk = terms_at(subject, [place])
     terms = np.where(np.outer(qk.query_used[0], qk.key_used[0]), qk.terms[0], 0.0)
     order = np.argsort(-np.abs(terms), axis=None, kind="stable")[:top]
     pairs = np.stack(np.unravel_index(order, terms.shape), axis=1)
     weights, x, parts = jax.tree.map(
-        lambda a: a[layer], (session.bundle.params.blocks, session.boundaries, session.components)
+        lambda a: a[layer], (subject.bundle.params.blocks, subject.boundaries, subject.components)
     )
     profile = jax.device_get(
         distance_profile(
             weights, x, parts, jnp.asarray(pairs), head=head, query=t, key=s, distances=wanted,
-            cfg=session.bundle.config.block, precision=session.precision,
+            cfg=subject.bundle.config.block, precision=subject.precision,
         )
     )  # fmt: skip
-    naming = partial(labeller, session, labels, layer)
-    queries = describe(
-        qk.query_kind[0], qk.query_index[0], qk.query_activation[0], pairs[:, 0], naming(t)
-    )
-    keys = describe(qk.key_kind[0], qk.key_index[0], qk.key_activation[0], pairs[:, 1], naming(s))
+    table = subject.table(layer)
+    queries, keys = table.rows(t, pairs[:, 0]), table.rows(s, pairs[:, 1])
     mean = profile.values_DP.mean(0)
     here = profile.values_DP[t - s]
     on_position = np.logical_or.outer(
@@ -117,7 +100,7 @@ def distance(
     )
     average = float(profile.score_D.mean())
     return Distance(
-        tokens=session.tokens,
+        tokens=subject.tokens,
         layer=layer,
         head=head,
         query=t,

@@ -1,6 +1,6 @@
 """The whole account of a prompt's targets: every component's effect, and every head's.
 
-    found = qkattr.effects(result)                      or qkattr.effects(bundle, prompt, **options)
+    found = qkattr.effects(result)                      or qkattr.effects(subject)
     found.top(10, boundary=24)                          components of a boundary, by |effect|
     found.to_pandas("account" | "nodes")
 
@@ -14,20 +14,19 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-import jax
 import numpy as np
 
 from qkattr.analyses.targets import Asked, Targets, targets_of
 from qkattr.errors import InputError
 from qkattr.extras import need
 from qkattr.graph.accounts import ACCOUNT_COLUMNS
-from qkattr.kinds import Kind
-from qkattr.load.bundle import Bundle, Prompt
-from qkattr.options import make_options, saved_options
-from qkattr.result import Result
-from qkattr.scores import Labels, open_session
-from qkattr.session import Progress, Session
+from qkattr.kinds import Kind, Labels
+from qkattr.options import TraceOptions, make_options
+from qkattr.result import Traced
+from qkattr.subject import HasSubject, Subject, enter
 
+#: What `effects` takes of the options of `trace`.
+OPTIONS = ("target", "contrast", "score", "linearisation", "max_logits", "logit_mass")
 #: Numbers in the arrays of all heads and positions, at most: 2 GiB of each.
 MOST = 2**29
 
@@ -55,7 +54,7 @@ class TargetEffects:
     kind: np.ndarray
     index: np.ndarray
     constant: np.ndarray
-    labels: dict[tuple[int, int], str]
+    labels: Labels
     head: np.ndarray | None = None
     derivative: np.ndarray | None = None
     kinds: tuple[str, ...] = ACCOUNT_COLUMNS
@@ -117,71 +116,71 @@ class TargetEffects:
         return dict(boundary=at[0], position=at[1], kind=kinds, index=self.index[at], **effects)
 
 
-def effects(
-    subject: Result | Bundle,
-    prompt: Prompt | None = None,
-    *,
-    heads: bool = False,
-    labels: Labels | None = None,
-    progress: Progress = lambda stage: None,
-    **options: Any,
-) -> TargetEffects:
+def effects(asked: HasSubject, *, heads: bool = False, **options: Any) -> TargetEffects:
     """Account for all targets of a trace (DESIGN: effects).
 
     Args:
-      subject: a result, or a bundle with a prompt and options (see `TraceOptions`), whose targets
-        are then those that `trace` would have.
+      asked: a result, whose targets these are; or a subject, whose targets are those that `trace`
+        would have.
       heads: also the effects of every head between every two positions, and the derivatives with
         respect to all scores.
+      **options: of a subject's targets, those of `trace` named in `OPTIONS`.
 
     Raises:
-      InputError: the prompt or an option cannot be used, the result has no model, or the heads'
-        arrays would be too large.
+      InputError: an option cannot be used, the result has no model, or the heads' arrays would be
+        too large.
     """
-    start, labels = _open(subject, prompt, labels, progress, options)
-    session = start.session
+    subject = enter(asked)
+    start = _targets(asked, subject, options)
     if heads:
-        _check_size(session, len(start.rows))
-    progress("effects")
+        _check_size(subject, len(start))
+    subject.begin("effects")
     found = start.effects(heads=heads)
-    kind, index = jax.device_get((session.components.kind, session.components.index))
-    T, P = len(session.ids), len(start.rows)
+    kind, index, _ = subject.slots
+    T, P = len(subject.ids), len(start)
 
     def joined(name: str) -> np.ndarray:
         return np.concatenate([np.swapaxes(getattr(one, name), 0, 1) for one in found])[:P]
 
     return TargetEffects(
-        tokens=session.tokens,
+        tokens=subject.tokens,
         targets=start.names,
         value=np.concatenate([one.value for one in found])[:P],
-        boundary=np.array([row[0] for row in start.rows]),
-        position=np.array([row[1] for row in start.rows]),
+        boundary=np.array(start.direct.boundary),
+        position=np.array(start.direct.position),
         account=joined("account"),
         effect=joined("node")[:, :, :T],
         kind=kind[:, :T],
         index=index[:, :T],
         constant=joined("constant")[..., :T],
-        labels=dict(labels),
+        labels=subject.labels,
         head=joined("head")[..., :T, :T] if heads else None,
         derivative=joined("derivative")[..., :T, :T] if heads else None,
     )
 
 
-def _open(subject, prompt, labels, progress: Progress, options) -> tuple[Targets, Labels]:
-    session, labels = open_session(subject, prompt, labels=labels, progress=progress, **options)
-    if isinstance(subject, Result):
-        return targets_of(subject, session, saved_options(subject.settings)), labels
-    opts = make_options(options)
-    return Asked.of(subject, session.tokens, opts).targets(session, opts)[0], labels
+def _targets(asked: HasSubject, subject: Subject, options: dict[str, Any]) -> Targets:
+    if isinstance(asked, Traced):
+        for name in options:
+            raise InputError(f"a result has its targets; leave {name} out, or give a subject")
+        return targets_of(asked, subject)
+    for name in options:
+        if name not in OPTIONS:
+            raise InputError(
+                f"option {name!r} is not one of effects; its options are {', '.join(OPTIONS)}"
+            )
+    opts = make_options(TraceOptions, options | vars(subject.options))
+    question = Asked.of(subject, opts)
+    return question.targets(subject, opts, question.predictions(subject, opts))
 
 
-def _check_size(session: Session, n_targets: int) -> None:
-    n_blocks, n_heads = session.bundle.config.head_grid
-    T = session.boundaries.shape[1]
+def _check_size(subject: Subject, n_targets: int) -> None:
+    n_blocks, n_heads = subject.bundle.config.head_grid
+    T = subject.boundaries.shape[1]
     numbers = n_blocks * n_heads * n_targets * T * T
     if numbers > MOST:
         raise InputError(
             f"the effects of all heads are {numbers:,} numbers for {n_targets} targets and "
-            f"{len(session.ids)} tokens, more than {MOST:,}; ask with heads=False, or take the "
+            f"{len(subject.ids)} tokens, more than {MOST:,}; ask with heads=False, or take the "
             f"strongest places from Result.head_effects"
         )

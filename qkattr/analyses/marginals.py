@@ -1,7 +1,7 @@
 """All marginals of a prompt, block by block, and where its heads look with what makes them.
 
-for layer, found in all_marginals(subject, prompt): ...       arrays, see `qk.marginals`
-looks(subject, prompt, attention=)                            a table of the places that matter
+for layer, found in all_marginals(subject): ...       arrays, see `qk.marginals`
+marginals(subject, attention=)                        a table of the places that matter
 """
 
 from __future__ import annotations
@@ -15,13 +15,9 @@ import numpy as np
 
 from qkattr.errors import InputError
 from qkattr.kinds import Kind
-from qkattr.load.bundle import Bundle, Prompt
-from qkattr.positions import check_head, find_position
-from qkattr.qk.marginals import Marginals, marginals
-from qkattr.qk.table import describe
-from qkattr.result import Result
-from qkattr.scores import Labels, labeller, open_session
-from qkattr.session import Progress, Session
+from qkattr.positions import check_head
+from qkattr.qk import marginals as qk_marginals
+from qkattr.subject import HasSubject, Subject, enter
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,56 +43,41 @@ class Looks:
 
 
 def all_marginals(
-    subject: Result | Bundle,
-    prompt: Prompt | None = None,
+    asked: HasSubject,
     *,
     layer: int | None = None,
     top: int = 5,
-    progress: Progress = lambda stage: None,
-    **options: Any,
-) -> Iterator[tuple[int, Marginals]]:
+) -> Iterator[tuple[int, qk_marginals.Marginals]]:
     """The largest marginals of all heads at all (query, key) of a prompt: one block at a time, on
     the host, without the padding of the prompt.
 
-    subject: a result, or a bundle with a prompt and options (see `TraceOptions`). layer: this block
-    only. top: marginals a side at each place.
+    layer: this block only. top: marginals a side at each place.
 
     Raises:
-      InputError: the layer, `top`, the prompt or an option cannot be used.
+      InputError: the layer or `top` cannot be used.
     """
-    session, _ = open_session(subject, prompt, progress=progress, **options)
-    yield from _of_session(session, layer, top, progress)
-
-
-def _of_session(session: Session, layer: int | None, top: int, progress: Progress):
-    config, n = session.bundle.config, len(session.ids)
-    check_head(layer, None, config.head_grid)
-    if not 1 <= top <= session.components.n_slots:
+    subject = enter(asked)
+    check_head(layer, None, subject.facts.head_grid)
+    config, n = subject.bundle.config, len(subject.ids)
+    if not 1 <= top <= subject.components.n_slots:
         raise InputError(
-            f"top should lie in 1..{session.components.n_slots}, the components of a position, "
+            f"top should lie in 1..{subject.components.n_slots}, the components of a position, "
             f"got {top}; give another number"
         )
-    everything = session.bundle.params.blocks, session.boundaries, session.components
+    everything = subject.bundle.params.blocks, subject.boundaries, subject.components
     for b in range(config.n_blocks) if layer is None else [layer]:
-        progress(f"block {b} of {config.n_blocks}")
-        found = marginals(
+        subject.progress(f"block {b} of {config.n_blocks}")
+        found = qk_marginals.marginals(
             *jax.tree.map(lambda a, b=b: a[b], everything),
             top=top,
             cfg=config.block,
-            precision=session.precision,
+            precision=subject.precision,
         )
         yield b, jax.tree.map(lambda a: a[..., :n, :n], jax.device_get(found))
 
 
-def check_attention(attention: float) -> None:
-    """Raise `InputError` unless it is a share."""
-    if not 0 <= attention <= 1:
-        raise InputError(f"attention should lie in 0..1, got {attention:g}; give a share")
-
-
-def looks(
-    subject: Result | Bundle,
-    prompt: Prompt | None = None,
+def marginals(
+    asked: HasSubject,
     *,
     attention: float = 0.3,
     layer: int | None = None,
@@ -106,9 +87,6 @@ def looks(
     limit: int = 200,
     top: int = 5,
     sinks_too: bool = False,
-    labels: Labels | None = None,
-    progress: Progress = lambda stage: None,
-    **options: Any,
 ) -> Looks:
     """Every place at which a head gives a key at least so much attention, with its largest
     marginals.
@@ -118,31 +96,32 @@ def looks(
     well, and the first position.
 
     Raises:
-      InputError: one of these, the prompt or an option cannot be used.
+      InputError: one of these cannot be used.
     """
-    check_attention(attention)
-    session, labels = open_session(subject, prompt, labels=labels, progress=progress, **options)
-    check_head(layer, head, session.bundle.config.head_grid)
-    only = [None if p is None else find_position(session.tokens, p) for p in (query, key)]
-    sink = np.asarray((session.components.kind == Kind.SINK).any(-1))
+    subject = enter(asked)
+    if not 0 <= attention <= 1:
+        raise InputError(f"attention should lie in 0..1, got {attention:g}; give a share")
+    check_head(layer, head, subject.facts.head_grid)
+    only = [None if p is None else subject.position(p) for p in (query, key)]
+    sink = np.asarray((subject.components.kind == Kind.SINK).any(-1))
     places = []
-    for b, found in _of_session(session, layer, top, progress):
-        n = len(session.ids)
+    for b, found in all_marginals(subject, layer=layer, top=top):
+        n = len(subject.ids)
         chosen = (found.pattern >= attention) & np.tril(np.ones((n, n), bool))
         chosen &= found.pattern > 0
         if not sinks_too:
             chosen &= ~sink[b, None, None, :n]
             chosen[:, 0] = False  # it sees itself alone
-        asked = [np.arange(n) == p if p is not None else np.ones(n, bool) for p in only]
-        chosen &= asked[0][None, :, None] & asked[1][None, None, :]
+        at_ends = [np.arange(n) == p if p is not None else np.ones(n, bool) for p in only]
+        chosen &= at_ends[0][None, :, None] & at_ends[1][None, None, :]
         if head is not None:
             chosen &= (np.arange(len(chosen)) == head)[:, None, None]
         of_block = [(float(found.pattern[at]), at) for at in zip(*np.nonzero(chosen), strict=True)]
         places += [(p, b, at, _at(found, at)) for p, at in of_block]
     places.sort(key=lambda place: -place[0])
-    listed = [_described(session, labels, *place) for place in places[:limit]]
+    listed = [_described(subject, *place) for place in places[:limit]]
     return Looks(
-        tokens=session.tokens,
+        tokens=subject.tokens,
         attention=attention,
         places=listed,
         n_places=len(places),
@@ -150,7 +129,7 @@ def looks(
     )
 
 
-def _at(found: Marginals, at: tuple) -> tuple:
+def _at(found: qk_marginals.Marginals, at: tuple) -> tuple:
     head, t, s = at
     sides = [
         (np.array(value[head, :, t, s]), np.array(slot[head, :, t, s]))
@@ -162,16 +141,13 @@ def _at(found: Marginals, at: tuple) -> tuple:
     return float(found.score[at]), sides
 
 
-def _described(session: Session, labels: Labels, probability, layer, at, found) -> dict[str, Any]:
+def _described(subject: Subject, probability, layer, at, found) -> dict[str, Any]:
     head, query, key = (int(i) for i in at)
     score, sides = found
-    parts, listed = session.components, []
+    table, listed = subject.table(layer), []
     for position, (values, slots) in zip((query, key), sides, strict=True):
-        kind, index = (np.asarray(a[layer, position]) for a in (parts.kind, parts.index))
-        activation = np.pad(np.asarray(parts.activation[layer, position]), (0, 2))
-        label = labeller(session, labels, layer, position)
         kept = slots >= 0
-        described = describe(kind, index, activation, slots[kept], label)
+        described = table.rows(position, slots[kept])
         listed.append(
             [d | dict(value=float(v)) for d, v in zip(described, values[kept], strict=True)]
         )

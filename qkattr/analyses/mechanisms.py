@@ -1,7 +1,7 @@
 """The parallel reasons of one score, or of the same score over several prompts.
 
-    mechanisms(subject, prompt, layer=, head=, query=, key=)
-    mechanisms_over(bundle, prompts, layer=, head=, query=, key=)
+    mechanisms(subject, layer=, head=, query=, key=)
+    mechanisms([subject, ...], layer=, head=, query=, key=)
 
 Over prompts, components are matched by kind and index, and their terms summed before the matrix is
 decomposed (see `qk.mechanisms`).
@@ -15,15 +15,12 @@ from typing import Any
 
 import numpy as np
 
+from qkattr.analyses.places import terms_at
 from qkattr.errors import InputError
-from qkattr.kinds import Kind
-from qkattr.load.bundle import Bundle, Prompt
+from qkattr.kinds import Kind, Place
 from qkattr.qk.mechanisms import Mechanisms
 from qkattr.qk.mechanisms import mechanisms as decompose
-from qkattr.qk.table import describe
-from qkattr.result import Result
-from qkattr.scores import Labels, labeller, open_place, terms_at
-from qkattr.session import Progress
+from qkattr.subject import HasSubject, Subject, enter
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,8 +64,7 @@ class _Side:
 
 
 def mechanisms(
-    subject: Result | Bundle,
-    prompt: Prompt | None = None,
+    asked: HasSubject | Sequence[HasSubject],
     *,
     layer: int,
     head: int,
@@ -76,70 +72,38 @@ def mechanisms(
     key: int | str,
     top: int = 8,
     features: bool = False,
-    labels: Labels | None = None,
-    progress: Progress = lambda stage: None,
-    **options: Any,
 ) -> MechanismTable:
-    """The mechanisms of one score. subject, query, key: as `why` takes them. features: decompose
-    only the pairs of two features; the bias, which meets everything, often hides them.
+    """The mechanisms of one score, or of the same score summed over several prompts.
+
+    asked: one subject, or several; positions are those of every prompt (token texts or negative
+    ones, where lengths differ), and tokens, query and key of the result are the first one's.
+    features: decompose only the pairs of two features; the bias, which meets everything, often
+    hides them.
 
     Raises:
-      InputError: the place, the prompt or an option cannot be used.
+      InputError: there are no prompts, or the place is not one of each of them.
     """
-    opened = open_place(
-        subject, prompt, (layer, head, query, key), labels=labels, progress=progress, **options
-    )
-    progress("mechanisms")
-    place, tokens = opened[1], opened[0].tokens
-    return _table([_terms(*opened)], place=place, tokens=tokens, top=top, features=features)
+    given = list(asked) if isinstance(asked, Sequence) else [asked]
+    if not given:
+        raise InputError("mechanisms got no prompts; give at least one")
+    subjects = [enter(each) for each in given]
+    places = [subject.place(layer, head, query, key) for subject in subjects]
+    parts = []
+    for i, (subject, place) in enumerate(zip(subjects, places, strict=True)):
+        many = len(subjects) > 1
+        subject.begin(f"prompt {i + 1} of {len(subjects)}" if many else "mechanisms")
+        parts.append(_terms(subject, place))
+    return _table(parts, place=places[0], tokens=subjects[0].tokens, top=top, features=features)
 
 
-def mechanisms_over(
-    bundle: Bundle,
-    prompts: Sequence[Prompt],
-    *,
-    layer: int,
-    head: int,
-    query: int | str,
-    key: int | str,
-    top: int = 8,
-    features: bool = False,
-    labels: Labels | None = None,
-    progress: Progress = lambda stage: None,
-    **options: Any,
-) -> MechanismTable:
-    """The mechanisms of a score summed over prompts; positions are those of every prompt (token
-    texts or negative ones, where lengths differ). tokens, query and key are the first prompt's.
-
-    Raises:
-      InputError: there are no prompts, or one of them cannot be used.
-    """
-    if not prompts:
-        raise InputError("mechanisms_over got no prompts; give at least one")
-    parts, first = [], None
-    for i, prompt in enumerate(prompts):
-        progress(f"prompt {i + 1} of {len(prompts)}")
-        opened = open_place(bundle, prompt, (layer, head, query, key), labels=labels, **options)
-        first = first or (opened[1], opened[0].tokens)
-        parts.append(_terms(*opened))
-    place, tokens = first or ((0, 0, 0, 0), [])
-    return _table(parts, place=place, tokens=tokens, top=top, features=features)
-
-
-def _terms(session, place, labels) -> tuple[np.ndarray, _Side, _Side]:
+def _terms(subject: Subject, place: Place) -> tuple[np.ndarray, _Side, _Side]:
     layer, _, query, key = place
-    qk = terms_at(session, [place])
+    qk, table = terms_at(subject, [place]), subject.table(layer)
     rows, columns = np.flatnonzero(qk.query_used[0]), np.flatnonzero(qk.key_used[0])
-
-    def side(kind, index, activation, slots, position) -> _Side:
-        label = labeller(session, labels, layer, position)
-        names = [(int(kind[i]), int(index[i])) for i in slots]
-        return _Side(names, describe(kind, index, activation, slots, label))
-
     return (
         np.asarray(qk.terms[0], float)[np.ix_(rows, columns)],
-        side(qk.query_kind[0], qk.query_index[0], qk.query_activation[0], rows, query),
-        side(qk.key_kind[0], qk.key_index[0], qk.key_activation[0], columns, key),
+        _Side(table.names(query, rows), table.rows(query, rows)),
+        _Side(table.names(key, columns), table.rows(key, columns)),
     )
 
 

@@ -1,7 +1,7 @@
-"""The targets of a trace: gathered, swept from, and accounted for.
+"""The targets of a trace: chosen, swept from, and accounted for.
 
 Logits, differences of logits and scores become covectors (`graph.targets`); the sweep starts from
-all of them together, the effects are carried back for a few at a time.
+all of them together, the effects are carried back for a few at a time. Axes: P targets, D d_model.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,91 +23,184 @@ from qkattr.graph.sweep import DirectTargets, sweep
 from qkattr.graph.tables import Graph
 from qkattr.graph.targets import direct_targets, logit_covectors, score_covectors
 from qkattr.kinds import Kind, Place
-from qkattr.load.bundle import Bundle
 from qkattr.options import TraceOptions
-from qkattr.result import Result, logit_name, score_name
-from qkattr.session import MainTarget, Session, pad_tokens
+from qkattr.result import Prediction, Traced, logit_name, score_name
 from qkattr.sharding import bucket
+from qkattr.subject import MainTarget, Subject
 
 #: Targets whose effects are computed together; a program's shape, so fewer are padded.
 AT_ONCE = 4
 
 
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """What a trace is to explain, checked before the model runs.
+
+    tokens: ids whose logits; none: the likeliest, or those of `score`.
+    contrast: whether it is the difference of two.
+    score: an attention score instead.
+    """
+
+    tokens: list[int]
+    contrast: bool
+    score: Place | None
+
+    @classmethod
+    def of(cls, subject: Subject, opts: TraceOptions) -> Asked:
+        """Read the options `target`, `contrast` and `score`.
+
+        Raises:
+          InputError: there is no such token or place, or the contrast is of a token with itself.
+        """
+        asked = [subject.bundle.token_id(token) for token in opts.contrast or opts.target]
+        if opts.contrast and asked[0] == asked[1]:
+            raise InputError(f"contrast compares two tokens, both given are {opts.contrast[0]!r}")
+        score = subject.place(*opts.score) if opts.score else None
+        return cls(asked, opts.contrast is not None, score)
+
+    def predictions(self, subject: Subject, opts: TraceOptions) -> list[Prediction]:
+        """The likeliest next tokens, and which of them (or which others) are targets."""
+        logits, bundle = subject.logits, subject.bundle
+        raised = np.exp(logits - logits.max())
+        probability = raised / raised.sum()
+        order = np.argsort(-probability, kind="stable")[: max(opts.max_logits, 10)]
+        before = np.cumsum(probability[order]) - probability[order]
+        likely = (np.arange(len(order)) < opts.max_logits) & (before < opts.logit_mass)
+        likely &= not self.tokens and self.score is None
+        found = dict(zip(order.tolist(), likely.tolist(), strict=True))
+        found |= dict.fromkeys(self.tokens, True)
+        against = self.tokens[1] if self.contrast else -1
+        if self.contrast:
+            found[against] = False
+        return [
+            Prediction(
+                token=bundle.token(token),
+                id=token,
+                probability=float(probability[token]),
+                logit=float(logits[token]),
+                target=target,
+                against=against if target else -1,
+            )
+            for token, target in found.items()
+        ]
+
+    def targets(self, subject: Subject, opts: TraceOptions, said: list[Prediction]) -> Targets:
+        """Where the sweep starts. said: the predictions."""
+        start = Targets.of_logits(subject, opts, said)
+        return start if self.score is None else start.with_scores([self.score], [1.0])
+
+
+@dataclasses.dataclass(frozen=True)
 class Targets:
-    """Direct targets as they are gathered, in order; the sweep from them, and their effects."""
+    """P direct targets of a subject, in order, on the host.
 
-    def __init__(self, session: Session, opts: TraceOptions):
-        self.session, self.opts = session, opts
-        # boundary, position, covector, constant, influence, kind, index
-        self.rows: list[tuple] = []
-        self.names: list[str] = []
-        self.scores: list[tuple[int, ...]] = []
-        self.against = -1  # the token whose logit is subtracted, of a difference
+    direct: boundary, position, covector, constant and influence of each.
+    kind, index: `[P]` LOGIT and the token, or SCORE and its row of `scores`.
+    names: in words.
+    scores: `[X, 5]` block, head, query, key, side.
+    against: the token whose logit is subtracted, of a difference; else -1.
+    """
 
-    def add_logits(self, predictions: Sequence[dict[str, Any]]) -> None:
+    subject: Subject
+    opts: TraceOptions
+    direct: DirectTargets
+    kind: np.ndarray
+    index: np.ndarray
+    names: list[str]
+    scores: np.ndarray
+    against: int = -1
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    @classmethod
+    def of_logits(cls, subject: Subject, opts: TraceOptions, said: list[Prediction]) -> Targets:
         """The logits after the last token that are targets, or the difference of two."""
-        targets = [p for p in predictions if p["target"]]
-        against = np.array([p["against"] for p in targets])
-        weight = np.array([p["probability"] for p in targets])
-        self.against = int(against[0])
-        weight = np.ones(1) if against[0] >= 0 else weight / max(weight.sum(), 1e-30)
-        bundle, last = self.session.bundle, len(self.session.ids) - 1
-        size = bucket(len(targets), smallest=16)  # other numbers of targets meet compiled code
-        covectors = logit_covectors(
-            bundle.params,
-            self.session.last,
-            np.resize(np.array([p["id"] for p in targets]), size),
-            np.resize(against, size),
-            cfg=bundle.config,
+        chosen, config = [p for p in said if p["target"]], subject.bundle.config
+        token = np.array([p["id"] for p in chosen], int)
+        against = np.array([p["against"] for p in chosen], int)
+        probability = np.array([p["probability"] for p in chosen])
+        difference = (against >= 0).any()
+        weight = np.ones(1) if difference else probability / max(probability.sum(), 1e-30)
+        covector, constant = np.zeros((0, config.d_model), np.float32), np.zeros(0, np.float32)
+        if chosen:
+            size = bucket(len(chosen), smallest=16)  # other numbers of targets meet compiled code
+            found = logit_covectors(
+                subject.bundle.params,
+                subject.last,
+                np.resize(token, size),
+                np.resize(against, size),
+                cfg=config,
+            )
+            covector, constant = (a[: len(chosen)] for a in jax.device_get(found))
+        last = len(subject.ids) - 1
+        return cls(
+            subject=subject,
+            opts=opts,
+            direct=DirectTargets(
+                boundary=np.full(len(chosen), config.n_blocks),
+                position=np.full(len(chosen), last),
+                covector=covector,
+                constant=constant,
+                influence=weight.astype(np.float32),
+            ),
+            kind=np.full(len(chosen), int(Kind.LOGIT)),
+            index=token,
+            names=[logit_name(said, p) for p in chosen],
+            scores=np.zeros((0, 5), int),
+            against=int(against[0]) if difference else -1,
         )
-        g, constant = jax.device_get(covectors)
-        for i, target in enumerate(targets):
-            row = (bundle.config.n_blocks, last, g[i], constant[i], weight[i])
-            self.rows.append((*row, Kind.LOGIT, target["id"]))
-            self.names.append(logit_name(predictions, target))
 
-    def add_scores(self, places: Sequence[Place], influence: Sequence[float]) -> None:
-        """Each score is read on both sides, half its influence on each."""
+    def with_scores(self, places: Sequence[Place], influence: Sequence[float]) -> Targets:
+        """These and some scores, each read on both sides, half its influence on each."""
         if not places:
-            return
-        covectors = score_covectors(
-            self.session.bundle.params.blocks,
-            self.session.boundaries,
+            return self
+        found = score_covectors(
+            self.subject.bundle.params.blocks,
+            self.subject.boundaries,
             np.resize(np.array(places, np.int32), (bucket(len(places), smallest=1), 4)),
-            cfg=self.session.bundle.config.block,
+            cfg=self.subject.bundle.config.block,
             precision=self.opts.precision,
         )
-        g, constant = jax.device_get(covectors)
-        for i, (block, head, query, key) in enumerate(places):
-            for side, position in enumerate((query, key)):
-                row = (block, position, g[i, side], constant[i, side], influence[i] / 2)
-                self.rows.append((*row, Kind.SCORE, len(self.scores)))
-                self.names.append(score_name(block, head, query, key))
-                self.scores.append((block, head, query, key, side))
-
-    def score_table(self) -> np.ndarray:
-        """`[X, 5]` block, head, query, key, side of the scores."""
-        return np.array(self.scores, int).reshape(-1, 5)
+        covector, constant = (
+            a[: len(places)].reshape(2 * len(places), *a.shape[2:]) for a in jax.device_get(found)
+        )
+        at, side = np.repeat(np.array(places), 2, axis=0), np.tile([0, 1], len(places))
+        more = DirectTargets(
+            boundary=at[:, 0],
+            position=np.where(side == 0, at[:, 2], at[:, 3]),
+            covector=covector,
+            constant=constant,
+            influence=(np.repeat(np.array(influence), 2) / 2).astype(np.float32),
+        )
+        index = len(self.scores) + np.arange(len(at))
+        return dataclasses.replace(
+            self,
+            direct=jax.tree.map(lambda *both: np.concatenate(both), self.direct, more),
+            kind=np.concatenate([self.kind, np.full(len(at), int(Kind.SCORE))]),
+            index=np.concatenate([self.index, index]),
+            names=[*self.names, *(score_name(*place) for place in at.tolist())],
+            scores=np.concatenate([self.scores, np.column_stack([at, side])]),
+        )
 
     def sweep(self) -> Graph:
         """The graph behind all of them."""
-        kinds, index = (np.array(column) for column in list(zip(*self.rows, strict=True))[-2:])
-        targets = self._padded(slice(None), bucket(len(self.rows), smallest=16))
+        targets = self._padded(slice(None), bucket(len(self), smallest=16))
         swept = sweep(
-            self.session.bundle.params.blocks,
-            self.session.boundaries,
-            self.session.components,
+            self.subject.bundle.params.blocks,
+            self.subject.boundaries,
+            self.subject.components,
             targets,
-            cfg=self.session.bundle.config.block,
+            cfg=self.subject.bundle.config.block,
             config=self.opts.sweep,
         )
-        return build_graph(swept, targets, kinds, index)
+        return build_graph(swept, targets, self.kind, self.index)
 
     def effects(self, *, heads: bool = False) -> list[Effects]:
         """The effects on all of them, on the host, `AT_ONCE` at a time; covectors stay behind.
         heads: with the arrays of all heads and positions."""
         found = []
-        for start in range(0, len(self.rows), AT_ONCE):
+        for start in range(0, len(self), AT_ONCE):
             first = start == 0 and not heads
             one = self._first if first else self._effects(start, heads)
             found.append(jax.device_get(dataclasses.replace(one, covector=None)))
@@ -127,29 +219,30 @@ class Targets:
     @functools.cached_property
     def _live(self) -> jax.Array:
         """What the main target reads of all heads' outputs in the live model."""
-        session, (_, position, *_, kind, index) = self.session, self.rows[0]
-        model = session.bundle.params, jnp.asarray(pad_tokens(session.ids))
-        how = dict(cfg=session.bundle.config, precision=self.opts.precision)
-        if kind == Kind.SCORE:
-            return score_gradient(*model, jnp.asarray(self.scores[index][:4]), **how)
-        return logit_gradient(*model, position, index, self.against, **how)
+        bundle = self.subject.bundle
+        model = bundle.params, jnp.asarray(self.subject.padded)
+        how = dict(cfg=bundle.config, precision=self.opts.precision)
+        if self.kind[0] == Kind.SCORE:
+            return score_gradient(*model, jnp.asarray(self.scores[self.index[0], :4]), **how)
+        at = int(self.direct.position[0]), int(self.index[0])
+        return logit_gradient(*model, *at, self.against, **how)
 
     def _weights(self, start: int) -> np.ndarray:
         """What the main target has of the targets from there on."""
-        weights = main_weights([row[-2] for row in self.rows])[start : start + AT_ONCE]
+        weights = main_weights(self.kind)[start : start + AT_ONCE]
         return np.pad(weights, (0, AT_ONCE - len(weights)))
 
     def _effects(self, start: int, heads: bool = False) -> Effects:
         targets = self._padded(slice(start, start + AT_ONCE), AT_ONCE)
         return effects(
-            self.session.bundle.params.blocks,
-            self.session.boundaries,
-            self.session.components,
+            self.subject.bundle.params.blocks,
+            self.subject.boundaries,
+            self.subject.components,
             targets.boundary,
             targets.position,
             targets.covector,
             targets.constant,
-            cfg=self.session.bundle.config.block,
+            cfg=self.subject.bundle.config.block,
             linearisation=self.opts.linearisation,
             precision=self.opts.precision,
             heads=heads,
@@ -159,83 +252,12 @@ class Targets:
         )
 
     def _padded(self, some: slice, size: int) -> DirectTargets:
-        boundary, position, covector, constant, influence, _, _ = (
-            np.stack(column) for column in zip(*self.rows[some], strict=True)
-        )
-        influence = influence.astype(np.float32)
-        return direct_targets(boundary, position, covector, constant, influence, padded_to=size)
+        chosen = jax.tree.map(lambda column: column[some], self.direct)
+        return direct_targets(**vars(chosen), padded_to=size)
 
 
-@dataclasses.dataclass(frozen=True)
-class Asked:
-    """What a trace is to explain, checked before the model runs. tokens: ids whose logits; none:
-    the likeliest, or those of `score`."""
-
-    tokens: list[int]
-    score: Place | None
-
-    @classmethod
-    def of(cls, bundle: Bundle, tokens: list[str], opts: TraceOptions) -> Asked:
-        """Read the options `target`, `contrast` and `score` for a prompt of these tokens.
-
-        Raises:
-          InputError: there is no such token or place, or the contrast is of a token with itself.
-        """
-        asked = [bundle.token_id(token) for token in opts.contrast or opts.target]
-        if opts.contrast and asked[0] == asked[1]:
-            raise InputError(f"contrast compares two tokens, both given are {opts.contrast[0]!r}")
-        score = bundle.find_place(tokens, opts.score) if opts.score else None
-        return cls(asked, score)
-
-    def targets(self, session: Session, opts: TraceOptions) -> tuple[Targets, list[dict[str, Any]]]:
-        """The targets of a prompt, and its predictions."""
-        predictions = _predictions(session.bundle, session.logits, self, opts)
-        start = Targets(session, opts)
-        if self.score:
-            start.add_scores([self.score], [1.0])
-        else:
-            start.add_logits(predictions)
-        return start, predictions
-
-
-def targets_of(result: Result, session: Session, opts: TraceOptions) -> Targets:
-    """The targets of a result, in their order."""
-    start = Targets(session, opts)
-    if any(p["target"] for p in result.predictions):
-        start.add_logits(result.predictions)
-    places = [tuple(row) for row in result.scores[::2, :4].tolist()]
-    start.add_scores(places, [1.0] * len(places))
-    return start
-
-
-def _predictions(
-    bundle: Bundle, logits: np.ndarray, asked: Asked, opts: TraceOptions
-) -> list[dict[str, Any]]:
-    """The likeliest next tokens, and which of them (or which others) are targets."""
-    raised = np.exp(logits - logits.max())
-    probability = raised / raised.sum()
-    order = np.argsort(-probability, kind="stable")[: max(opts.max_logits, 10)]
-    before = np.cumsum(probability[order]) - probability[order]
-    found = {
-        int(v): (not asked.tokens and asked.score is None)
-        and i < opts.max_logits
-        and before[i] < opts.logit_mass
-        for i, v in enumerate(order)
-    }
-    for token in asked.tokens:
-        found[token] = True
-    against = -1
-    if opts.contrast:
-        against = asked.tokens[1]
-        found[against] = False
-    return [
-        dict(
-            token=bundle.token(token),
-            id=token,
-            probability=float(probability[token]),
-            logit=float(logits[token]),
-            target=bool(target),
-            against=against if target else -1,
-        )
-        for token, target in found.items()
-    ]
+def targets_of(traced: Traced, subject: Subject) -> Targets:
+    """The targets of what was traced, in their order."""
+    start = Targets.of_logits(subject, traced.options, traced.predictions)
+    places = [tuple(row) for row in traced.scores[::2, :4].tolist()]
+    return start.with_scores(places, [1.0] * len(places))

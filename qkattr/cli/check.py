@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from qkattr.cli import common, options
 from qkattr.cli.text import cut_rows, read_text
 from qkattr.errors import printable
+
+if TYPE_CHECKING:
+    from qkattr.load.bundle import Bundle
+    from qkattr.subject import Stages
 
 
 def check(
@@ -36,19 +40,20 @@ def check(
     json: common.Json = False,
 ) -> None:
     """Measure on a text how well the SAE of every boundary fits the model."""
-    with common.progress() as progress:
-        passage = read_text(text)
-        model.check_both()
-        bundle = model.open()
+    passage = read_text(text)
+    model.check_both()
+    opened: list[Bundle] = []
+
+    def find(progress: Stages) -> dict[str, Any]:
+        opened.append(model.open())
         from qkattr.features.check import check_saes
 
-        cut = cut_rows(bundle, passage, reading.bos, rows)
+        cut = cut_rows(opened[0], passage, reading.bos, rows)
         name = "the packaged sample" if text is None else text.name
-        report = check_saes(bundle, cut, text=name, fits=fits, progress=progress)
-    if json:
-        common.print_json(report, bundle.notes)
-    else:
-        show(report)
+        return check_saes(opened[0], cut, text=name, fits=fits, progress=progress)
+
+    notes = lambda: opened[0].notes
+    common.answer(find, show, json=json, notes=notes, to_json=lambda report: report)
 
 
 def show(report: dict) -> None:

@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import typer
 
-from qkattr.errors import InputError, quoted
+from qkattr.errors import printable
 
-Labels = Annotated[
+FoundT = TypeVar("FoundT")
+
+
+LabelsOption = Annotated[
     list[str] | None,
     typer.Option(
         help="Names of features (repeatable): a file (Neuronpedia's .jsonl.gz, CSV, JSON, a graph "
         'JSON), FILE:BOUNDARY, or "neuronpedia".',
         show_default=False,
     ),
+]
+Figure = Annotated[
+    Path | None,
+    typer.Option(help="Draw a figure into this .svg, .png or .pdf file.", show_default=False),
 ]
 All = Annotated[
     bool,
@@ -29,38 +35,6 @@ All = Annotated[
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
-
-
-def is_result(prompt: str) -> bool:
-    """Whether PROMPT|DIR names a folder. One without a result is an error, not a prompt."""
-    with contextlib.suppress(OSError, ValueError):
-        path = Path(prompt)
-        if path.is_dir() and ("/" in prompt or (path / "graph.json").is_file()):
-            return True
-    return False
-
-
-def check_no_folder(prompt: str) -> None:
-    """Refuse one word that looks like a folder and is none: it would be explained as text.
-
-    Raises:
-      InputError: it has a slash, begins with a dot or ~, is a folder without a result, or is nearly
-        the name of a folder here that holds one.
-    """
-    if not prompt or any(c.isspace() for c in prompt):
-        return
-    near, no_result = [], False
-    with contextlib.suppress(OSError, ValueError):
-        here = [path.parent.name for path in Path().glob("*/graph.json")]
-        near = difflib.get_close_matches(prompt, here, n=1, cutoff=0.7)
-        no_result = Path(prompt).is_dir()
-    if near or no_result or "/" in prompt or (prompt[0] in ".~" and len(prompt) > 1):
-        what = "a folder without a result" if no_result else "no folder"
-        meant = f"; {quoted(near[0])} is one" if near else ""
-        raise InputError(
-            f"{quoted(prompt)} is {what}{meant}; give a folder that `qkattr trace --out` wrote, or "
-            "--as-text if it is the text of a prompt"
-        )
 
 
 def given(context: typer.Context, *names: str) -> list[str]:
@@ -104,11 +78,51 @@ def progress() -> Iterator[Callable[[str], None]]:
         yield lambda stage: status.update(stage)
 
 
+def check_figure(path: Path | None) -> None:
+    """Fail before the work where a figure could not be written."""
+    if path is not None:
+        from qkattr.export.figures import check_figure as check
+        from qkattr.files import check_writable
+
+        check(path)
+        check_writable(path.parent)
+
+
 def print_json(value: dict[str, Any], notes: Sequence[str] = ()) -> None:
     """One JSON object on stdout, in ASCII: safe on any terminal, whatever the prompt holds.
 
     notes: what is to be known of the model and the SAEs, where there is something.
     """
-    from qkattr.export.graph_json import dumps
+    from qkattr.files import dumps
 
     print(dumps(value | ({"notes": list(notes)} if notes else {}), ascii=True))
+
+
+def answer(
+    find: Callable[[Callable[[str], None]], FoundT],
+    show: Callable[[FoundT], None],
+    *,
+    json: bool,
+    notes: Callable[[], Sequence[str]] = tuple,
+    figure: Path | None = None,
+    to_json: Callable[[FoundT], dict[str, Any]] = lambda found: found.to_json(),  # pyright: ignore
+    drawn: Callable[[FoundT], Any] = lambda found: found,
+) -> None:
+    """Find something, which is told what to call at each stage; draw it; print it.
+
+    drawn: what of it is drawn.
+    """
+    check_figure(figure)
+    with progress() as stage:
+        found = find(stage)
+        if figure is not None:
+            from qkattr.export.draw import draw
+
+            stage("drawing")
+            draw(drawn(found), figure)
+    if json:
+        print_json(to_json(found), notes())
+        return
+    show(found)
+    if figure is not None:
+        print(printable(f"Drawn: {figure}"))

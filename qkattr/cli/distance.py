@@ -6,20 +6,18 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from qkattr.cli import common, options, place
-from qkattr.errors import printable, quoted
+from qkattr.cli import common
+from qkattr.cli.question import PlaceOptions, Question
+from qkattr.errors import quoted
 
 if TYPE_CHECKING:
     from qkattr.analyses.distance import Distance
+    from qkattr.subject import HasSubject
 
 
 def distance(
-    context: typer.Context,
-    prompt: place.PromptOrFolder,
-    layer: place.Layer,
-    head: place.Head,
-    query: place.Query,
-    key: place.Key,
+    asked: Question,
+    place: PlaceOptions,
     distances: Annotated[
         int | None,
         typer.Option(
@@ -28,39 +26,18 @@ def distance(
             show_default=False,
         ),
     ] = None,
-    model: options.Saes = options.Saes(),
     top: Annotated[int, typer.Option(min=1, max=4096, help="The number of pairs to list.")] = 12,
-    figure: place.Figure = None,
-    labels: common.Labels = None,
-    reading: options.Asked = options.Asked(),
-    json: common.Json = False,
+    figure: common.Figure = None,
+    labels: common.LabelsOption = None,
 ) -> None:
     """Show a score and its strongest pairs as functions of distance, with all else fixed."""
-    from qkattr.analyses.distance import check_distances
-    from qkattr.analyses.distance import distance as profile
 
-    check_distances(distances)
-    place.check_figure(figure)
-    with common.progress() as progress:
-        subject, given, components = place.open_subject(
-            context, prompt, (layer, head, query, key), model=model, reading=reading,
-            labels=labels, progress=progress,
-        )  # fmt: skip
-        found = profile(
-            subject, given, layer=layer, head=head, query=query, key=key, distances=distances,
-            top=top, progress=progress, **components,
-        )  # fmt: skip
-        if figure is not None:
-            from qkattr.export.qk_figures import distance_figure
+    def find(subject: HasSubject) -> Distance:
+        from qkattr.analyses.distance import distance
 
-            progress("drawing")
-            distance_figure(found, figure)
-    if json:
-        common.print_json(found.to_json(), subject.notes)
-        return
-    show(found)
-    if figure is not None:
-        print(printable(f"Drawn: {figure}"))
+        return distance(subject, **vars(place), distances=distances, top=top)
+
+    asked.answer(find, show, place=place, labels=labels, figure=figure)
 
 
 def show(found: Distance) -> None:

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import dataclasses
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer import Option
 
 from qkattr.cli import common, options
 from qkattr.errors import InputError, printable, quoted
 
 if TYPE_CHECKING:
     from qkattr.experiments.faithfulness import Report
-
-Option = typer.Option
+    from qkattr.load.bundle import Bundle, Prompt
+    from qkattr.subject import Stages, Subject
 
 
 def faithfulness(
@@ -36,47 +37,58 @@ def faithfulness(
     ] = ("qk,heads,effects,edges,nodes"),
     draws: Annotated[int, Option(help="The number of random draws of a control.")] = 20,
     seed: Annotated[int, Option(min=0, help="The seed of all random draws.")] = 0,
-    reading: options.Subject = options.Subject(),
+    reading: options.ComponentOptions = options.ComponentOptions(),
     json: common.Json = False,
 ) -> None:
     """Test explanations against the model: scores, heads, effects, edges and nodes."""
-    from qkattr.load.text.prompts import read_prompts
+    from qkattr.load.text.prompts import GivenPrompt, read_prompts
 
     chosen = [name.strip() for name in measures.split(",")]
-    given: list[Any]
-    if _is_file(prompts):
-        given = [
-            dataclasses.replace(one, prompt=reading.read(one.prompt))
-            for one in read_prompts(prompts)
-        ]
-    else:
-        given = [reading.read(prompts)]
+    given = read_prompts(prompts) if _is_file(prompts) else [GivenPrompt(prompts)]
+    read = [reading.read(one.prompt) for one in given]  # pyright: ignore[reportArgumentType]
     model.check_both()
     if out is not None:
         from qkattr.files import check_writable
 
         check_writable(out)
-    with common.progress() as progress:
-        bundle = model.open()
-        from qkattr.experiments.faithfulness import faithfulness as test_prompts
+    written: list[Path] = []
 
-        report = test_prompts(
-            bundle,
-            given,
-            measures=chosen,
-            draws=draws,
-            seed=seed,
-            **reading.components,
-            folder=out,
-            progress=progress,
-        )
-        written = None if out is None else _write(report, out)
-    if json:
-        common.print_json(report.to_json(), bundle.notes)
-        return
-    _show(report)
-    if written:
-        print(printable(f"Written: {', '.join(str(path) for path in written)}"))
+    def find(progress: Stages) -> Report:
+        opened.append(model.open())
+        from qkattr.experiments.faithfulness import Between, faithfulness
+        from qkattr.subject import subject
+
+        how = dict(reading.components, progress=progress)
+        subjects = _subjects(read, lambda prompt: subject(opened[0], prompt, **how))
+        between = [
+            Between(subject, one.source, one.target, one.group)
+            for subject, one in zip(subjects, given, strict=True)
+        ]
+        report = faithfulness(between, measures=chosen, draws=draws, seed=seed, folder=out)
+        written.extend([] if out is None else _write(report, out))
+        return report
+
+    def show(report: Report) -> None:
+        _show(report)
+        if written:
+            print(printable(f"Written: {', '.join(str(path) for path in written)}"))
+
+    opened: list[Bundle] = []
+    common.answer(find, show, json=json, notes=lambda: opened[0].notes)
+
+
+def _subjects(prompts: Sequence[Prompt], open: Callable[[Prompt], Subject]) -> list[Subject]:
+    """Every prompt, opened; an error says which one cannot be used, where there are several."""
+    found = []
+    for i, prompt in enumerate(prompts):
+        try:
+            found.append(open(prompt))
+        except InputError as e:
+            if len(prompts) == 1:
+                raise
+            said = f"prompt {i + 1} of {len(prompts)}, {quoted(str(prompt), 40)}"
+            raise InputError(f"{said}: {e}") from e
+    return found
 
 
 def _is_file(text: str) -> bool:
@@ -90,8 +102,7 @@ def _is_file(text: str) -> bool:
 
 def _write(report: Report, out: Path) -> list[Path]:
     """The tables, and the figure where matplotlib is installed."""
-    from qkattr.export.graph_json import dumps
-    from qkattr.files import write_files
+    from qkattr.files import dumps, write_files
 
     write_files(out, {"faithfulness.json": dumps(report.to_json()).encode()})
     written = [out / "faithfulness.json"]
@@ -99,7 +110,9 @@ def _write(report: Report, out: Path) -> list[Path]:
         import matplotlib  # noqa: F401
     except ImportError:
         return written
-    return [*written, report.figure(out / "faithfulness.svg")]
+    from qkattr.export.faithfulness_figure import faithfulness_figure
+
+    return [*written, faithfulness_figure(report, out / "faithfulness.svg")]
 
 
 def _cell(value: dict[str, float] | float | str) -> str:

@@ -10,14 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer import Option
 
 from qkattr.cli import common, options
 from qkattr.errors import InputError, printable
 
 if TYPE_CHECKING:
     from qkattr.cards.columns import Cards
-
-Option = typer.Option
 
 
 def features(

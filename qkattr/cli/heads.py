@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from qkattr.cli import common, options
+from qkattr.cli import common
+from qkattr.cli.question import Question
+from qkattr.errors import InputError, one_of
+
+if TYPE_CHECKING:
+    from qkattr.api import Result
+    from qkattr.result import PlaceRow
+    from qkattr.subject import Subject
 
 
 def heads(
-    context: typer.Context,
-    prompt: Annotated[
-        str,
-        typer.Argument(metavar="PROMPT|DIR", help="A text, or a folder that `qkattr trace` wrote."),
-    ],
+    asked: Question,
     source: Annotated[
         str | None,
         typer.Option(
@@ -28,7 +31,6 @@ def heads(
         str | None,
         typer.Option("--to", help="The target position (the query).", show_default=False),
     ] = None,
-    model: options.Saes = options.Saes(),
     top: Annotated[
         int | None,
         typer.Option(
@@ -42,53 +44,39 @@ def heads(
         str,
         typer.Option(help="Rank the heads by masking, effect, influence or attention."),
     ] = "masking",
-    reading: options.Asked = options.Asked(),
-    json: common.Json = False,
 ) -> None:
     """List the heads that matter to the target, between two positions or anywhere, and how strongly
     they looked."""
-    from qkattr.errors import InputError, one_of
     from qkattr.result import RANKINGS
 
     one_of("by", by, RANKINGS)
     if (source is None) != (target is None):
         raise InputError("--from and --to go together; give both, or neither for all positions")
-    with common.progress() as progress:
-        if reading.is_folder(prompt):
-            result = options.open_saved(prompt, context)
-            _ends(result.tokens, source, target)
-            if source is not None and not result.graph.heads.complete:
-                progress("loading the model")
-                result = options.with_model(result, model)
-        else:
-            from qkattr.analysis import trace
+    ends = lambda subject: _ends(subject, source, target)
 
-            given = reading.read(prompt)
-            bundle = model.open()
-            tokens = bundle.tokens(bundle.tokenize(given, reading.bos)[0])
-            _ends(tokens, source, target)
-            result = trace(bundle, given, progress=progress, qk=0, **reading.components)
+    def find(result: Result) -> tuple[dict[str, Any], str]:
         report, folded = heads_report(result, source, target, by), ""
-        if source is None and not all and not json:
+        if source is None and not all and not asked.json:
             from qkattr.export.effect_rows import away_from_sinks
 
             report["heads"], folded = away_from_sinks(result, report["heads"])
-    if json:
-        common.print_json({**report, "heads": report["heads"][:top]}, result.notes)
-    else:
-        _show(report, top or 20, folded)
+        return report, folded
+
+    asked.answer(
+        find,
+        lambda found: _show(found[0], top or 20, found[1]),
+        of=lambda progress: asked.traced(progress, ends),
+        to_json=lambda found: {**found[0], "heads": found[0]["heads"][:top]},
+    )
 
 
 def _ends(
-    tokens: list[str], source: str | None, target: str | None
+    subject: Result | Subject, source: str | None, target: str | None
 ) -> tuple[int | None, int | None]:
     """Both positions, in the order in which attention runs, or neither."""
-    from qkattr.errors import InputError
-    from qkattr.positions import find_position
-
     if source is None or target is None:
         return None, None
-    s, t = find_position(tokens, source), find_position(tokens, target)
+    s, t = subject.position(source), subject.position(target)
     if s > t:
         raise InputError(
             f"--from {s} comes after --to {t}; attention is causal, give the earlier position first"
@@ -97,10 +85,10 @@ def _ends(
 
 
 def heads_report(
-    result, source: str | None, target: str | None, by: str = "masking"
+    result: Result, source: str | None, target: str | None, by: str = "masking"
 ) -> dict[str, Any]:
     """The heads, the strongest first: between two positions with their loadings, or anywhere."""
-    s, t = _ends(result.tokens, source, target)
+    s, t = _ends(result, source, target)
     report = dict(tokens=result.tokens, of=result.main_target, by=by, source=s, target=t)
     if s is None or t is None:
         heads = result.head_effects(by=by)
@@ -122,14 +110,14 @@ def heads_report(
     )
 
 
-def _between(result, source: int, target: int, by: str) -> list[dict[str, Any]]:
+def _between(result: Result, source: int, target: int, by: str) -> list[PlaceRow]:
     if result.graph.heads.complete:
         return result.head_effects(source=source, target=target, by=by)
-    from qkattr.scores import heads_at
+    from qkattr.analyses.heads import heads_at
+    from qkattr.result import measured
 
-    rows = heads_at(result, query=target, key=source)
-    key = "probability" if by == "attention" else by
-    return sorted(rows, key=lambda row: -abs(row[key]))
+    rows = heads_at(result, result, query=target, key=source)
+    return sorted(rows, key=lambda row: -abs(measured(row, by)))
 
 
 def _show(report: dict[str, Any], top: int, folded: str) -> None:

@@ -6,16 +6,17 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from qkattr.cli import common, options, place
-from qkattr.errors import printable, quoted
+from qkattr.cli import common
+from qkattr.cli.question import Question, check_head_of
+from qkattr.errors import quoted
 
 if TYPE_CHECKING:
     from qkattr.analyses.marginals import Looks
+    from qkattr.subject import HasSubject
 
 
 def marginals(
-    context: typer.Context,
-    prompt: place.PromptOrFolder,
+    asked: Question,
     attention: Annotated[
         float, typer.Option(help="The least attention to list, from 0 to 1.")
     ] = 0.3,
@@ -32,7 +33,6 @@ def marginals(
     key: Annotated[
         str | None, typer.Option(help="List only this key position.", show_default=False)
     ] = None,
-    model: options.Saes = options.Saes(),
     limit: Annotated[int, typer.Option(min=1, help="The largest number of places to list.")] = 30,
     top: Annotated[
         int, typer.Option(min=1, help="The number of marginals to list on each side of a place.")
@@ -40,36 +40,20 @@ def marginals(
     sinks_too: Annotated[
         bool, typer.Option("--sinks-too", help="List keys that are sinks as well.")
     ] = False,
-    figure: place.Figure = None,
-    labels: common.Labels = None,
-    reading: options.Asked = options.Asked(),
-    json: common.Json = False,
+    figure: common.Figure = None,
+    labels: common.LabelsOption = None,
 ) -> None:
     """List every place of a prompt where a head looks, with the components that make it look."""
-    from qkattr.analyses.marginals import check_attention, looks
+    check_head_of(layer, head)
 
-    place.check_figure(figure)
-    check_attention(attention)
-    place.check_head_of(layer, head)
-    with common.progress() as progress:
-        subject, given, components = place.open_subject(
-            context, prompt, None, model=model, reading=reading, labels=labels, progress=progress,
-            )  # fmt: skip
-        found = looks(
-            subject, given, attention=attention, layer=layer, head=head, query=query, key=key,
-            limit=limit, top=top, sinks_too=sinks_too, progress=progress, **components,
-        )  # fmt: skip
-        if figure is not None:
-            from qkattr.export.qk_figures import looks_figure
+    def find(subject: HasSubject) -> Looks:
+        from qkattr.analyses.marginals import marginals
 
-            progress("drawing")
-            looks_figure(found, figure)
-    if json:
-        common.print_json(found.to_json(), subject.notes)
-        return
-    show(found)
-    if figure is not None:
-        print(printable(f"Drawn: {figure}"))
+        where = dict(layer=layer, head=head, query=query, key=key)
+        how = dict(attention=attention, limit=limit, top=top, sinks_too=sinks_too)
+        return marginals(subject, **where, **how)
+
+    asked.answer(find, show, labels=labels, figure=figure)
 
 
 def show(found: Looks) -> None:

@@ -7,20 +7,18 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from qkattr.cli import common, options, place
-from qkattr.errors import InputError, printable, quoted
+from qkattr.cli import common
+from qkattr.cli.question import PlaceOptions, Question
+from qkattr.errors import InputError, quoted
 
 if TYPE_CHECKING:
     from qkattr.analyses.mechanisms import MechanismTable
+    from qkattr.subject import HasSubject
 
 
 def mechanisms(
-    context: typer.Context,
-    prompt: place.PromptOrFolder,
-    layer: place.Layer,
-    head: place.Head,
-    query: place.Query,
-    key: place.Key,
+    asked: Question,
+    place: PlaceOptions,
     more: Annotated[
         Path | None,
         typer.Option(
@@ -31,51 +29,34 @@ def mechanisms(
     features: Annotated[
         bool, typer.Option("--features", help="Search only pairs of two features.")
     ] = False,
-    model: options.Saes = options.Saes(),
     top: Annotated[
         int,
         typer.Option(
             min=1, max=4096, help="The number of mechanisms, and of components of each, to list."
         ),
     ] = 6,
-    figure: place.Figure = None,
-    labels: common.Labels = None,
-    reading: options.Asked = options.Asked(),
-    json: common.Json = False,
+    figure: common.Figure = None,
+    labels: common.LabelsOption = None,
 ) -> None:
     """Split a head's score into independent groups of feature pairs (by singular values)."""
-    from qkattr.analyses import mechanisms as analyses
+    others = [] if more is None else _prompts(more, asked)
 
-    place.check_figure(figure)
-    others = [] if more is None else _prompts(more, prompt, reading)
-    where = dict(layer=layer, head=head, query=query, key=key)
-    with common.progress() as progress:
-        subject, given, components = place.open_subject(
-            context, prompt, tuple(where.values()), model=model, reading=reading,
-            labels=labels, progress=progress,
-        )  # fmt: skip
-        how = dict(top=top, features=features, progress=progress) | where | components
-        if others:
-            found = analyses.mechanisms_over(subject, [given, *others], **how)
-        else:
-            found = analyses.mechanisms(subject, given, **how)
-        if figure is not None:
-            from qkattr.export.qk_figures import mechanisms_figure
+    def find(subject: HasSubject) -> MechanismTable:
+        from qkattr.analyses.mechanisms import mechanisms
+        from qkattr.subject import subject as open_prompt
 
-            progress("drawing")
-            mechanisms_figure(found, figure)
-    if json:
-        common.print_json(found.to_json(), subject.notes)
-        return
-    show(found, top)
-    if figure is not None:
-        print(printable(f"Drawn: {figure}"))
+        bundle, of = subject.subject.bundle if others else None, asked.components
+        every = [open_prompt(bundle, text, **of) for text in others]  # pyright: ignore
+        return mechanisms([subject, *every], **vars(place), top=top, features=features)
+
+    show_found = lambda found: show(found, top)
+    asked.answer(find, show_found, place=place, labels=labels, figure=figure)
 
 
-def _prompts(path: Path, prompt: str, reading: options.Asked) -> list[str]:
+def _prompts(path: Path, asked: Question) -> list[str]:
     from qkattr.files import read_text
 
-    if reading.is_folder(prompt):
+    if asked.is_folder:
         raise InputError("--more goes with a prompt, not with a folder; give the prompt's text")
     lines = [line for line in read_text(path).splitlines() if line.strip()]
     if not lines:

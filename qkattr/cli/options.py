@@ -16,12 +16,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from qkattr.cli.common import check_no_folder, given, is_result, use_compilation_cache
+from qkattr.cli.common import use_compilation_cache
 from qkattr.errors import InputError, printable, quoted
 
 if TYPE_CHECKING:
     from qkattr.load import bundle
-    from qkattr.result import Result
 
 
 Missing = Annotated[
@@ -141,7 +140,7 @@ class Text:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Prompt(Text):
+class PromptOptions(Text):
     """How PROMPT becomes tokens."""
 
     ids: Annotated[
@@ -161,7 +160,7 @@ class Prompt(Text):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Subject(Prompt):
+class ComponentOptions(PromptOptions):
     """How PROMPT becomes components."""
 
     sink: Annotated[
@@ -176,58 +175,6 @@ class Subject(Prompt):
     def components(self) -> dict[str, Any]:
         """As options of the library."""
         return dict(sinks=self.sink, bos=self.bos)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Asked(Subject):
-    """How PROMPT|DIR is read."""
-
-    as_text: Annotated[
-        bool,
-        typer.Option("--as-text", help="PROMPT|DIR is text, although it looks like a folder."),
-    ] = False
-
-    def is_folder(self, prompt: str) -> bool:
-        """Whether it names a folder; what only looks like one is refused."""
-        if self.as_text:
-            return False
-        if is_result(prompt):
-            return True
-        if not self.ids:
-            check_no_folder(prompt)
-        return False
-
-
-#: What a saved result keeps of its prompt and its model: these options do not go with a folder.
-_KEPT = ("ids", "bos", "sink", "dtype", "missing", "bos_token", "accept")
-
-
-def open_saved(folder: str, context: typer.Context) -> Result:
-    """A saved result, without its model. Options of a prompt do not go with one."""
-    from qkattr.export.folder import open_result
-
-    for name in given(context, *_KEPT):
-        raise InputError(
-            f"{name} goes with a prompt, and {quoted(folder)} is a folder, whose result keeps the "
-            f"settings it was traced with; leave {name} out, or give the prompt"
-        )
-    return open_result(folder)
-
-
-def with_model(result: Result, given: Saes) -> Result:
-    """A saved result joined with the model and SAEs that it names, or with the ones given."""
-    from qkattr.analysis import attach
-
-    settings = result.settings
-    named = dataclasses.replace(
-        given,
-        model=given.model or settings["model"],
-        saes=given.saes or settings["saes"],
-        dtype=settings["dtype"],
-        missing=settings.get("missing", "error"),
-        accept=settings.get("accepted"),
-    )
-    return attach(result, named.open())
 
 
 def expanded(command: Callable[..., None]) -> Callable[..., None]:
@@ -258,6 +205,10 @@ def expanded(command: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
+def _default(value: Any) -> Any:
+    return inspect.Parameter.empty if value is dataclasses.MISSING else value
+
+
 def _fields(struct: Any) -> list[inspect.Parameter]:
     """The struct's fields as parameters."""
     hints = typing.get_type_hints(struct, include_extras=True)
@@ -265,7 +216,7 @@ def _fields(struct: Any) -> list[inspect.Parameter]:
         inspect.Parameter(
             field.name,
             inspect.Parameter.KEYWORD_ONLY,
-            default=field.default,
+            default=_default(field.default),
             annotation=hints[field.name],
         )
         for field in dataclasses.fields(struct)

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer import Option
 
 from qkattr.cli import common, options
 from qkattr.cli.text import cut_rows, read_text
 from qkattr.errors import InputError, printable
 
-Option = typer.Option
 _MEASURED = ("unexplained_variance", "loss_recovered")
 
 

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from qkattr.cli import common, options, place
-from qkattr.errors import InputError, printable, quoted
+from qkattr.cli import common
+from qkattr.cli.question import Question, check_head_of
+from qkattr.errors import InputError, quoted
 
 if TYPE_CHECKING:
-    from qkattr.analyses.pairs import TopPairs, WeightPairs
+    from qkattr.analyses.pairs import Pairs
+    from qkattr.analyses.weights import WeightPairs
     from qkattr.load.bundle import Bundle
+    from qkattr.subject import HasSubject, Stages
 
 #: Options of one of the two uses.
 _PROMPT = ("all", "sink", "bos", "bos_token", "ids")
@@ -21,9 +25,11 @@ _WEIGHTS = ("distance", "typical", "text")
 ROWS = 4096
 
 
-def pairs(
-    context: typer.Context,
-    prompt: Annotated[
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MaybeQuestion(Question):
+    """A question about a prompt, or without one about the weights."""
+
+    prompt: Annotated[  # pyright: ignore[reportIncompatibleVariableOverride, reportGeneralTypeIssues]
         str | None,
         typer.Argument(
             metavar="[PROMPT|DIR]",
@@ -31,7 +37,11 @@ def pairs(
             "alone are searched.",
             show_default=False,
         ),
-    ] = None,
+    ] = None
+
+
+def pairs(
+    asked: MaybeQuestion,
     layer: Annotated[
         int | None,
         typer.Option(help="The block. With a prompt, search this block only.", show_default=False),
@@ -39,7 +49,6 @@ def pairs(
     head: Annotated[
         int | None, typer.Option(help="The query head in the block --layer.", show_default=False)
     ] = None,
-    model: options.Saes = options.Saes(),
     top: Annotated[int, typer.Option(help="The number of pairs of either sign to list.")] = 20,
     all: Annotated[
         bool,
@@ -67,63 +76,56 @@ def pairs(
             show_default=False,
         ),
     ] = None,
-    figure: place.Figure = None,
-    labels: common.Labels = None,
-    reading: options.Asked = options.Asked(),
-    json: common.Json = False,
+    figure: common.Figure = None,
+    labels: common.LabelsOption = None,
 ) -> None:
     """The strongest feature pairs over all heads and places of a prompt; or, without one, of a head
     over the whole dictionary."""
-    from qkattr.analyses import pairs as analyses
+    check_head_of(layer, head)
+    of_prompt = asked.prompt is not None
+    for name in common.given(asked.context, *(_WEIGHTS if of_prompt else _PROMPT)):
+        other = "without" if of_prompt else "with"
+        raise InputError(f"{name} goes {other} a prompt; leave it out")
+    if of_prompt:
 
-    analyses.check_top(top)
-    place.check_figure(figure)
-    place.check_head_of(layer, head)
-    asked = common.given(context, *(_WEIGHTS if prompt is not None else _PROMPT))
-    if asked:
-        other = "without" if prompt is not None else "with"
-        raise InputError(f"{asked[0]} goes {other} a prompt; leave it out")
-    how = dict(layer=layer, head=head, top=top)
-    with common.progress() as progress:
-        if prompt is None:
-            subject, found = _of_weights(how, model, labels, text, distance, typical, progress)
-            draw, say = "weights_figure", show_weights
-        else:
-            subject, given, components = place.open_subject(
-                context, prompt, None, model=model, reading=reading,
-                labels=labels, progress=progress,
-            )  # fmt: skip
-            found = analyses.top_pairs(
-                subject, given, **how, features=not all, progress=progress, **components
-            )
-            draw, say = "pairs_figure", show
-        if figure is not None:
-            from qkattr.export import qk_figures
+        def find(subject: HasSubject) -> Pairs:
+            from qkattr.analyses.pairs import pairs
 
-            progress("drawing")
-            getattr(qk_figures, draw)(found, figure)
-    if json:
-        common.print_json(found.to_json(), subject.notes)
+            return pairs(subject, layer=layer, head=head, top=top, features=not all)
+
+        asked.answer(find, show, labels=labels, figure=figure)
         return
-    say(found)
-    if figure is not None:
-        print(printable(f"Drawn: {figure}"))
+    opened: list[Bundle] = []
+
+    def find_in_weights(progress: Stages) -> WeightPairs:
+        opened.append(_open(asked, layer, head, distance))
+        how = dict(layer=layer, head=head, top=top, distance=distance, typical=typical)
+        return _of_weights(opened[0], how, labels, text, progress)
+
+    notes = lambda: opened[0].notes
+    common.answer(find_in_weights, show_weights, json=asked.json, notes=notes, figure=figure)
 
 
-def _of_weights(
-    how: dict[str, Any], model: options.Saes, labels, text, distance, typical, progress
-) -> tuple[Bundle, WeightPairs]:
-    """The bundle and what was found."""
-    from qkattr.analyses.pairs import check_weight_place, weight_pairs
+def _open(asked: MaybeQuestion, layer: int | None, head: int | None, distance: int) -> Bundle:
+    """The model and SAEs of a search of weights, checked before they are read."""
+    from qkattr.analyses.weights import check_weight_place
 
-    if how["layer"] is None or how["head"] is None:
+    if layer is None or head is None:
         raise InputError(
             "without a prompt, pairs looks at the weights of one head; give --layer and --head, or "
             "a prompt"
         )
-    model.check_both()
-    bundle = model.open()
-    check_weight_place(bundle, how["layer"], how["head"], distance)
+    asked.check_both()
+    bundle = asked.open()
+    check_weight_place(bundle, layer, head, distance)
+    return bundle
+
+
+def _of_weights(
+    bundle: Bundle, how: dict[str, Any], labels, text: Path | None, progress: Stages
+) -> WeightPairs:
+    from qkattr.analyses.weights import weight_pairs
+
     if labels:
         from qkattr.labels.read import labelled
 
@@ -138,12 +140,10 @@ def _of_weights(
         progress("norm scales")
         norms = norm_scales(bundle, np.array(cut_rows(bundle, read_text(text), None, ROWS)))
     progress("pairs")
-    source = None if text is None else str(text)
-    how |= dict(distance=distance, typical=typical, norms=norms, source=source)
-    return bundle, weight_pairs(bundle, **how)
+    return weight_pairs(bundle, **how, norms=norms, source=None if text is None else str(text))
 
 
-def show(found: TopPairs) -> None:
+def show(found: Pairs) -> None:
     """Both lists, with where each pair is and what the head made of it."""
     from qkattr.cli.show import bar, console, percent, say, show_table
     from qkattr.export.summary import component

@@ -6,34 +6,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
+from typer import Option
 
-from qkattr.cli import common, options, place
-from qkattr.errors import printable, quoted
+from qkattr.cli import common
+from qkattr.cli.question import PlaceOptions, Question
+from qkattr.errors import quoted
 
 if TYPE_CHECKING:
     from qkattr.qk.table import QKAttribution
-
-Option = typer.Option
+    from qkattr.subject import HasSubject
 
 
 def qk(
-    context: typer.Context,
-    prompt: Annotated[
-        str,
-        typer.Argument(metavar="PROMPT|DIR", help="A text, or a folder that `qkattr trace` wrote."),
-    ],
-    layer: Annotated[int, Option(help="The block.")],
-    head: Annotated[int, Option(help="The query head.")],
-    query: Annotated[
-        str,
-        Option(
-            help="The query position: an index, a negative index, or "
-            'the text of a token (" Aunt#2").'
-        ),
-    ],
-    key: Annotated[str, Option(help="The key position, which the head looked at.")],
-    model: options.Saes = options.Saes(),
+    asked: Question,
+    place: PlaceOptions,
     top: Annotated[
         int | None,
         Option(
@@ -55,65 +41,45 @@ def qk(
             show_default=False,
         ),
     ] = None,
-    figure: place.Figure = None,
-    labels: common.Labels = None,
+    figure: common.Figure = None,
+    labels: common.LabelsOption = None,
     all: common.All = False,
-    reading: options.Asked = options.Asked(),
-    json: common.Json = False,
 ) -> None:
     """Write a head's attention score as a sum over pairs of query-side and key-side components."""
-    place.check_figure(figure)
     named = {} if groups is None else _read(groups)
-    with common.progress() as progress:
-        if reading.is_folder(prompt):
-            from qkattr.export.qk_rows import enough_stored
-            from qkattr.stored import place_in, stored_in_full
+    listed = None if asked.json or named or label else top or 20
 
-            subject = result = options.open_saved(prompt, context)
-            if labels:
-                result = place.relabelled(result, labels)
-            shown = None if json or groups or label else top or 20
-            table = stored_in_full(result, place_in(result, (layer, head, query, key)), shown)
-            if table is None or (shown and not all and not enough_stored(table, shown)):
-                from qkattr.scores import qk_attribution
+    def find(subject: HasSubject) -> QKAttribution:
+        from qkattr.api import qk_attribution
 
-                progress("loading the model")
-                result = options.with_model(result, model)
-                table = qk_attribution(result, layer=layer, head=head, query=query, key=key)
-        else:
-            given = reading.read(prompt)
-            subject = bundle = model.open()
-            if labels:
-                from qkattr.labels.read import labelled
+        return _enough(subject, place, listed, all) or qk_attribution(subject, **vars(place))
 
-                bundle = labelled(bundle, labels, progress)
-            from qkattr.scores import attribute_qk
+    def sums(table: QKAttribution) -> dict[str, Any]:
+        return dict(groups=_sums(table, named, label or ())) if named or label else {}
 
-            table = attribute_qk(
-                bundle,
-                given,
-                layer=layer,
-                head=head,
-                query=query,
-                key=key,
-                progress=progress,
-                **reading.components,
-            )
-        if figure is not None:
-            from qkattr.export.qk_figures import qk_figure
+    def show_found(table: QKAttribution) -> None:
+        grouped = sums(table)
+        show(table, top or 20, all)
+        if grouped:
+            show_groups(grouped["groups"])
 
-            progress("drawing")
-            qk_figure(table, figure)
-    sums = _sums(table, named, label or ()) if named or label else None
-    if json:
-        found = table.to_json(top) | ({} if sums is None else dict(groups=sums))
-        common.print_json(found, subject.notes)
-        return
-    show(table, top or 20, all)
-    if sums is not None:
-        show_groups(sums)
-    if figure is not None:
-        print(printable(f"Drawn: {figure}"))
+    asked.answer(
+        find, show_found, place=place, labels=labels, figure=figure,
+        to_json=lambda table: table.to_json(top) | sums(table),
+    )  # fmt: skip
+
+
+def _enough(
+    subject: HasSubject, place: PlaceOptions, listed: int | None, all: bool
+) -> QKAttribution | None:
+    """What a saved result holds of the place, where that is enough for what is listed."""
+    from qkattr.qk.rows import enough_stored
+    from qkattr.result import Traced
+
+    if not isinstance(subject, Traced) or listed is None:
+        return None
+    table = subject.stored(subject.place(**vars(place)), listed)
+    return table if table is not None and (all or enough_stored(table, listed)) else None
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -132,7 +98,7 @@ def show(table: QKAttribution, top: int, all: bool = False) -> None:
     """The score, its shares, the strongest pairs and marginals. Rows with bias, error or sink are
     folded into one line, unless `all`."""
     from qkattr.cli.show import console, percent, say, show_table
-    from qkattr.export.qk_rows import folded_line, rests_on, what_it_moves
+    from qkattr.qk.rows import folded_line, rests_on, what_it_moves
 
     out = console()
     from qkattr.characters import shown
@@ -175,8 +141,8 @@ def show(table: QKAttribution, top: int, all: bool = False) -> None:
 
 def _pairs(table: QKAttribution, top: int, all: bool, out) -> None:
     from qkattr.cli.show import bar, show_table
-    from qkattr.export.qk_rows import unfolded
     from qkattr.export.summary import component
+    from qkattr.qk.rows import unfolded
 
     shown = (table.pairs if all else unfolded(table.pairs))[:top]
     most = max((abs(p["value"]) for p in shown), default=1.0)
@@ -206,8 +172,8 @@ def _effect_column(table: QKAttribution) -> tuple[str, ...]:
 
 
 def _marginals(marginals: list[dict[str, Any]], top: int, all: bool) -> list[tuple[str, ...]]:
-    from qkattr.export.qk_rows import folded_marginal, unfolded
     from qkattr.export.summary import component
+    from qkattr.qk.rows import folded_marginal, unfolded
 
     shown = [(component(m), m) for m in (marginals if all else unfolded(marginals))[:top]]
     folded = None if all or not shown else folded_marginal(marginals)

@@ -3,28 +3,25 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, cast
+from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
+from typer import Option
 
-from qkattr.cli import common, options
-from qkattr.errors import InputError, printable, quoted
+from qkattr.cli import common
+from qkattr.cli.question import Question
+from qkattr.errors import InputError, quoted
+from qkattr.result import Traced
 
 if TYPE_CHECKING:
+    from qkattr.api import Result
     from qkattr.experiments.hydra import Hydra
+    from qkattr.experiments.steer import Steering
     from qkattr.kinds import Group
-    from qkattr.load.bundle import Bundle
-    from qkattr.result import Result
-
-Option = typer.Option
+    from qkattr.subject import HasSubject, Stages, Subject
 
 
 def steer(
-    context: typer.Context,
-    prompt: Annotated[
-        str,
-        typer.Argument(metavar="PROMPT|DIR", help="A text, or a folder that `qkattr trace` wrote."),
-    ],
+    asked: Question,
     edit: Annotated[
         list[str] | None,
         Option(
@@ -123,13 +120,7 @@ def steer(
             "recomputed and with them fixed.",
         ),
     ] = False,
-    figure: Annotated[
-        Path | None,
-        Option(help="Draw a figure into this .svg, .png or .pdf file.", show_default=False),
-    ] = None,
-    model: options.Saes = options.Saes(),
-    reading: options.Asked = options.Asked(),
-    json: common.Json = False,
+    figure: common.Figure = None,
 ) -> None:
     """Scale features inside the QK circuit of chosen heads only, and see what the model says."""
     from qkattr.cli.steer_tables import show, show_hydra
@@ -144,62 +135,72 @@ def steer(
     factors = check_scales(_numbers(scales))
     known = _labels(labels)
     features_of = _group(group, label, known)
-    choosing = common.given(context, "heads", "side", "features", "by")
+    choosing = common.given(asked.context, "heads", "side", "features", "by")
     named = group is not None or label is not None
     _check_ends(source, target, bool(edits or ablated), hydra or named, choosing)
-    _check_figure(figure)
     choice = dict(source=source, target=target, heads=heads, side=side, features=features, by=by)
 
-    def check(tokens: list[str], shape: tuple[int, int], bundle: Bundle | None = None) -> None:
+    def check(opened: Result | Subject) -> None:
         """Fail before weights are read."""
+        is_result = isinstance(opened, Traced)
         if source is not None:
-            check_choice(tokens, shape, **choice)
-        if bundle is not None:
-            check_asked(bundle, tokens, edits, ablated, track or (), query)
+            facts = opened.model if is_result else opened.facts
+            check_choice(opened.tokens, facts.head_grid, **choice)
+        if not is_result:
+            check_asked(opened, edits, ablated, track or (), query)
 
-    with common.progress() as progress:
-        subject, given, components = _open(
-            prompt, model, reading, context=context, check=check, trace=source is not None,
-            progress=progress,
-        )  # fmt: skip
+    def open_prompt(progress: Stages) -> Result | Subject:
         if source is not None:
-            progress("choosing heads and features")
+            return asked.traced(progress, check)
+        opened = asked.opened(progress)
+        check(opened)
+        return opened
+
+    def find(opened: HasSubject) -> tuple[Steering, Hydra | None]:
+        subject = opened.subject if known is None else opened.subject.but(given=known)
+        chosen = list(edits)
+        if isinstance(opened, Traced) and source is not None:
+            subject.progress("choosing heads and features")
+            of_group = features_of
             if label is not None and known is None:
-                features_of = search_labels(cast("Result", subject).labels, label)
-            edits += choose_edits(subject, **choice, group=features_of)
+                of_group = search_labels(opened.labels, label)
+            chosen += choose_edits(opened, subject, **choice, group=of_group)
         steering = steer_prompt(
             subject,
-            given,
-            edits,
+            chosen,
             scales=factors,
             freeze_others=freeze_others,
             live_scales=live_scales,
             ablate=ablated,
             track=track or (),
             query=query,
-            labels=known,
             draws=draws if control else 0,
             seed=seed,
-            progress=progress,
-            **components,
         )
-        needed = None
-        if hydra:
-            progress("hydra")
-            how = dict(live_scales=live_scales, ablated=ablated)
-            needed = _hydra(subject, source, target, edits, **how)
-        if figure is not None:
-            progress("drawing")
-            steering.figure(figure)
-    if json:
-        extra = {} if needed is None else dict(hydra=needed.to_json())
-        common.print_json(steering.to_json() | extra, subject.notes)
-        return
-    show(steering)
-    if needed is not None:
-        show_hydra(needed)
-    if figure is not None:
-        print(printable(f"Drawn: {figure}"))
+        if not hydra:
+            return steering, None
+        assert isinstance(opened, Traced)  # --hydra goes with --from and --to
+        subject.progress("hydra")
+        how = dict(live_scales=live_scales, ablated=ablated)
+        return steering, _hydra(opened, subject, source, target, chosen, **how)
+
+    def show_found(found: tuple[Steering, Hydra | None]) -> None:
+        show(found[0])
+        if found[1] is not None:
+            show_hydra(found[1])
+
+    def to_json(found: tuple[Steering, Hydra | None]) -> dict[str, Any]:
+        steering, needed = found
+        return steering.to_json() | ({} if needed is None else dict(hydra=needed.to_json()))
+
+    asked.answer(
+        find,
+        show_found,
+        of=open_prompt,
+        to_json=to_json,
+        figure=figure,
+        drawn=lambda found: found[0],
+    )
 
 
 def _numbers(text: str) -> list[float]:
@@ -249,50 +250,19 @@ def _check_ends(source, target, edited: bool, needs_ends: bool, choosing: list[s
         raise InputError("nothing to edit; give --edit, --ablate, or --from and --to")
 
 
-def _check_figure(figure: Path | None) -> None:
-    if figure is not None:
-        from qkattr.export.figures import check_figure
-        from qkattr.files import check_writable
-
-        check_figure(figure)
-        check_writable(figure.parent)
-
-
-def _open(prompt, model: options.Saes, reading: options.Asked, *, context, check, trace: bool,
-          progress):  # fmt: skip
-    """What `qkattr.steer` takes: a result, or a bundle with a prompt and its options."""
-    if reading.is_folder(prompt):
-        result = options.open_saved(prompt, context)
-        check(result.tokens, (result.settings["n_blocks"], result.settings["n_heads"]))
-        progress("loading the model")
-        return options.with_model(result, model), None, {}
-    given = reading.read(prompt)
-    if trace:
-        model.check_both()
-    bundle = model.open()
-    if not trace:
-        return bundle, given, reading.components
-    from qkattr.analysis import trace as trace_prompt
-
-    tokens = bundle.tokens(bundle.tokenize(given, reading.bos)[0])
-    check(tokens, bundle.config.head_grid, bundle)
-    result = trace_prompt(bundle, given, progress=progress, qk=0, **reading.components)
-    return result, None, {}
-
-
-def _hydra(result: Result, source: str, target: str, edits, **how) -> Hydra:
+def _hydra(traced: Traced, subject: Subject, source: str, target: str, edits, **how) -> Hydra:
     """Of the heads that are edited, in the order of their loadings."""
     from qkattr.experiments.choose import heads_between
     from qkattr.experiments.hydra import hydra
 
     edited = {head for edit in edits for head in edit.heads or ()}
-    ranked = heads_between(result, source=source, target=target)
+    ranked = heads_between(traced, subject, source=source, target=target)
     heads = [head for head in ranked if head in edited]
     return hydra(
-        result.session,
+        subject,
         [*heads, *sorted(edited - set(heads))],
         edits,
-        query=result.position(target),
-        key=result.position(source),
+        query=traced.position(target),
+        key=traced.position(source),
         **how,
     )

@@ -6,14 +6,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from typer import Option
 
 from qkattr.cli import common, options
 from qkattr.errors import InputError, printable, quoted
 
 if TYPE_CHECKING:
-    from qkattr.result import Result
-
-Option = typer.Option
+    from qkattr.api import Result
+    from qkattr.load.bundle import Bundle
+    from qkattr.result import Traced
+    from qkattr.subject import Stages
 
 
 def trace(
@@ -109,7 +111,7 @@ def trace(
             show_default=False,
         ),
     ] = None,
-    labels: common.Labels = None,
+    labels: common.LabelsOption = None,
     scan: Annotated[
         str | None,
         Option(
@@ -126,68 +128,77 @@ def trace(
             show_default=False,
         ),
     ] = None,
-    reading: options.Subject = options.Subject(),
+    reading: options.ComponentOptions = options.ComponentOptions(),
     precision: Annotated[
         str, Option(help="The precision of matrix products: default, high or highest.")
     ] = "highest",
     json: common.Json = False,
 ) -> None:
     """Trace the next token of PROMPT back to its tokens, with head loadings and QK attributions."""
-    with common.progress() as progress:
-        model.check_both()
-        given = reading.read(prompt)
-        from qkattr.options import make_options
+    from qkattr.options import TraceOptions, make_options
 
-        settings = dict(
-            target=tuple(target or ()),
-            contrast=contrast,
-            score=_place(score),
-            through_qk=through_qk,
-            linearisation=linearisation,
-            read=read,
-            through_errors=through_errors,
-            keep=keep,
-            max_rows=max_rows,
-            max_edges=max_edges,
-            max_slots=max_slots,
-            max_logits=max_logits,
-            logit_mass=logit_mass,
-            qk=qk,
-            precision=precision,
-            **reading.components,
-        )
-        make_options(settings)
-        if scan is not None:
-            _check_scan(scan, written=json or out is not None)
-        most = None if links is None else _read_links(links, written=json or out is not None)
-        if out is not None:
-            from qkattr.export.folder import check_ours
-            from qkattr.files import check_writable
+    model.check_both()
+    given = reading.read(prompt)
+    settings = dict(
+        target=tuple(target or ()),
+        contrast=contrast,
+        score=_place(score),
+        through_qk=through_qk,
+        linearisation=linearisation,
+        read=read,
+        through_errors=through_errors,
+        keep=keep,
+        max_rows=max_rows,
+        max_edges=max_edges,
+        max_slots=max_slots,
+        max_logits=max_logits,
+        logit_mass=logit_mass,
+        qk=qk,
+        precision=precision,
+        **reading.components,
+    )
+    make_options(TraceOptions, settings)
+    written = json or out is not None
+    if scan is not None:
+        _check_scan(scan, written=written)
+    most = None if links is None else _read_links(links, written=written)
+    if out is not None:
+        from qkattr.export.folder import check_ours
+        from qkattr.files import check_writable
 
-            check_ours(out, force=force)
-            check_writable(out)
-        bundle = model.open()
-        if cards is not None:
-            from qkattr.labels.cards import with_cards
+        check_ours(out, force=force)
+        check_writable(out)
 
-            bundle = with_cards(bundle, cards)
-        if labels:
-            from qkattr.labels.read import labelled
+    def find(progress: Stages) -> Result:
+        from qkattr.api import trace
 
-            bundle = labelled(bundle, labels, progress)
-        from qkattr.analysis import trace as trace_prompt
-
-        result = trace_prompt(bundle, given, progress=progress, **settings)
-        if scan is not None:
-            result = result.with_scan(scan)
+        bundle = _named(model.open(), cards, labels, progress)
+        result = trace(bundle, given, progress=progress, **settings)
+        result = result if scan is None else result.with_scan(scan)
         progress("writing")
-        page = result.save(out, links=most) if out is not None else None
-    if json:
-        common.print_json(result.to_json(links=most))
-    else:
+        if out is not None:
+            result.save(out, links=most)
+        return result
+
+    def show(result: Result) -> None:
         summarise(result)
-        if page is not None:
-            print(printable(f"Open {page.resolve()}"))
+        if out is not None:
+            print(printable(f"Open {(out / 'index.html').resolve()}"))
+
+    common.answer(find, show, json=json, to_json=lambda result: result.to_json(links=most))
+
+
+def _named(bundle: Bundle, cards: Path | None, labels: list[str] | None, progress) -> Bundle:
+    """The bundle with what --cards and --labels call its features."""
+    if cards is not None:
+        from qkattr.labels.cards import with_cards
+
+        bundle = with_cards(bundle, cards)
+    if labels:
+        from qkattr.labels.read import labelled
+
+        bundle = labelled(bundle, labels, progress)
+    return bundle
 
 
 def _check_scan(scan: str, *, written: bool) -> None:
@@ -218,7 +229,7 @@ def _place(score: str | None) -> tuple[int, int, str, str] | None:
         ) from e
 
 
-def summarise(result: Result) -> None:
+def summarise(result: Traced) -> None:
     """Predictions, the strongest routes, the heads that carried most, and what leaked."""
     from qkattr.characters import readable
     from qkattr.cli.show import console, percent, say, show_table
@@ -257,7 +268,7 @@ def summarise(result: Result) -> None:
     _leak(result, out)
 
 
-def _routes(result: Result, out, targets: int = 3) -> None:
+def _routes(result: Traced, out, targets: int = 3) -> None:
     """One table for each of the targets with most influence."""
     from qkattr.cli.show import percent, say, show_table
     from qkattr.export.routes import about_routes, route_lines, route_tables
@@ -283,7 +294,7 @@ def _every_fifth(rows: list) -> list:
     return [row for i, row in enumerate(rows) if i % 5 == 0 or i == len(rows) - 1]
 
 
-def _account(result: Result, out) -> None:
+def _account(result: Traced, out) -> None:
     from qkattr.cli.show import say, show_table
     from qkattr.export.effect_rows import ACCOUNTED, accounts
 
@@ -302,7 +313,7 @@ def _account(result: Result, out) -> None:
     )
 
 
-def _leak(result: Result, out) -> None:
+def _leak(result: Traced, out) -> None:
     from qkattr.cli.show import say, show_table
 
     leak = result.graph.leak
@@ -333,11 +344,11 @@ def _leak(result: Result, out) -> None:
     show_table(
         out, "What leaked (shares of the targets' influence; every fifth boundary)", columns, rows
     )
-    settings = result.settings
+    options = result.options
     say(
         out,
         f"Completeness {result.graph.completeness:.3f}, "
         f"replacement {result.graph.replacement:.4f}. Frozen: patterns, norm scales; "
-        f"MLP linearisation {settings['linearisation']}; "
-        f"errors {'are' if settings['through_errors'] else 'are not'} traced through.",
+        f"MLP linearisation {options.linearisation}; "
+        f"errors {'are' if options.through_errors else 'are not'} traced through.",
     )

@@ -9,14 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer import Option
 
 from qkattr.cli import common, options
 from qkattr.errors import InputError, printable, quoted
 
 if TYPE_CHECKING:
-    from qkattr.train.run import Progress
-
-Option = typer.Option
+    from qkattr.train.run import TrainProgress
 
 
 def train(
@@ -165,7 +164,7 @@ def _mesh(given: str | None):
 
 
 @contextlib.contextmanager
-def _progress() -> Iterator[Callable[[Progress], None]]:
+def _progress() -> Iterator[Callable[[TrainProgress], None]]:
     """A bar on a terminal; elsewhere a line now and then, so that a log shows that it lives."""
     import jax
 
@@ -188,18 +187,18 @@ def _progress() -> Iterator[Callable[[Progress], None]]:
     with Bar(*columns, console=Console(stderr=True)) as bar:
         task = bar.add_task("the first buffer")
 
-        def show(at: Progress) -> None:
+        def show(at: TrainProgress) -> None:
             bar.update(task, completed=at.step, total=at.steps, description=_said(at))
 
         yield show
 
 
-def _line(at: Progress) -> None:
+def _line(at: TrainProgress) -> None:
     if at.step % 100 == 0 or at.step == at.steps:
         print(f"{at.step}/{at.steps} steps  {_said(at)}", file=sys.stderr, flush=True)
 
 
-def _said(at: Progress) -> str:
+def _said(at: TrainProgress) -> str:
     def mean(values: list) -> float:
         return sum(values) / len(values)
 

@@ -6,23 +6,18 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from qkattr.cli import common, options, place
-from qkattr.errors import printable, quoted
+from qkattr.cli import common
+from qkattr.cli.question import PlaceOptions, Question
+from qkattr.errors import quoted
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from qkattr.analyses.why import Why
-    from qkattr.kinds import Place
+    from qkattr.subject import HasSubject
 
 
 def why(
-    context: typer.Context,
-    prompt: place.PromptOrFolder,
-    layer: place.Layer,
-    head: place.Head,
-    query: place.Query,
-    key: place.Key,
+    asked: Question,
+    place: PlaceOptions,
     against: Annotated[
         str | None,
         typer.Option(
@@ -37,56 +32,31 @@ def why(
             help="The quantity to decompose: odds for log(A / (1 - A)), or log for log A."
         ),
     ] = "odds",
-    model: options.Saes = options.Saes(),
     top: Annotated[
         int, typer.Option(min=1, max=4096, help="The number of rows of each list.")
     ] = 12,
-    figure: place.Figure = None,
-    labels: common.Labels = None,
+    figure: common.Figure = None,
+    labels: common.LabelsOption = None,
     all: common.All = False,
-    reading: options.Asked = options.Asked(),
-    json: common.Json = False,
 ) -> None:
     """Explain why a head looked at one key and not at the others, term by term."""
-    from qkattr.analyses.why import check_against, check_form
-    from qkattr.analyses.why import why as decompose
 
-    check_form(form, against)
+    def find(subject: HasSubject) -> Why:
+        from qkattr.analyses.why import why
 
-    def check(tokens: list[str], at: Place, windows: Sequence[int]) -> None:
-        """Fail before weights are read."""
-        if against is not None:
-            check_against(tokens, at, against, windows)
+        how = dict(against=against, form=form, top=top, folded=not (all or asked.json))
+        return why(subject, **vars(place), **how)
 
-    place.check_figure(figure)
-    with common.progress() as progress:
-        subject, given, components = place.open_subject(
-            context, prompt, (layer, head, query, key), model=model, reading=reading,
-            labels=labels, progress=progress, check=check,
-        )  # fmt: skip
-        found = decompose(
-            subject, given, layer=layer, head=head, query=query, key=key, against=against,
-            form=form, top=top, folded=not (all or json), progress=progress, **components,
-        )  # fmt: skip
-        if figure is not None:
-            from qkattr.export.qk_figures import why_figure
-
-            progress("drawing")
-            why_figure(found, figure)
-    if json:
-        common.print_json(found.to_json(), subject.notes)
-        return
-    show(found, top, all)
-    if figure is not None:
-        print(printable(f"Drawn: {figure}"))
+    show_found = lambda found: show(found, top, all)
+    asked.answer(find, show_found, place=place, labels=labels, figure=figure)
 
 
 def show(found: Why, top: int, all: bool = False) -> None:
     """The keys, what pushes, what holds back, and the duels with the other keys."""
     from qkattr.characters import shown
     from qkattr.cli.show import bar, console, percent, say, show_table
-    from qkattr.export.qk_rows import folded_line
     from qkattr.export.summary import component
+    from qkattr.qk.rows import folded_line
 
     out, tokens = console(), shown(found.tokens)
     at = lambda p: f"{quoted(tokens[p])} {p}"

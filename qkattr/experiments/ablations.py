@@ -32,8 +32,8 @@ from qkattr.model.attention import attend, project_v
 from qkattr.model.edits import BlockEdits, PatternEdits
 from qkattr.model.forward import block, run_from, unembed
 from qkattr.model.layers import apply_norm, norm_linear, softcap
-from qkattr.session import Session
 from qkattr.sharding import on_any_mesh
+from qkattr.subject import Subject
 from qkattr.types import BlockWeights
 
 ABLATIONS = ("zero", "mean", "pattern")
@@ -54,26 +54,26 @@ class CleanHeads:
     ablated: Float[Array, "X L T N H"]
 
 
-def sink_positions(session: Session) -> Bool[np.ndarray, "T"]:
+def sink_positions(subject: Subject) -> Bool[np.ndarray, "T"]:
     """Positions that are a sink at any boundary."""
-    return np.asarray((session.components.kind == Kind.SINK).any((0, -1)))
+    return np.asarray((subject.components.kind == Kind.SINK).any((0, -1)))
 
 
-def later_positions(session: Session) -> Bool[np.ndarray, "T"]:
+def later_positions(subject: Subject) -> Bool[np.ndarray, "T"]:
     """The prompt's positions >= 1, padding left out."""
-    at = np.arange(session.boundaries.shape[1])
-    return (at >= 1) & (at < len(session.ids))
+    at = np.arange(subject.boundaries.shape[1])
+    return (at >= 1) & (at < len(subject.ids))
 
 
-def clean_heads(session: Session) -> CleanHeads:
-    """The heads of a session's prompt."""
+def clean_heads(subject: Subject) -> CleanHeads:
+    """The heads of a subject's prompt."""
     return _clean_heads(
-        session.bundle.params.blocks,
-        session.boundaries,
-        jnp.asarray(later_positions(session)),
-        jnp.asarray(sink_positions(session)),
-        cfg=session.bundle.config.block,
-        precision=session.precision,
+        subject.bundle.params.blocks,
+        subject.boundaries,
+        jnp.asarray(later_positions(subject)),
+        jnp.asarray(sink_positions(subject)),
+        cfg=subject.bundle.config.block,
+        precision=subject.precision,
     )
 
 
@@ -185,7 +185,7 @@ def _run_on(params, x, boundary, last, token, patterns, *, cfg, precision):
 class Ablations:
     """A prompt's ablations, of its likeliest next token."""
 
-    session: Session
+    subject: Subject
     heads: CleanHeads
     token: int
 
@@ -195,14 +195,14 @@ class Ablations:
         X: `ABLATIONS`.
         """
         lost = []
-        for b in range(self.session.bundle.config.n_blocks):
+        for b in range(self.subject.bundle.config.n_blocks):
             streams = _ablated_streams(
-                self.session.bundle.params.blocks,
-                self.session.boundaries,
+                self.subject.bundle.params.blocks,
+                self.subject.boundaries,
                 self.heads.ablated,
                 b,
-                cfg=self.session.bundle.config.block,
-                precision=self.session.precision,
+                cfg=self.subject.bundle.config.block,
+                precision=self.subject.precision,
             )
             lost.append(self._lost(streams, np.full(len(streams), b + 1)))
         shape = len(lost), len(ABLATIONS), -1
@@ -214,21 +214,21 @@ class Ablations:
     def of_places(self, places: np.ndarray) -> dict[str, np.ndarray]:
         """What the token loses when each place's key is masked: `[P]`, named as by `of_heads`."""
         streams = _masked_streams(
-            self.session.bundle.params.blocks,
-            self.session.boundaries,
+            self.subject.bundle.params.blocks,
+            self.subject.boundaries,
             self.heads.patterns,
             jnp.asarray(places),
-            cfg=self.session.bundle.config.block,
-            precision=self.session.precision,
+            cfg=self.subject.bundle.config.block,
+            precision=self.subject.precision,
         )
         return self._lost(streams, places[:, 0] + 1)
 
     def _lost(self, streams: Float[Array, "B T D"], starts: np.ndarray) -> dict[str, np.ndarray]:
         """Run on, `MOST` at a time, and compare with the clean run."""
-        session, last = self.session, len(self.session.ids) - 1
-        params, token = session.bundle.params, self.token
-        how = dict(cfg=session.bundle.config, precision=session.precision)
-        clean = read_token(params, session.boundaries[-1, last][None], token, **how)
+        subject, last = self.subject, len(self.subject.ids) - 1
+        params, token = subject.bundle.params, self.token
+        how = dict(cfg=subject.bundle.config, precision=subject.precision)
+        clean = read_token(params, subject.boundaries[-1, last][None], token, **how)
         lost = {}
         for others, patterns in zip(OTHERS, (self.heads.patterns, None), strict=True):
             found = []

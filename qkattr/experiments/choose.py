@@ -14,14 +14,15 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from qkattr.analyses.heads import heads_at
+from qkattr.analyses.places import terms_at
 from qkattr.errors import InputError, one_of, quoted
 from qkattr.experiments.edits import SIDES, Edit, Head, check_heads, parse_heads
 from qkattr.experiments.hydra import greedy_heads
 from qkattr.kinds import Group, Kind
 from qkattr.positions import find_position
-from qkattr.result import Result, ranked_heads
-from qkattr.scores import heads_at, need_session, terms_at
-from qkattr.session import Session
+from qkattr.result import Traced, measured, ranked_heads
+from qkattr.subject import HasSubject, Subject, enter
 
 #: What `heads_between` can rank by. By "effect" the first n, removed together, lower the prediction
 #: most (docs/faithfulness.md).
@@ -33,7 +34,8 @@ CANDIDATES = "10%"
 
 
 def choose_edits(
-    result: Result,
+    traced: Traced,
+    asked: HasSubject,
     *,
     source: int | str,
     target: int | str,
@@ -47,6 +49,7 @@ def choose_edits(
     with the largest QK marginals there, or a group of features.
 
     Args:
+      traced, asked: what was traced, and its prompt with its model.
       source, target: positions; the heads look from the target (query) at the source (key).
       heads: how many (12), or a share of all of the model's ("5%"), by `by`; "greedy:8", those
         of the first 10 % that lower the prediction most, one by one; or heads, as pairs
@@ -61,18 +64,18 @@ def choose_edits(
       InputError: a position, head, number or side cannot be used; nothing was carried between the
         two positions; or none of the features is active there.
     """
-    session = need_session(result)
-    shape = session.bundle.config.head_grid
+    subject = enter(asked)
+    shape = subject.bundle.config.head_grid
     key, query = check_choice(
-        result.tokens, shape, source=source, target=target, heads=heads, side=side,
+        traced.tokens, shape, source=source, target=target, heads=heads, side=side,
         features=features, by=by,
     )  # fmt: skip
 
     def edits_in(chosen: Sequence[Head]) -> list[Edit]:
         if group is not None:
             at = key if side == "key" else query
-            return features_named(session, chosen, position=at, side=side, features=group)
-        found = features_by_marginal(session, chosen, query=query, key=key, side=side, n=features)
+            return features_named(subject, chosen, position=at, side=side, features=group)
+        found = features_by_marginal(subject, chosen, query=query, key=key, side=side, n=features)
         if not found:
             raise InputError(
                 f"no feature at position {key if side == 'key' else query} speaks for looking from "
@@ -83,7 +86,7 @@ def choose_edits(
     named, n, greedy = asked_heads(heads, shape)
     if named:
         return edits_in(named)
-    ranked = heads_between(result, source=key, target=query, by=by)
+    ranked = heads_between(traced, subject, source=key, target=query, by=by)
     if not ranked:
         raise InputError(
             f"no edge of the graph leads from position {key} to {query}; choose other positions"
@@ -93,7 +96,7 @@ def choose_edits(
         )
     if greedy:
         candidates = ranked[: max(n, how_many(CANDIDATES, math.prod(shape)))]
-        return edits_in(greedy_heads(session, candidates, edits_in(candidates), n=n))
+        return edits_in(greedy_heads(subject, candidates, edits_in(candidates), n=n))
     return edits_in(ranked[:n])
 
 
@@ -151,7 +154,7 @@ def asked_heads(
 
 
 def heads_between(
-    result: Result, *, source: int | str, target: int | str, by: str = "effect"
+    traced: Traced, asked: HasSubject, *, source: int | str, target: int | str, by: str = "effect"
 ) -> list[Head]:
     """The heads that look from the target at the source, the strongest first.
 
@@ -162,16 +165,12 @@ def heads_between(
     one_of("by", by, RANKINGS)
     if by in ("influence", "loading"):
         into = "feature" if by == "loading" else None
-        found = result.head_loadings(source=source, target=target, into=into)
+        found = traced.head_loadings(source=source, target=target, into=into)
         value = np.abs(found.loadings if by == "loading" else found.influence)
         return ranked_heads(value, np.count_nonzero(value))
-    rows = heads_at(result, query=result.position(target), key=result.position(source))
-    key = "probability" if by == "attention" else by
-    return [
-        (row["layer"], row["head"])
-        for row in sorted(rows, key=lambda row: -row[key])
-        if row[key] > 0
-    ]
+    ends = dict(query=traced.position(target), key=traced.position(source))
+    rows = sorted(heads_at(traced, asked, **ends), key=lambda row: -measured(row, by))
+    return [(row["layer"], row["head"]) for row in rows if measured(row, by) > 0]
 
 
 def how_many(asked: str | int | float, n_heads: int) -> int:
@@ -200,13 +199,13 @@ def how_many(asked: str | int | float, n_heads: int) -> int:
 
 
 def marginals(
-    session: Session, heads: Sequence[Head], query: int, key: int, side: str
+    subject: Subject, heads: Sequence[Head], query: int, key: int, side: str
 ) -> dict[Head, dict[int, float]]:
     """Each head's QK marginals of the features on one side: by slot of that side's position.
 
     side: "key", values; "query", contrasts.
     """
-    terms = terms_at(session, [(*head, query, key) for head in heads])
+    terms = terms_at(subject, [(*head, query, key) for head in heads])
     value, kind = (
         (terms.terms.sum(-2), terms.key_kind)
         if side == "key"
@@ -219,16 +218,16 @@ def marginals(
 
 
 def features_by_marginal(
-    session: Session, heads: Sequence[Head], *, query: int, key: int, side: str, n: int
+    subject: Subject, heads: Sequence[Head], *, query: int, key: int, side: str, n: int
 ) -> list[Edit]:
     """Edits of the n features of each block that speak most for looking at the key, summed over
     the chosen heads of the block; each is edited in all of them."""
     position = key if side == "key" else query
-    found, edits = marginals(session, heads, query, key, side), []
+    found, edits = marginals(subject, heads, query, key, side), []
     by_block: dict[int, list[Head]] = defaultdict(list)
     for head in heads:
         by_block[head[0]].append(head)
-    index = np.asarray(session.components.index[:, position])
+    index = np.asarray(subject.components.index[:, position])
     for block, chosen in sorted(by_block.items()):
         total: dict[int, float] = defaultdict(float)
         for head in chosen:
@@ -244,7 +243,7 @@ def features_by_marginal(
 
 
 def features_named(
-    session: Session,
+    subject: Subject,
     heads: Sequence[Head],
     *,
     position: int,
@@ -258,7 +257,7 @@ def features_named(
       InputError: none of them is active where one of the heads reads.
     """
     kind, index = (
-        np.asarray(a[:, position]) for a in (session.components.kind, session.components.index)
+        np.asarray(a[:, position]) for a in (subject.components.kind, subject.components.index)
     )
     edits = []
     for block in sorted({head[0] for head in heads}):

@@ -23,8 +23,8 @@ from jaxtyping import Array, Float
 from qkattr.errors import quoted
 from qkattr.experiments.edits import Head, Placed, describe, vectors_at
 from qkattr.kinds import Kind
-from qkattr.session import Session
 from qkattr.sharding import bucket
+from qkattr.subject import Subject
 
 #: Draws of a control, unless another number is asked for.
 DRAWS = 8
@@ -54,7 +54,7 @@ def matched(
 
 
 def draw_controls(
-    session: Session,
+    subject: Subject,
     placed: Sequence[Placed],
     ablated: Sequence[Head],
     *,
@@ -65,12 +65,12 @@ def draw_controls(
     groups: dict[tuple, list[int]] = defaultdict(list)
     for i, edit in enumerate(placed):
         groups[edit.boundary, edit.position, edit.side].append(i)
-    kinds = np.asarray(session.components.kind)
-    n_heads = session.bundle.config.n_heads
-    reason = _no_features(session, placed, groups, kinds) or _no_heads(ablated, n_heads)
+    kinds = np.asarray(subject.components.kind)
+    n_heads = subject.bundle.config.n_heads
+    reason = _no_features(subject, placed, groups, kinds) or _no_heads(ablated, n_heads)
     if reason:
         return reason
-    rng, sizes = np.random.default_rng(seed), _sizes(session, list(groups))
+    rng, sizes = np.random.default_rng(seed), _sizes(subject, list(groups))
     found = []
     for _ in range(draws):
         drawn = list(placed)
@@ -89,9 +89,9 @@ def _others(kinds: np.ndarray, key: tuple, slots: np.ndarray) -> np.ndarray:
     return np.setdiff1d(np.flatnonzero(kinds[boundary, position] == Kind.FEATURE), slots)
 
 
-def _no_features(session: Session, placed, groups, kinds: np.ndarray) -> str:
+def _no_features(subject: Subject, placed, groups, kinds: np.ndarray) -> str:
     for (b, t, side), members in groups.items():
-        where = f"{quoted(session.tokens[t])} {t} of boundary {b}"
+        where = f"{quoted(subject.tokens[t])} {t} of boundary {b}"
         for slot in (placed[i].slot for i in members):
             kind = Kind(int(kinds[b, t, slot]))
             if kind != Kind.FEATURE:
@@ -130,21 +130,21 @@ def _other_heads(ablated: Sequence[Head], n_heads: int, rng) -> tuple[Head, ...]
     return tuple(found)
 
 
-def _sizes(session: Session, keys: list[tuple]) -> Float[np.ndarray, "G C"]:
+def _sizes(subject: Subject, keys: list[tuple]) -> Float[np.ndarray, "G C"]:
     """|vector| of every component of the position of every group."""
     if not keys:
         return np.zeros((0, 0))
-    n_slots = session.components.n_slots
+    n_slots = subject.components.n_slots
     padded = [keys[min(i, len(keys) - 1)] for i in range(bucket(len(keys), smallest=1))]
     boundary, position = (np.array([key[i] for key in padded])[:, None] for i in range(2))
     slots = np.arange(n_slots)[None]
     at = np.broadcast_arrays(boundary, position, slots)
-    vectors: Array = vectors_at(session.components, *map(jnp.asarray, at))
+    vectors: Array = vectors_at(subject.components, *map(jnp.asarray, at))
     return np.linalg.norm(np.asarray(vectors), axis=-1)[: len(keys)]
 
 
 def summarise(
-    session: Session,
+    subject: Subject,
     draws: list[Draw],
     log_p: Float[np.ndarray, "R B V"],
     clean: Float[np.ndarray, "V"],
@@ -158,9 +158,15 @@ def summarise(
         seed=seed,
         tracked={name: _spread(np.exp(log_p[..., i])) for name, i in followed.items()},
         kl=_spread(kl),
-        edits=[[describe(session, edit, {}) for edit in draw.placed] for draw in draws],
+        edits=[
+            [describe(subject, edit) | dict(label="") for edit in draw.placed] for draw in draws
+        ],
         ablated=[[f"{layer}.{head}" for layer, head in draw.ablated] for draw in draws],
     )
+
+
+def _unlabelled(subject: Subject, edit: Placed) -> dict[str, Any]:
+    return describe(subject, edit) | dict(label="")
 
 
 def _spread(values: Float[np.ndarray, "R B"]) -> dict[str, list[float]]:

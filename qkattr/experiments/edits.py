@@ -23,7 +23,6 @@ import numpy as np
 
 from qkattr.errors import InputError, quoted, some
 from qkattr.kinds import Kind
-from qkattr.load.bundle import Bundle
 from qkattr.model.edits import (
     BlockEdits,
     Edits,
@@ -33,9 +32,9 @@ from qkattr.model.edits import (
     batched_axes,
 )
 from qkattr.positions import find_position
-from qkattr.session import Session
 from qkattr.sharding import bucket
 from qkattr.sources.components import find_slots
+from qkattr.subject import Subject
 
 SIDES = ("query", "key", "residual")
 #: What F may be besides a feature id.
@@ -178,34 +177,32 @@ def check_edit(edit: Edit, shape: tuple[int, int], widths: Sequence[int | None])
     return dataclasses.replace(edit, heads=heads)
 
 
-def fit_edits(
-    bundle: Bundle, tokens: list[str], edits: Sequence[Edit]
-) -> list[tuple[Edit, list[int]]]:
+def fit_edits(subject: Subject, edits: Sequence[Edit]) -> list[tuple[Edit, list[int]]]:
     """Every edit with all its heads named, and the positions that it names.
 
     Raises:
       InputError: an edit does not fit the model or the prompt.
     """
-    shape = bundle.config.head_grid
+    bundle, shape = subject.bundle, subject.facts.head_grid
     widths = [None if d is None else d.width for d in bundle.dictionaries or ()]
     widths = widths or [None] * (bundle.config.n_blocks + 1)
     fitted = [check_edit(edit, shape, widths) for edit in edits]
-    return [(edit, edit_positions(tokens, edit.position)) for edit in fitted]
+    return [(edit, edit_positions(subject.tokens, edit.position)) for edit in fitted]
 
 
-def place_edits(session: Session, edits: Sequence[Edit]) -> list[Placed]:
+def place_edits(subject: Subject, edits: Sequence[Edit]) -> list[Placed]:
     """Find every edit's component among those active in the prompt; edits of one component merge.
 
     Raises:
       InputError: an edit does not fit the model, or its component is not active there.
     """
     merged: dict[tuple[int, int, int, str], set[Head]] = {}
-    for edit, positions in fit_edits(session.bundle, session.tokens, edits):
+    for edit, positions in fit_edits(subject, edits):
         named = isinstance(edit.component, str)
         wanted = (KINDS[edit.component], None) if named else (Kind.FEATURE, edit.component)
-        slots = find_slots(session.components, edit.boundary, np.array(positions), *wanted)
+        slots = find_slots(subject.components, edit.boundary, np.array(positions), *wanted)
         if (slots < 0).all():
-            raise InputError(_not_active(session, edit, positions))
+            raise InputError(_not_active(subject, edit, positions))
         for position, slot in zip(positions, slots.tolist(), strict=True):
             if slot >= 0:
                 key = (edit.boundary, position, slot, edit.side)
@@ -223,17 +220,17 @@ def edit_positions(tokens: list[str], where: int | str) -> list[int]:
     return [find_position(tokens, where)]
 
 
-def _not_active(session: Session, edit: Edit, positions: list[int]) -> str:
+def _not_active(subject: Subject, edit: Edit, positions: list[int]) -> str:
     b = edit.boundary
     name = edit.component if isinstance(edit.component, str) else f"feature {b}:{edit.component}"
-    where = [f"{quoted(session.tokens[t])} {t}" for t in positions]
+    where = [f"{quoted(subject.tokens[t])} {t}" for t in positions]
     if len(positions) > 1:
         return (
             f"{name} is active at none of {len(positions)} positions of boundary {b} "
             f"({some(where, 8)}); give one that is, or another position"
         )
     kind, index = (
-        np.asarray(a[b, positions[0]]) for a in (session.components.kind, session.components.index)
+        np.asarray(a[b, positions[0]]) for a in (subject.components.kind, subject.components.index)
     )
     active = some([str(i) for i in index[kind == Kind.FEATURE]], 8) or "none"
     sink = (kind == Kind.SINK).any()
@@ -241,20 +238,17 @@ def _not_active(session: Session, edit: Edit, positions: list[int]) -> str:
     return f"{name} is not active at {where[0]} of boundary {b}: {has}; give one that is"
 
 
-def describe(session: Session, placed: Placed, labels: dict) -> dict[str, Any]:
+def describe(subject: Subject, placed: Placed) -> dict[str, Any]:
     """A placed edit as a plain object."""
-    b, t, slot = placed.boundary, placed.position, placed.slot
-    parts = session.components
-    kind, index = Kind(int(parts.kind[b, t, slot])), int(parts.index[b, t, slot])
-    is_feature = kind == Kind.FEATURE
+    row = subject.table(placed.boundary).row(placed.position, placed.slot)
     return dict(
-        boundary=b,
-        kind=kind.label,
-        index=index if index >= 0 else None,
-        activation=float(parts.activation[b, t, slot]) if is_feature else None,
-        label=labels.get((b, index), "") if is_feature else "",
-        position=t,
-        token=session.tokens[t],
+        boundary=placed.boundary,
+        kind=row["kind"],
+        index=row["index"],
+        activation=row["activation"],
+        label=row["label"] if row["kind"] == Kind.FEATURE.label else "",
+        position=placed.position,
+        token=subject.tokens[placed.position],
         side=placed.side,
         heads=[f"{layer}.{head}" for layer, head in placed.heads],
     )
@@ -273,22 +267,22 @@ def edited_heads(placed: Sequence[Placed], shape: tuple[int, int]) -> np.ndarray
     return head_mask((head for edit in placed for head in edit.heads), shape)
 
 
-def build_edits(session: Session, placed: Sequence[Placed], *, live_scales: bool = False) -> Edits:
+def build_edits(subject: Subject, placed: Sequence[Placed], *, live_scales: bool = False) -> Edits:
     """The arrays of `model.edits`, at scale 0 wherever something is edited: see `at_scales`."""
-    shape = session.bundle.config.head_grid
+    shape = subject.bundle.config.head_grid
     sides = {side: [edit for edit in placed if edit.side == side] for side in SIDES}
     read = {
-        side: _read_edits(session, edits, shape) if edits else None
+        side: _read_edits(subject, edits, shape) if edits else None
         for side, edits in sides.items()
         if side != "residual"
     }
     return Edits(
-        residual=_residual_edits(session, sides["residual"]) if sides["residual"] else None,
+        residual=_residual_edits(subject, sides["residual"]) if sides["residual"] else None,
         blocks=BlockEdits(query=read["query"], key=read["key"], live_scales=live_scales),
     )
 
 
-def _read_edits(session: Session, edits: list[Placed], shape: tuple[int, int]) -> ReadEdits:
+def _read_edits(subject: Subject, edits: list[Placed], shape: tuple[int, int]) -> ReadEdits:
     (n_blocks, n_heads), blocks = shape, [edit.boundary for edit in edits]
     n_rows = bucket(int(np.bincount(blocks).max()), smallest=1)
     position, slot = np.zeros((2, n_blocks, n_rows), np.int32)
@@ -303,17 +297,17 @@ def _read_edits(session: Session, edits: list[Placed], shape: tuple[int, int]) -
     boundary = np.broadcast_to(np.arange(n_blocks)[:, None], position.shape)
     return ReadEdits(
         position_E=jnp.asarray(position),
-        vector_ED=vectors_at(session.components, boundary, position, slot),
+        vector_ED=vectors_at(subject.components, boundary, position, slot),
         scale_E=jnp.asarray(scale),
         heads_EN=jnp.asarray(heads),
     )
 
 
-def _residual_edits(session: Session, edits: list[Placed]) -> ResidualEdits:
+def _residual_edits(subject: Subject, edits: list[Placed]) -> ResidualEdits:
     padding = bucket(len(edits), smallest=1) - len(edits)
     columns = np.array([(e.boundary, e.position, e.slot) for e in edits]).T
     boundary, position, slot = np.pad(columns, ((0, 0), (0, padding)), constant_values=0)
-    vectors = vectors_at(session.components, boundary, position, slot)
+    vectors = vectors_at(subject.components, boundary, position, slot)
     boundary = np.where(np.arange(len(boundary)) < len(edits), boundary, -1)
     return ResidualEdits(jnp.asarray(boundary), jnp.asarray(position), -vectors)
 

@@ -21,7 +21,7 @@ from qkattr.experiments.runs import clean_top, run_edits
 from qkattr.experiments.steer import make_edits, patterns_of
 from qkattr.model.edits import Edits
 from qkattr.result import ranked_heads
-from qkattr.session import Session
+from qkattr.subject import Subject
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Hydra:
 
 
 def hydra(
-    session: Session,
+    subject: Subject,
     heads: Sequence[Head],
     edits: Sequence[Edit],
     *,
@@ -70,26 +70,26 @@ def hydra(
             "hydra counts the heads that an edit goes through, and "
             "a residual edit goes through none; leave it out"
         )
-    shape = session.bundle.config.head_grid
+    shape = subject.bundle.config.head_grid
     counts = list(range(len(heads) + 1)) if counts is None else list(counts)
     masks = np.stack([head_mask(heads[:n], shape) for n in counts])
-    arrays, _, _ = make_edits(session, edits, live_scales=live_scales, ablated=ablated)
+    arrays, _, _ = make_edits(subject, edits, live_scales=live_scales, ablated=ablated)
     nested = with_heads(at_scales(arrays, [scale]), masks)
-    clean = patterns_of(session)
-    top, _ = clean_top(session)
-    live = run_edits(session, nested, queries=[query])
+    clean = patterns_of(subject)
+    top, _ = clean_top(subject)
+    live = run_edits(subject, nested, queries=[query])
     held = freeze_others(nested, clean, masks)
-    frozen = run_edits(session, held, queries=[query])
+    frozen = run_edits(subject, held, queries=[query])
     before = np.asarray(clean[:, :, query, key])
     rise = live.patterns[-1, :, :, 0, key] - before
     rise[masks[-1] | head_mask(ablated, shape)] = 0
     return Hydra(
-        token=session.bundle.token(top),
+        token=subject.bundle.token(top),
         scale=float(scale),
         heads=[f"{layer}.{head}" for layer, head in heads],
         counts=counts,
-        live=_fate(session, live, top, counts),
-        frozen=_fate(session, frozen, top, counts),
+        live=_fate(subject, live, top, counts),
+        frozen=_fate(subject, frozen, top, counts),
         compensation=[
             dict(
                 head=f"{layer}.{head}",
@@ -122,19 +122,19 @@ def with_heads(edits: Edits, masks: np.ndarray) -> Edits:
     return dataclasses.replace(edits, blocks=blocks)
 
 
-def _fate(session: Session, runs, top: int, counts: list[int]) -> dict[str, Any]:
+def _fate(subject: Subject, runs, top: int, counts: list[int]) -> dict[str, Any]:
     log_p = runs.log_p
     best = log_p.argmax(-1)
     flipped = [n for n, token in zip(counts, best, strict=True) if token != top]
     return dict(
         p=np.exp(log_p[:, top]).tolist(),
-        token=[session.bundle.token(int(token)) for token in best],
+        token=[subject.bundle.token(int(token)) for token in best],
         flip=min(flipped, default=None),
     )
 
 
 def greedy_heads(
-    session: Session,
+    subject: Subject,
     candidates: Sequence[Head],
     edits: Sequence[Edit],
     *,
@@ -147,10 +147,10 @@ def greedy_heads(
     edits: of all candidates; each is made in the chosen heads only. Every step tries all candidates
     that are left, in one batched call.
     """
-    shape = session.bundle.config.head_grid
-    arrays, _, _ = make_edits(session, edits)
-    top, _ = clean_top(session)
-    clean = patterns_of(session) if frozen else None
+    shape = subject.bundle.config.head_grid
+    arrays, _, _ = make_edits(subject, edits)
+    top, _ = clean_top(subject)
+    clean = patterns_of(subject) if frozen else None
     at_one = at_scales(arrays, [scale])
     chosen: list[Head] = []
     left = list(candidates)
@@ -162,6 +162,6 @@ def greedy_heads(
         batch = with_heads(at_one, masks)
         if clean is not None:
             batch = freeze_others(batch, clean, masks)
-        log_p = run_edits(session, batch, queries=[0]).log_p[: len(left), top]
+        log_p = run_edits(subject, batch, queries=[0]).log_p[: len(left), top]
         chosen.append(left.pop(int(log_p.argmin())))
     return chosen

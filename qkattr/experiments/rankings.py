@@ -33,6 +33,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from qkattr.config import LINEARISATIONS
 from qkattr.experiments.ablations import (
     CleanHeads,
     later_positions,
@@ -44,9 +45,8 @@ from qkattr.graph.targets import logit_covectors
 from qkattr.model.edits import BlockEdits, Edits, PatternEdits
 from qkattr.model.forward import residual_stream, unembed
 from qkattr.model.linear import freeze, pull
-from qkattr.model.mlp import LINEARISATIONS
-from qkattr.session import Session, pad_tokens
 from qkattr.sharding import on_any_mesh
+from qkattr.subject import Subject
 
 #: First-order measures of a head, in the order of `ablations.ABLATIONS`; and of a place.
 FIRST_ORDER = ("effect", "less mean", "masking")
@@ -60,52 +60,52 @@ Named = dict[str, np.ndarray]
 
 
 def target_effects(
-    session: Session, token: int, linearisation: str = "jacobian", *, heads: bool = False
+    subject: Subject, token: int, linearisation: str = "jacobian", *, heads: bool = False
 ) -> Effects:
     """The effects on one token's logit, less the mean logit; R = 1. heads: of the heads too."""
-    n_blocks, last = session.bundle.config.n_blocks, len(session.ids) - 1
+    n_blocks, last = subject.bundle.config.n_blocks, len(subject.ids) - 1
     covector, constant = logit_covectors(
-        session.bundle.params,
-        session.boundaries[-1, last],
+        subject.bundle.params,
+        subject.boundaries[-1, last],
         jnp.array([token]),
         jnp.array([-1]),
-        cfg=session.bundle.config,
+        cfg=subject.bundle.config,
     )
     return effects(
-        session.bundle.params.blocks,
-        session.boundaries,
-        session.components,
+        subject.bundle.params.blocks,
+        subject.boundaries,
+        subject.components,
         jnp.array([n_blocks]),
         jnp.array([last]),
         covector,
         constant,
-        cfg=session.bundle.config.block,
+        cfg=subject.bundle.config.block,
         linearisation=linearisation,
-        precision=session.precision,
+        precision=subject.precision,
         heads=heads,
     )
 
 
 def derivatives(
-    session: Session, heads: CleanHeads, token: int, by: Sequence[str] = BY
+    subject: Subject, heads: CleanHeads, token: int, by: Sequence[str] = BY
 ) -> dict[str, Float[Array, "L T N H"]]:
     """The target's derivatives with respect to all heads' outputs, by their names in `BY`."""
-    params, config = session.bundle.params, session.bundle.config
-    tokens, last = jnp.asarray(pad_tokens(session.ids)), len(session.ids) - 1
+    params, config = subject.bundle.params, subject.bundle.config
+    tokens, last = jnp.asarray(subject.padded), len(subject.ids) - 1
 
     def derivative(name: str) -> Float[Array, "L T N H"]:
         if name in LINEARISATIONS:
             return _frozen_derivative(
                 params.blocks,
-                session.boundaries,
-                target_effects(session, token, name).covector[:, 0],
+                subject.boundaries,
+                target_effects(subject, token, name).covector[:, 0],
                 cfg=config.block,
                 linearisation=name,
-                precision=session.precision,
+                precision=subject.precision,
             )
         patterns = heads.patterns if name == "held" else None
         nothing = jnp.zeros_like(heads.outputs)
-        how = dict(cfg=config, precision=session.precision)
+        how = dict(cfg=config, precision=subject.precision)
         return _model_derivative(params, tokens, last, token, nothing, patterns, **how)
 
     return {name: derivative(name) for name in by}
@@ -168,24 +168,24 @@ def first_order_at_places(heads: CleanHeads, g: Float[Array, "L T N H"], n: int)
     return {name: np.where(alone, 0.0, value) for name, value in of_place}
 
 
-def place_measures(session: Session, heads: CleanHeads, g: dict[str, Array], graph: Graph) -> Named:
+def place_measures(subject: Subject, heads: CleanHeads, g: dict[str, Array], graph: Graph) -> Named:
     """Every measure of every place, as by `first_order_at_places`: by "effect jacobian", "masking
     live", "influence".
 
     g: `derivatives`.
     """
-    n, out = len(session.ids), {}
+    n, out = len(subject.ids), {}
     for by, one in g.items():
         found = first_order_at_places(heads, one, n)
         out |= {f"{name} {by}": value for name, value in found.items()}
     influence, loading = of_graph(graph, (*heads.patterns.shape[:2], n, n))
-    looking = _looking(session, heads)[..., :n, :n]
+    looking = _looking(subject, heads)[..., :n, :n]
     alone = (np.asarray(heads.patterns)[..., :n, :n] > 0).sum(-1, keepdims=True) < 2
     of_places = dict(influence=influence, loading=loading, attention=looking)
     return out | {name: np.where(alone, 0.0, value) for name, value in of_places.items()}
 
 
-def head_measures(session: Session, heads: CleanHeads, g: dict[str, Array], graph: Graph) -> Named:
+def head_measures(subject: Subject, heads: CleanHeads, g: dict[str, Array], graph: Graph) -> Named:
     """Every measure of every head, `[L, N]`, by "effect jacobian", "less mean live", "influence".
 
     g: `derivatives`.
@@ -200,13 +200,13 @@ def head_measures(session: Session, heads: CleanHeads, g: dict[str, Array], grap
         if name == LINEARISATIONS[0]:
             out["|effect|"] = np.abs(effect).sum((-2, -1))
     influence, loading = of_graph(graph, heads.patterns.shape)
-    looks = _looking(session, heads)
+    looks = _looking(subject, heads)
     out |= {
         "influence": influence.sum((-2, -1)),
         "loading": loading.sum((-2, -1)),
         "|loading|": np.abs(loading).sum((-2, -1)),
         "attention": looks.sum((-2, -1)),
-        "attention last": looks[:, :, len(session.ids) - 1].sum(-1),
+        "attention last": looks[:, :, len(subject.ids) - 1].sum(-1),
     }
     return {name: np.asarray(value, np.float64) for name, value in out.items()}
 
@@ -223,9 +223,9 @@ def of_graph(graph: Graph, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarr
     return influence, loading
 
 
-def _looking(session: Session, heads: CleanHeads) -> np.ndarray:
+def _looking(subject: Subject, heads: CleanHeads) -> np.ndarray:
     """`[L, N, T, S]` attention, that to sinks and to the query itself left out, as are positions
     that are padding or before the second."""
-    own = np.eye(session.boundaries.shape[1], dtype=bool)
-    out = sink_positions(session) | own | ~later_positions(session)[:, None]
+    own = np.eye(subject.boundaries.shape[1], dtype=bool)
+    out = sink_positions(subject) | own | ~later_positions(subject)[:, None]
     return np.where(out, 0.0, np.asarray(heads.patterns, np.float64))

@@ -12,7 +12,7 @@ import numpy as np
 
 from qkattr.experiments.edits import SIDES, Placed
 from qkattr.result import ranked_heads
-from qkattr.session import Session
+from qkattr.subject import Subject
 
 #: Next tokens listed for every scale.
 TOP = 10
@@ -35,19 +35,19 @@ def followed(log_p: np.ndarray, clean: np.ndarray, track: list[int]) -> list[int
     return [*followed, *others[: max(0, 5 - len(followed))]]
 
 
-def by_text(session: Session, ids: list[int], p: np.ndarray) -> dict[str, list[float]]:
+def by_text(subject: Subject, ids: list[int], p: np.ndarray) -> dict[str, list[float]]:
     """Two tokens may read the same; then the id tells them apart."""
-    texts = [session.bundle.token(i) for i in ids]
+    texts = [subject.bundle.token(i) for i in ids]
     return {
         text if texts.count(text) == 1 else f"{text} ({i})": p[:, i].tolist()
         for text, i in zip(texts, ids, strict=True)
     }
 
 
-def likeliest(session: Session, log_p: np.ndarray) -> list[dict[str, Any]]:
+def likeliest(subject: Subject, log_p: np.ndarray) -> list[dict[str, Any]]:
     order = np.argsort(-log_p, kind="stable")[:TOP]
     return [
-        dict(token=session.bundle.token(int(i)), id=int(i), probability=float(np.exp(log_p[i])))
+        dict(token=subject.bundle.token(int(i)), id=int(i), probability=float(np.exp(log_p[i])))
         for i in order
     ]
 

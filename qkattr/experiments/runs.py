@@ -21,8 +21,8 @@ from qkattr.config import ModelConfig
 from qkattr.errors import InputError
 from qkattr.model.edits import Edits, batched_axes
 from qkattr.model.forward import residual_stream, unembed
-from qkattr.session import Session, pad_tokens
 from qkattr.sharding import bucket, on_any_mesh
+from qkattr.subject import Subject
 from qkattr.types import Params
 
 #: Runs in one call; more are done in several.
@@ -50,9 +50,9 @@ def log_softmax(logits: Float[Array, "... V"]) -> np.ndarray:
     return wide - np.logaddexp.reduce(wide, axis=-1, keepdims=True)
 
 
-def clean_top(session: Session) -> tuple[int, float]:
+def clean_top(subject: Subject) -> tuple[int, float]:
     """The clean run's likeliest next token, and its log probability."""
-    log_p = log_softmax(session.logits)
+    log_p = log_softmax(subject.logits)
     top = int(log_p.argmax())
     return top, float(log_p[top])
 
@@ -105,12 +105,12 @@ def clean_patterns(
     return trace.patterns
 
 
-def run_edits(session: Session, edits: Edits, *, queries: Sequence[int]) -> EditedRuns:
-    """`edited_runs` of a session's prompt, on the host: `MOST` at a time, cropped to the prompt."""
+def run_edits(subject: Subject, edits: Edits, *, queries: Sequence[int]) -> EditedRuns:
+    """`edited_runs` of a subject's prompt, on the host: `MOST` at a time, cropped to the prompt."""
     axes = batched_axes(edits)
     sizes = jax.tree.map(lambda leaf, axis: None if axis is None else leaf.shape[0], edits, axes)
     size = jax.tree.leaves(sizes)[0]
-    tokens, rows = jnp.asarray(pad_tokens(session.ids)), jnp.asarray(queries)
+    tokens, rows = jnp.asarray(subject.padded), jnp.asarray(queries)
     done = []
     for start in range(0, size, MOST):
         n = min(size - start, MOST)
@@ -120,20 +120,20 @@ def run_edits(session: Session, edits: Edits, *, queries: Sequence[int]) -> Edit
             return leaf if axis is None else leaf[chosen]
 
         runs = edited_runs(
-            session.bundle.params,
+            subject.bundle.params,
             tokens,
-            len(session.ids) - 1,
+            len(subject.ids) - 1,
             rows,
             jax.tree.map(part, edits, axes),
-            cfg=session.bundle.config,
-            precision=session.precision,
+            cfg=subject.bundle.config,
+            precision=subject.precision,
         )
         done.append(jax.tree.map(lambda a, n=n: np.asarray(a[:n]), runs))
     runs = jax.tree.map(lambda *parts: np.concatenate(parts), *done)
     return dataclasses.replace(
         runs,
-        patterns=runs.patterns[..., : len(session.ids)],
-        scores=runs.scores[..., : len(session.ids)],
+        patterns=runs.patterns[..., : len(subject.ids)],
+        scores=runs.scores[..., : len(subject.ids)],
     )
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
@@ -52,13 +51,8 @@ from qkattr.experiments.runs import (
     split_runs,
 )
 from qkattr.extras import need
-from qkattr.load.bundle import Bundle, Prompt
 from qkattr.model.edits import Edits
-from qkattr.options import make_options
-from qkattr.positions import find_position
-from qkattr.result import Result
-from qkattr.scores import Labels, need_session
-from qkattr.session import Progress, Session, pad_tokens, prompt_labels, start_session
+from qkattr.subject import HasSubject, Subject, enter
 
 #: The scales of the paper's figures.
 SCALES = (-1.0, -0.5, 0.0, 0.5, 1.0, 1.5, 2.0)
@@ -123,20 +117,9 @@ class Steering:
         spread = tracked[token] if tracked else {}
         return {f"control_{name}": values[i] for name, values in spread.items()}
 
-    def figure(self, path: str | Path) -> Path:
-        """Draw probabilities and the edited heads' attention against scale, as SVG, PNG or PDF.
-
-        Raises:
-          InputError: matplotlib is not installed, or the name ends in none of these.
-        """
-        from qkattr.export.figures import steering_figure
-
-        return steering_figure(self, Path(path))
-
 
 def steer(
-    bundle: Bundle | Result,
-    prompt: Prompt | None,
+    asked: HasSubject,
     edits: Sequence[str | Edit],
     *,
     scales: Sequence[float] = SCALES,
@@ -145,16 +128,13 @@ def steer(
     ablate: Sequence[Head] = (),
     track: Sequence[str | int] = (),
     query: int | str = -1,
-    labels: Labels | None = None,
     draws: int = DRAWS,
     seed: int = 0,
-    progress: Progress = lambda stage: None,
-    **options: Any,
 ) -> Steering:
     """Scale components in what chosen heads read, at every scale in one call.
 
     Args:
-      bundle: the model with SAEs; or a `Result`, whose prompt it is then (`prompt` None).
+      asked: a subject or a result.
       edits: `"23:1441@6:key:23.2,23.7"`, or `Edit` (see `qkattr.experiments.edits`).
       scales: what the components are multiplied by; 1 changes nothing, 0 removes.
       freeze_others: hold the patterns of all unedited heads at the clean run's.
@@ -164,49 +144,33 @@ def steer(
       query: the position whose pattern is returned.
       draws: random controls to run beside the edits, each other features matched in size; 0: none.
       seed: of the draws.
-      **options: of components, see `TraceOptions` (sinks, bos, max_slots, precision).
 
     Raises:
-      InputError: the prompt, an edit, a head, a scale, a token or an option cannot be used.
+      InputError: an edit, a head, a scale or a token cannot be used.
     """
+    subject = enter(asked)
     scales, draws = check_scales(scales), check_draws(draws)
     parsed = [parse_edit(edit) if isinstance(edit, str) else edit for edit in edits]
     if not parsed and not ablate:
         raise InputError("nothing to edit; give at least one edit, or a head to ablate")
-    if isinstance(bundle, Result):
-        if prompt is not None or options:
-            raise InputError(
-                "a result has its own prompt and options; give None and no "
-                "options with it, or give a bundle"
-            )
-        result, session = bundle, need_session(bundle)
-        labels = result.labels if labels is None else labels
-        asked = check_asked(session.bundle, session.tokens, parsed, ablate, track, query)
-    else:
-        opts = make_options(options)
-        ids, _ = bundle.tokenize(prompt, opts.bos)
-        asked = check_asked(bundle, bundle.tokens(ids), parsed, ablate, track, query)
-        session = start_session(bundle, ids, opts, progress)
-        labels = prompt_labels(session) if labels is None else labels
-    progress("edited runs")
-    return steer_session(
-        session,
+    followed_ids, row = check_asked(subject, parsed, ablate, track, query)
+    subject.begin("edited runs")
+    return steer_subject(
+        subject,
         parsed,
         scales=scales,
         frozen=freeze_others,
         live_scales=live_scales,
         ablated=tuple(ablate),
-        track=asked[0],
-        query=asked[1],
-        labels=labels,
+        track=followed_ids,
+        query=row,
         draws=draws,
         seed=seed,
     )
 
 
 def check_asked(
-    bundle: Bundle,
-    tokens: list[str],
+    subject: Subject,
     edits: Sequence[Edit],
     ablate: Sequence[Head],
     track: Sequence[str | int],
@@ -218,9 +182,9 @@ def check_asked(
     Raises:
       InputError: something does not fit.
     """
-    fit_edits(bundle, tokens, edits)
-    check_heads(ablate, bundle.config.head_grid)
-    return [bundle.token_id(token) for token in track], find_position(tokens, query)
+    fit_edits(subject, edits)
+    check_heads(ablate, subject.facts.head_grid)
+    return [subject.bundle.token_id(token) for token in track], subject.position(query)
 
 
 def check_scales(scales: Sequence[float]) -> list[float]:
@@ -251,7 +215,7 @@ def check_draws(draws: int) -> int:
 
 
 def make_edits(
-    session: Session,
+    subject: Subject,
     edits: Sequence[Edit],
     *,
     held: Float[Array, "L N T S"] | None = None,
@@ -262,34 +226,34 @@ def make_edits(
 
     held: patterns of the heads that they do not reach (None: live).
     """
-    check_heads(ablated, session.bundle.config.head_grid)
-    placed = place_edits(session, edits)
-    return *_arrays(session, placed, held, live_scales, ablated), placed
+    check_heads(ablated, subject.bundle.config.head_grid)
+    placed = place_edits(subject, edits)
+    return *_arrays(subject, placed, held, live_scales, ablated), placed
 
 
-def _arrays(session: Session, placed, held, live_scales: bool, ablated) -> tuple[Edits, np.ndarray]:
-    shape = session.bundle.config.head_grid
-    arrays = build_edits(session, placed, live_scales=live_scales)
+def _arrays(subject: Subject, placed, held, live_scales: bool, ablated) -> tuple[Edits, np.ndarray]:
+    shape = subject.bundle.config.head_grid
+    arrays = build_edits(subject, placed, live_scales=live_scales)
     reached = edited_heads(placed, shape)
     if held is not None:
         arrays = freeze_others(arrays, held, reached)
     if ablated:
-        arrays = ablate(arrays, head_mask(ablated, shape), session.boundaries.shape[1])
+        arrays = ablate(arrays, head_mask(ablated, shape), subject.boundaries.shape[1])
     return arrays, reached
 
 
-def patterns_of(session: Session) -> Float[Array, "L N T S"]:
+def patterns_of(subject: Subject) -> Float[Array, "L N T S"]:
     """`[L, N, T, S]` of the clean run, padded."""
     return clean_patterns(
-        session.bundle.params,
-        jnp.asarray(pad_tokens(session.ids)),
-        cfg=session.bundle.config,
-        precision=session.precision,
+        subject.bundle.params,
+        jnp.asarray(subject.padded),
+        cfg=subject.bundle.config,
+        precision=subject.precision,
     )
 
 
-def steer_session(
-    session: Session,
+def steer_subject(
+    subject: Subject,
     edits: Sequence[Edit],
     *,
     scales: list[float],
@@ -298,50 +262,49 @@ def steer_session(
     ablated: tuple[Head, ...],
     track: list[int],
     query: int,
-    labels: Labels,
     draws: int = 0,
     seed: int = 0,
 ) -> Steering:
-    """`steer` of a session, everything checked."""
-    before = patterns_of(session)
+    """`steer` of a subject, everything checked."""
+    before = patterns_of(subject)
     held = before if frozen else None
     arrays, reached, placed = make_edits(
-        session, edits, held=held, live_scales=live_scales, ablated=ablated
+        subject, edits, held=held, live_scales=live_scales, ablated=ablated
     )
-    found = draw_controls(session, placed, ablated, draws=draws, seed=seed) if draws else []
+    found = draw_controls(subject, placed, ablated, draws=draws, seed=seed) if draws else []
     drawn = found if isinstance(found, list) else []
     batch = [arrays]
     for draw in drawn:
-        batch.append(_arrays(session, draw.placed, held, live_scales, draw.ablated)[0])
+        batch.append(_arrays(subject, draw.placed, held, live_scales, draw.ablated)[0])
     together = join_batches([at_scales(each, scales) for each in batch])
-    every = split_runs(run_edits(session, together, queries=[query]), len(batch))
+    every = split_runs(run_edits(subject, together, queries=[query]), len(batch))
     for each, part in zip(batch, every, strict=True):
         check_finite(part, each, scales)
     runs = every[0]
     attended, shown = runs.patterns[..., 0, :], np.argwhere(reached)
     changed = reached | head_mask(ablated, reached.shape)
-    log_p, clean = runs.log_p, log_softmax(session.logits)
+    log_p, clean = runs.log_p, log_softmax(subject.logits)
     tokens = followed(log_p, clean, track)
     looked = np.asarray(before[:, :, query])
     keys = followed_keys(placed, looked[changed])
     control = dict(reason=found) if isinstance(found, str) else None
     if drawn:
         beside = np.stack([part.log_p for part in every[1:]])
-        names = dict(zip(by_text(session, tokens, log_p), tokens, strict=True))
-        control = summarise(session, drawn, beside, clean, names, seed)
+        names = dict(zip(by_text(subject, tokens, log_p), tokens, strict=True))
+        control = summarise(subject, drawn, beside, clean, names, seed)
     return Steering(
-        tokens=session.tokens,
+        tokens=subject.tokens,
         scales=scales,
-        clean=likeliest(session, clean),
-        top=[likeliest(session, row) for row in log_p],
-        tracked=by_text(session, tokens, np.exp(log_p)),
+        clean=likeliest(subject, clean),
+        top=[likeliest(subject, row) for row in log_p],
+        tracked=by_text(subject, tokens, np.exp(log_p)),
         kl=np.maximum((np.exp(clean) * (clean - log_p)).sum(-1), 0.0).tolist(),
         query=query,
         keys=keys,
         patterns=[rows(row, shown) for row in attended],
         scores=[rows(row[..., : query + 1], shown) for row in runs.scores[..., 0, :]],
         rose=rose(looked, attended, scales, changed, keys),
-        edits=[describe(session, edit, dict(labels)) for edit in placed],
+        edits=[describe(subject, edit) for edit in placed],
         ablated=[f"{layer}.{head}" for layer, head in ablated],
         n_heads=int(changed.sum()),
         share_of_heads=float(changed.mean()),

@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 
 from qkattr.errors import quoted
-from qkattr.export.qk_rows import sink_name
 from qkattr.export.summary import number
 from qkattr.graph.accounts import main_weights
 from qkattr.kinds import Kind
-from qkattr.result import Result
+from qkattr.qk.rows import sink_name
+from qkattr.result import Traced
 
 #: What the columns of the heads' tables are.
 ABOUT_HEADS = (
@@ -21,7 +21,7 @@ ABOUT_HEADS = (
 )
 
 
-def away_from_sinks(result: Result, rows: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], str]:
+def away_from_sinks(result: Traced, rows: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], str]:
     """The places of heads whose key is no sink, and the others in one line ("" where there are
     none): a head that looks at a sink says nothing about why it looked there."""
     sinks = result.sink_positions
@@ -38,7 +38,7 @@ def away_from_sinks(result: Result, rows: list[dict[str, Any]]) -> tuple[list[di
     )
 
 
-def strongest_heads(result: Result, n: int = 15) -> tuple[list[dict[str, Any]], str]:
+def strongest_heads(result: Traced, n: int = 15) -> tuple[list[dict[str, Any]], str]:
     """The places (head, query, key) that matter most (see `Result.head_effects`), and in one line
     those that look at a sink."""
     rows, folded = away_from_sinks(result, result.head_effects())
@@ -72,7 +72,7 @@ ACCOUNTED = (
 )
 
 
-def accounts(result: Result) -> list[dict[str, Any]]:
+def accounts(result: Traced) -> list[dict[str, Any]]:
     """The account of the main target: its name and value, and of every boundary the share of it on
     each of `ACCOUNTED`. A score has two, one of each side."""
     account, graph = result.graph.account, result.graph
@@ -93,7 +93,7 @@ def accounts(result: Result) -> list[dict[str, Any]]:
     return found
 
 
-def in_short(result: Result, n: int = 3) -> list[str]:
+def in_short(result: Traced, n: int = 3) -> list[str]:
     """What a person who reads nothing else should know: which heads moved the target, for and
     against, and how much of it is not explained by features."""
     rows, _ = away_from_sinks(result, result.head_effects())
@@ -120,6 +120,6 @@ def in_short(result: Result, n: int = 3) -> list[str]:
     return said
 
 
-def _head(result: Result, row: dict[str, Any]) -> str:
+def _head(result: Traced, row: dict[str, Any]) -> str:
     key, query = (f"{quoted(result.shown_tokens[row[end]])} {row[end]}" for end in ("key", "query"))
     return f"{row['layer']}.{row['head']} from {key} to {query} (by {abs(row['masking']):.2g})"

@@ -12,9 +12,8 @@ from typing import Any
 
 from qkattr.cards.card import Card
 from qkattr.cards.columns import Cards
-from qkattr.export.graph_json import encoded
 from qkattr.export.viewers import node_layer, node_number, scan_of, source_of
-from qkattr.files import write_files
+from qkattr.files import encoded, write_files
 from qkattr.kinds import Kind
 
 

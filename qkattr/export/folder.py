@@ -12,26 +12,25 @@ import io
 import json
 import mmap
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from qkattr.cards.card import Card
 from qkattr.characters import joined
+from qkattr.config import ModelFacts
 from qkattr.errors import InputError
-from qkattr.export.graph_json import SCHEMA, encoded, graph_json
+from qkattr.export.graph_json import SCHEMA, graph_json
 from qkattr.export.html import page
-from qkattr.files import DAMAGED_NPZ, write_files
+from qkattr.files import DAMAGED_NPZ, encoded, write_files
 from qkattr.graph.accounts import Account, HeadEffects
 from qkattr.graph.tables import Edges, Graph, Nodes
+from qkattr.options import TraceOptions
 from qkattr.qk.table import QKAttribution
-from qkattr.result import Result
-
-if TYPE_CHECKING:
-    from qkattr.load.bundle import Bundle
+from qkattr.result import Traced
 
 
-def save_result(result: Result, folder: Path, links: int | str | None = None) -> Path:
+def save_result(result: Traced, folder: Path, links: int | str | None = None) -> Path:
     """Write the folder and return the path of its page. links: see `graph_json`."""
     files = {
         "graph.npz": _columns(result),
@@ -42,7 +41,7 @@ def save_result(result: Result, folder: Path, links: int | str | None = None) ->
     return folder / "index.html"
 
 
-def encoded_page(result: Result) -> bytes:
+def encoded_page(result: Traced) -> bytes:
     r"""UTF-8; half a surrogate pair becomes `\udc80`."""
     return page(result).encode(errors="backslashreplace")
 
@@ -72,37 +71,26 @@ def _is_ours(folder: Path) -> bool:
         return text.find(b'"qkattr"') >= 0
 
 
-def open_result(folder: str | Path, *, bundle: Bundle | None = None) -> Result:
-    """Read a saved result.
-
-    Args:
-      folder: what `Result.save` wrote.
-      bundle: the model and SAEs it was made with, to ask for more than it holds.
+def read_result(folder: Path) -> Traced:
+    """What `save_result` wrote.
 
     Raises:
-      InputError: not such a folder, damaged, of another schema, or made with another model or other
-        SAEs.
+      InputError: not such a folder, damaged, or of another schema.
     """
-    folder = Path(folder)
     header, columns = _read(folder)
     try:
-        result = _build(header, columns)
+        return _build(header, columns)
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError) as e:
         raise InputError(
             f"{folder} holds a damaged result ({type(e).__name__}: {e}); trace the prompt again"
         ) from e
-    if bundle is None:
-        return result
-    from qkattr.analysis import attach
-
-    return attach(result, bundle)
 
 
 #: The tables of a graph, by their names in `graph.npz`.
 TABLES = {"nodes": Nodes, "edges": Edges, "account": Account, "heads": HeadEffects}
 
 
-def _build(header: dict[str, Any], columns: dict[str, np.ndarray]) -> Result:
+def _build(header: dict[str, Any], columns: dict[str, np.ndarray]) -> Traced:
     tables = {
         name: kind(**{f.name: columns[f"{name}.{f.name}"] for f in dataclasses.fields(kind)})
         for name, kind in TABLES.items()
@@ -114,7 +102,8 @@ def _build(header: dict[str, Any], columns: dict[str, np.ndarray]) -> Result:
         completeness=header["completeness"],
     )
     _check_columns(graph, n_tokens=len(header["tokens"]))
-    return Result(
+    settings = header["settings"]
+    return Traced(
         tokens=header["tokens"],
         prompt=_prompt(header),
         token_ids=tuple(header["token_ids"]),
@@ -124,7 +113,9 @@ def _build(header: dict[str, Any], columns: dict[str, np.ndarray]) -> Result:
         sinks=header["sinks"],
         scores=np.array(header["scores"], int).reshape(-1, 5),
         qk={place: QKAttribution.from_json(raw) for place, raw in header["qk"].items()},
-        settings=header["settings"],
+        model=ModelFacts.from_json(settings),
+        options=TraceOptions.from_json(settings),
+        scan=settings.get("scan"),
         provenance=header["provenance"],
         labels=_labels(header["labels"]),
         vocabulary={int(i): text for i, text in header["vocabulary"].items()},
@@ -165,7 +156,7 @@ def _labels(raw: dict[str, str]) -> dict[tuple[int, int], str]:
     return {(int(b), int(i)): raw[key] for key, (b, i) in keys.items()}
 
 
-def _columns(result: Result) -> bytes:
+def _columns(result: Traced) -> bytes:
     arrays = {
         f"{table}.{field.name}": getattr(getattr(result.graph, table), field.name)
         for table, fields in TABLES.items()

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from qkattr.errors import InputError
 from qkattr.extras import need
 from qkattr.kinds import Kind
-
-if TYPE_CHECKING:
-    from qkattr.result import Result
+from qkattr.result import PlaceRow, Traced
 
 TABLES = ("edges", "heads", "nodes", "effects", "account")
 
 
-def frame(result: Result, table: str):
+def frame(result: Traced, table: str):
     """See `Result.to_pandas`."""
     if table not in TABLES:
         raise InputError(f"no table {table!r}; expected one of {', '.join(TABLES)}")
@@ -28,11 +25,11 @@ def frame(result: Result, table: str):
     )
 
 
-def _names(result: Result) -> np.ndarray:
+def _names(result: Traced) -> np.ndarray:
     return np.array([result.node_id(i) for i in range(len(result.graph.nodes))])
 
 
-def _nodes(result: Result) -> dict:
+def _nodes(result: Traced) -> dict:
     columns = dataclasses.asdict(result.graph.nodes)
     columns["effect"] = result.graph.effect()
     columns["kind"] = [Kind(k).label for k in columns["kind"]]
@@ -41,7 +38,7 @@ def _nodes(result: Result) -> dict:
     return dict(node_id=_names(result), **columns, token=tokens, label=label)
 
 
-def _edges(result: Result) -> dict:
+def _edges(result: Traced) -> dict:
     edges, names = result.graph.edges, _names(result)
     return dict(
         source=names[edges.source],
@@ -55,7 +52,7 @@ def _edges(result: Result) -> dict:
     )
 
 
-def _heads(result: Result) -> dict:
+def _heads(result: Traced) -> dict:
     edges, names = result.graph.edges, _names(result)
     at, head = np.nonzero(edges.heads)
     return dict(
@@ -68,11 +65,11 @@ def _heads(result: Result) -> dict:
     )
 
 
-def _effects(result: Result) -> list[dict]:
+def _effects(result: Traced) -> list[PlaceRow]:
     """One row a place of a head."""
     return result.head_effects()
 
 
-def _account(result: Result) -> dict:
+def _account(result: Traced) -> dict:
     columns = dataclasses.asdict(result.graph.account)
     return dict(columns, node=_names(result)[columns["node"]])

@@ -11,11 +11,8 @@ make of the nodes is in `export.viewers`.
 from __future__ import annotations
 
 import dataclasses
-import json
-import math
 from typing import Any
 
-import msgspec
 import numpy as np
 
 from qkattr.errors import InputError
@@ -25,7 +22,7 @@ from qkattr.export.summary import name
 from qkattr.export.viewers import FEATURE_TYPES, node_layer, node_number, scan_of, source_of
 from qkattr.graph.accounts import ACCOUNT_COLUMNS
 from qkattr.kinds import Kind
-from qkattr.result import Result
+from qkattr.result import Traced
 
 SCHEMA = 3
 
@@ -38,37 +35,6 @@ HEADS = 1000
 
 #: Pairs and marginals listed of each QK attribution in the file.
 LISTED = 100
-
-
-def encoded(value: Any) -> bytes:
-    r"""JSON in UTF-8 as the standard has it: what is not finite is null. Half a surrogate pair,
-    which UTF-8 does not have, becomes its escape, `\udc80`."""
-    try:
-        return msgspec.json.encode(value, enc_hook=_plain)
-    except UnicodeEncodeError:
-        return dumps(value).encode(errors="backslashreplace")
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, np.generic):  # an option that the caller computed
-        return value.item()
-    raise NotImplementedError
-
-
-def dumps(value: Any, *, ascii: bool = False) -> str:
-    """JSON as the standard has it: what is not finite is null."""
-    try:
-        return json.dumps(value, ensure_ascii=ascii, allow_nan=False)
-    except ValueError:
-        return json.dumps(_finite(value), ensure_ascii=ascii, allow_nan=False)
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {k: _finite(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def check_links(links: Any) -> int | None:
@@ -86,7 +52,7 @@ def check_links(links: Any) -> int | None:
     raise InputError(f'links is {links!r:.40}, expected a number of links, or "all"')
 
 
-def graph_json(result: Result, links: int | str | None = None) -> dict[str, Any]:
+def graph_json(result: Traced, links: int | str | None = None) -> dict[str, Any]:
     """The whole file as an object. links: see `check_links`."""
     listed = _listed(result, check_links(links))
     return {
@@ -104,7 +70,7 @@ def graph_json(result: Result, links: int | str | None = None) -> dict[str, Any]
     }
 
 
-def header(result: Result, listed: int) -> dict[str, Any]:
+def header(result: Traced, listed: int) -> dict[str, Any]:
     """The `qkattr` object: everything but nodes and links, of which so many are listed."""
     graph = result.graph
     return {
@@ -134,7 +100,7 @@ def header(result: Result, listed: int) -> dict[str, Any]:
     }
 
 
-def _metadata(result: Result) -> dict[str, Any]:
+def _metadata(result: Traced) -> dict[str, Any]:
     scan, source_set = scan_of(result.settings), source_of(result.settings).get("source_set")
     known = {"feature_details": {"neuronpedia_source_set": source_set}} if source_set else {}
     return {
@@ -145,17 +111,17 @@ def _metadata(result: Result) -> dict[str, Any]:
         "prompt_tokens": result.tokens,
         "prompt": result.prompt,
         "schema_version": 1,
-        "node_threshold": result.settings["keep"],
+        "node_threshold": result.options.keep,
         "info": {"generator": {"name": "qkattr", "version": result.provenance["qkattr"]}},
         "generation_settings": {
-            "max_n_logits": result.settings["max_logits"],
-            "desired_logit_prob": result.settings["logit_mass"],
-            "max_feature_nodes": result.settings["max_rows"],
+            "max_n_logits": result.options.max_logits,
+            "desired_logit_prob": result.options.logit_mass,
+            "max_feature_nodes": result.options.max_rows,
         },
     }
 
 
-def _targets(result: Result) -> list[dict[str, Any]]:
+def _targets(result: Traced) -> list[dict[str, Any]]:
     """What the trace started from, in the order of a node's `effects`."""
     graph = result.graph
     value = _significant(graph.effect()).tolist()
@@ -165,7 +131,7 @@ def _targets(result: Result) -> list[dict[str, Any]]:
     ]
 
 
-def _account(result: Result) -> list[dict[str, Any]]:
+def _account(result: Traced) -> list[dict[str, Any]]:
     """One row a target and boundary, of numbers that add up to the target."""
     account = result.graph.account
     names = {int(i): result.node_id(int(i)) for i in result.graph.targets}
@@ -183,7 +149,7 @@ def _rounded(row: dict[str, Any]) -> dict[str, Any]:
     return {k: _round(v) if isinstance(v, float) else v for k, v in row.items()}
 
 
-def _nodes(result: Result) -> list[dict[str, Any]]:
+def _nodes(result: Traced) -> list[dict[str, Any]]:
     pre = source_of(result.settings).get("pre", False)
     probability = {p["id"]: p["probability"] for p in result.predictions}
     effect = _significant(result.graph.effect()).tolist()
@@ -197,7 +163,7 @@ def _nodes(result: Result) -> list[dict[str, Any]]:
     return nodes
 
 
-def _node(result: Result, i: int, pre: bool, probability: dict[int, float]) -> dict[str, Any]:
+def _node(result: Traced, i: int, pre: bool, probability: dict[int, float]) -> dict[str, Any]:
     graph = result.graph.nodes
     kind, boundary, index = Kind(graph.kind[i]), int(graph.boundary[i]), int(graph.index[i])
     position, node_id, label = int(graph.position[i]), result.node_id(i), result.label(i)
@@ -229,7 +195,7 @@ def _node(result: Result, i: int, pre: bool, probability: dict[int, float]) -> d
     return node
 
 
-def _links(result: Result, at: np.ndarray) -> list[dict[str, Any]]:
+def _links(result: Traced, at: np.ndarray) -> list[dict[str, Any]]:
     edges = result.graph.edges
     names = [result.node_id(i) for i in range(len(result.graph.nodes))]
     columns = zip(
@@ -255,7 +221,7 @@ def _links(result: Result, at: np.ndarray) -> list[dict[str, Any]]:
     ]
 
 
-def _listed(result: Result, most: int | None) -> np.ndarray:
+def _listed(result: Traced, most: int | None) -> np.ndarray:
     """Which edges the file lists, in their order: all, or the strongest by influence."""
     influence = result.graph.edge_influence()
     if most is None or len(influence) <= most:

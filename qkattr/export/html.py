@@ -16,32 +16,32 @@ from qkattr.characters import joined
 from qkattr.errors import quoted
 from qkattr.export.effect_rows import ABOUT_HEADS, ACCOUNTED, accounts, in_short, strongest_heads
 from qkattr.export.predictions import shown
-from qkattr.export.qk_rows import (
-    folded_line,
-    folded_marginal,
-    rests_on,
-    unfolded,
-)
 from qkattr.export.routes import ROUTES_LISTED, about_routes, route_tables
 from qkattr.export.summary import (
-    MARGINALS_SHOWN,
-    PAIRS_SHOWN,
     both_aucs,
     called,
     component,
-    feature_in,
     pieces,
     quality,
     strongest_edges,
     visible,
 )
-from qkattr.result import Result
+from qkattr.qk.rows import (
+    MARGINALS_SHOWN,
+    PAIRS_SHOWN,
+    feature_in,
+    folded_line,
+    folded_marginal,
+    rests_on,
+    unfolded,
+)
+from qkattr.result import Traced
 
 #: Next tokens that are shown beside those that were traced.
 PREDICTIONS_SHOWN = 5
 
 
-def page(result: Result) -> str:
+def page(result: Traced) -> str:
     """The result as one HTML page."""
     sinks = {s["position"]: len(s["boundaries"]) for s in result.sinks}
     leak = result.graph.leak
@@ -90,7 +90,7 @@ def _template() -> jinja2.Template:
     return environment.get_template("page.html.j2")
 
 
-def _answer(result: Result) -> str:
+def _answer(result: Traced) -> str:
     targets = [p["token"] for p in result.predictions if p["target"]]
     if len(result.scores) and not targets:
         block, head, query, key, _ = result.scores[0]

@@ -6,10 +6,10 @@ from typing import Any
 
 from qkattr.characters import readable
 from qkattr.errors import quoted
-from qkattr.result import Result
+from qkattr.result import Traced
 
 
-def predictions(result: Result) -> list[dict[str, Any]]:
+def predictions(result: Traced) -> list[dict[str, Any]]:
     """The next tokens, each with its `role`: "target" (its logit is explained), "for" and "against"
     (the graph explains the logit of the first less that of the second), or ""."""
     subtracted = {p["against"] for p in result.predictions if p["against"] >= 0}
@@ -24,7 +24,7 @@ def _role(prediction: dict[str, Any], subtracted: set[int]) -> str:
     return "target" if prediction["target"] else ""
 
 
-def shown(result: Result, most: int) -> list[dict[str, Any]]:
+def shown(result: Traced, most: int) -> list[dict[str, Any]]:
     """The likeliest next tokens and, however unlikely, all that have a role; each with a `note`
     that says its role in words."""
     listed = predictions(result)

@@ -15,14 +15,15 @@ from qkattr.export.figures import (
     style,
     tidy,
 )
-from qkattr.export.qk_rows import unfolded
 from qkattr.export.summary import component
+from qkattr.qk.rows import unfolded
 
 if TYPE_CHECKING:
     from qkattr.analyses.distance import Distance
     from qkattr.analyses.marginals import Looks
     from qkattr.analyses.mechanisms import MechanismTable
-    from qkattr.analyses.pairs import TopPairs, WeightPairs
+    from qkattr.analyses.pairs import Pairs
+    from qkattr.analyses.weights import WeightPairs
     from qkattr.analyses.why import Why
     from qkattr.qk.table import QKAttribution
 
@@ -134,7 +135,7 @@ def distance_figure(found: Distance, path: Path) -> Path:
     return save_figure(figure, path)
 
 
-def pairs_figure(found: TopPairs, path: Path) -> Path:
+def pairs_figure(found: Pairs, path: Path) -> Path:
     """The strongest pairs of a prompt, of either sign."""
     error = f"error slots {100 * found.error_share:.0f} % of the sum of |value|"
     title = f"{safe(found.prompt, 70)}: {found.searched:,} terms, {error}"

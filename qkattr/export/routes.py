@@ -12,7 +12,7 @@ from qkattr.characters import readable
 from qkattr.errors import quoted
 from qkattr.graph.paths import Hop, Route, target_nodes
 from qkattr.kinds import Kind
-from qkattr.result import Result
+from qkattr.result import Traced
 
 #: What the named heads of a hop carry of it, and how many are named at most.
 HALF, HEADS_NAMED = 0.5, 4
@@ -33,13 +33,13 @@ _ALIKE = (
 )
 
 
-def about_routes(result: Result) -> str:
+def about_routes(result: Traced) -> str:
     """What the tables of routes show."""
     logits = int((result.graph.nodes.kind == Kind.LOGIT).sum())
     return _CAPTION + _ALIKE * (logits > 1)
 
 
-def route_tables(result: Result, n: int) -> list[dict[str, Any]]:
+def route_tables(result: Traced, n: int) -> list[dict[str, Any]]:
     """One table a target, the target with most influence first: its name, its influence, and its n
     strongest routes as rows. A target that no route reaches has an empty table."""
     found = {
@@ -56,7 +56,7 @@ def route_tables(result: Result, n: int) -> list[dict[str, Any]]:
     ]
 
 
-def routes_json(result: Result) -> list[dict[str, Any]]:
+def routes_json(result: Traced) -> list[dict[str, Any]]:
     """The `qkattr.routes` of the graph JSON."""
     tables = groupby(result.routes(ROUTES_LISTED), lambda r: r.target)
     return [
@@ -80,7 +80,7 @@ def _hop_json(hop: Hop) -> dict[str, Any]:
     return {"from": hop.source, "to": hop.target, "heads": heads}
 
 
-def target_name(result: Result, node: int) -> str:
+def target_name(result: Traced, node: int) -> str:
     """What a target is called where it stands alone: a logit by its token, a difference by both."""
     label = result.label(node)
     if result.graph.nodes.kind[node] != Kind.LOGIT:
@@ -93,7 +93,7 @@ def target_name(result: Result, node: int) -> str:
     return f"{quoted(readable(label))} less {quoted(readable(other))}"
 
 
-def _end(result: Result, node: int) -> str:
+def _end(result: Traced, node: int) -> str:
     """Where the routes into a target end, in their rows."""
     if result.graph.nodes.kind[node] == Kind.SCORE:
         return "key side" if result.scores[result.graph.nodes.index[node]][4] else "query side"
@@ -125,7 +125,7 @@ def _percent(share: float) -> str:
     return f"{100 * share:.0f} %"
 
 
-def _row(result: Result, route: Route) -> dict[str, Any]:
+def _row(result: Traced, route: Route) -> dict[str, Any]:
     """share, and the stations of a route: its positions with the heads that led to each."""
     heads = ["", *map(hop_heads, route.hops)]
     stations = [

@@ -2,24 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
-
-import numpy as np
+from typing import Any, NamedTuple
 
 from qkattr.cards.card import Card, Example, strongest_tokens
 from qkattr.characters import readable, whole
 from qkattr.errors import clipped, printable, quoted
-from qkattr.export.qk_rows import unfolded
 from qkattr.kinds import Kind
-from qkattr.result import Result
-
-if TYPE_CHECKING:
-    from qkattr.cards.columns import Cards
-
-#: Rows of a QK attribution, and of the edges, that are shown.
-PAIRS_SHOWN = 12
-MARGINALS_SHOWN = 5
-EDGES_SHOWN = 40
+from qkattr.result import Traced
 
 
 def number(x: float) -> str:
@@ -36,7 +25,7 @@ def visible(text: str, most: int = 100) -> str:
     return clipped(printable(readable(text)), most)
 
 
-def name(result: Result, node: int) -> str:
+def name(result: Traced, node: int) -> str:
     """A node in words: what it is, where."""
     nodes = result.graph.nodes
     kind, t, b = Kind(nodes.kind[node]), int(nodes.position[node]), int(nodes.boundary[node])
@@ -66,34 +55,6 @@ def component(described: dict[str, Any]) -> str:
     if not label:
         return text
     return f"{text} {quoted(readable(label)) if kind == Kind.TOKEN.label else called(label)}"
-
-
-def feature_of(result: Result, node: int) -> tuple[int, int] | None:
-    """The (boundary, index) of a node that is a feature."""
-    nodes = result.graph.nodes
-    if nodes.kind[node] != Kind.FEATURE:
-        return None
-    return int(nodes.boundary[node]), int(nodes.index[node])
-
-
-def feature_in(layer: int, described: dict[str, Any]) -> tuple[int, int] | None:
-    """The (boundary, index) of a component of a block's QK attribution that is a feature."""
-    if described["kind"] != Kind.FEATURE.label:
-        return None
-    return layer, described["index"]
-
-
-def shown_cards(result: Result, cards: Cards) -> dict[tuple[int, int], Card]:
-    """The cards of the features that the page shows: those of QK attributions and of edges."""
-    shown = {feature for row in strongest_edges(result) for feature in row["features"]}
-    for table in result.qk.values():
-        shown_pairs = unfolded(table.pairs)[:PAIRS_SHOWN]
-        sides = [pair[side] for pair in shown_pairs for side in ("query", "key")]
-        for marginals in (table.query_marginals, table.key_marginals):
-            sides += unfolded(marginals)[:MARGINALS_SHOWN]
-        shown |= {feature_in(table.layer, side) for side in sides}
-    known = [feature for feature in shown if feature and feature[1] < cards.width(feature[0])]
-    return {feature: cards.card(*feature) for feature in sorted(known)}
 
 
 def both_aucs(card: Card) -> str:
@@ -135,25 +96,20 @@ def pieces(example: Example) -> list[Piece]:
     ]
 
 
-def strongest_edges(result: Result, n: int = EDGES_SHOWN) -> list[dict[str, Any]]:
+def strongest_edges(result: Traced) -> list[dict[str, Any]]:
     """The edges with most influence that did more than carry a feature on in place."""
-    edges, nodes = result.graph.edges, result.graph.nodes
-    influence = result.graph.edge_influence()
-    crossing = nodes.position[edges.source] != nodes.position[edges.target]
-    moved = crossing | (np.abs(edges.residual) < np.abs(edges.weight) / 2)
-    rows = []
-    order = np.argsort(-np.where(moved & (edges.block >= 0), influence, 0.0), kind="stable")
-    for i in order[:n].tolist():
-        if influence[i] == 0 or not moved[i] or edges.block[i] < 0:
-            break
+    graph, edges = result.graph, result.graph.edges
+    influence, rows = graph.edge_influence(), []
+    for i in graph.strongest_edges().tolist():
         loadings = edges.heads[i].tolist()
         strongest = sorted(range(len(loadings)), key=lambda h: -abs(loadings[h]))[:3]
         carried = [f"{edges.block[i]}.{h} {number(loadings[h])}" for h in strongest if loadings[h]]
+        ends = int(edges.source[i]), int(edges.target[i])
         rows.append(
             dict(
-                source=name(result, int(edges.source[i])),
-                target=name(result, int(edges.target[i])),
-                features=[feature_of(result, int(end[i])) for end in (edges.source, edges.target)],
+                source=name(result, ends[0]),
+                target=name(result, ends[1]),
+                features=[graph.feature(end) for end in ends],
                 influence=float(influence[i]),
                 weight=number(float(edges.weight[i])),
                 residual=number(float(edges.residual[i])),

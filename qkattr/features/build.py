@@ -20,10 +20,10 @@ from jax.sharding import Mesh
 
 from qkattr.cards.columns import AUTOMATIC, HISTOGRAM, Cards
 from qkattr.cards.levels import auc_level, level_of
-from qkattr.features.labels import Half, Labels, label_features
+from qkattr.features.labels import FeatureLabels, Half, label_features
 from qkattr.features.logits import top_logits
 from qkattr.features.norms import norm_scales
-from qkattr.features.scan import Progress, Scan, check_rows, scan
+from qkattr.features.scan import Scan, ScanProgress, check_rows, scan
 from qkattr.features.seen import ScanConfig, Seen
 from qkattr.features.views import View, views_of
 from qkattr.load.bundle import Bundle
@@ -43,7 +43,7 @@ def make_cards(
     folder: Path | None = None,
     every: int = 32,
     mesh: Mesh | None = None,
-    progress: Progress = lambda stage, done: None,
+    progress: ScanProgress = lambda stage, done: None,
 ) -> Cards:
     """The cards of every feature of a bundle's SAEs, from rows of token ids.
 
@@ -79,7 +79,7 @@ def make_cards(
     return _assembled(bundle, found, columns, norms, texts, text)
 
 
-def _labels(views: list[View], found: Scan, b: int, top, used, texts) -> Labels:
+def _labels(views: list[View], found: Scan, b: int, top, used, texts) -> FeatureLabels:
     seen, T = found.seen[b], found.rows.shape[1]
     width = len(seen.total)
     keep = ~found.sinks[b]
@@ -98,7 +98,7 @@ def _labels(views: list[View], found: Scan, b: int, top, used, texts) -> Labels:
             for row in place
         ]
         parts.append(label_features(views, choosing, held, top[at], examples, used))
-    return Labels(
+    return FeatureLabels(
         text=[text for part in parts for text in part.text],
         auc=np.concatenate([part.auc for part in parts], axis=1),
         n=np.concatenate([part.n for part in parts], axis=1),

@@ -21,7 +21,7 @@ NONE = -jnp.inf
 
 
 @struct.dataclass
-class Kept:
+class KeptContexts:
     """The best entries of each segment, the best first.
 
     key: `[S, K]`, -inf where there is none. place: `[S, K]` row * T + position, -1 where there is
@@ -34,9 +34,9 @@ class Kept:
     window: Float[Array, "S Q W"]
 
 
-def empty(n_segments: int, size: int, n_windows: int, width: int) -> Kept:
+def empty(n_segments: int, size: int, n_windows: int, width: int) -> KeptContexts:
     """Nothing kept yet."""
-    return Kept(
+    return KeptContexts(
         key=np.full((n_segments, size), -np.inf, np.float32),
         place=np.full((n_segments, size), -1, np.int32),
         value=np.zeros((n_segments, size), np.float32),
@@ -61,7 +61,7 @@ def best(
     return jnp.full((n_segments, size), n).at[segment, rank].set(entry, mode="drop")
 
 
-def merge(a: Kept, b: Kept) -> Kept:
+def merge(a: KeptContexts, b: KeptContexts) -> KeptContexts:
     """The best of both; of equal keys, those of `a` go first."""
     size, n_windows = a.key.shape[1], a.window.shape[1]
     key, at = jax.lax.top_k(jnp.concatenate([a.key, b.key], axis=1), size)
@@ -73,7 +73,7 @@ def merge(a: Kept, b: Kept) -> Kept:
     windows = jnp.concatenate([a.window, b.window], axis=1)
     of = at[:, :n_windows]
     of = jnp.where(of < size, of, of - size + n_windows)
-    return Kept(
+    return KeptContexts(
         key=key,
         place=pick(a.place, b.place),
         value=pick(a.value, b.value),

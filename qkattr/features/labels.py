@@ -75,7 +75,7 @@ class Half:
 
 
 @dataclasses.dataclass(frozen=True)
-class Labels:
+class FeatureLabels:
     """text: of each feature. auc: `[2, M]` of its rule for all activations and for strong ones, NaN
     where it was not measured. n: `[2, M]` held-out activating positions it was measured on."""
 
@@ -91,7 +91,7 @@ def label_features(
     top_logits: Int[np.ndarray, "M V"],
     examples: Sequence[Sequence[str]],
     tokens: Int[np.ndarray, "U"],
-) -> Labels:
+) -> FeatureLabels:
     """The best rule of all views for each feature, in words.
 
     Args:
@@ -129,7 +129,7 @@ def label_features(
         else:
             ids = [int(id) for id in rules[i, s][f] if id >= 0]
             text.append(views[i].phrase(ids) + WHEN_STRONG * s)
-    return Labels(text, held_auc, n)
+    return FeatureLabels(text, held_auc, n)
 
 
 def _of_interest(held_auc: float, auc: float) -> float:

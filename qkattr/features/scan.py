@@ -32,7 +32,7 @@ from qkattr.sharding import bucket, on_any_mesh
 from qkattr.sources.components import sink_positions
 from qkattr.sources.dictionary import Dictionary, encode
 
-Progress = Callable[[str, float], None]  # a stage, and how much of it is done
+ScanProgress = Callable[[str, float], None]  # a stage, and how much of it is done
 
 #: Stretches of the corpus that are alternately for choosing labels and held out.
 STRETCHES = 8
@@ -66,7 +66,7 @@ def scan(
     folder: Path | None = None,
     every: int = 32,
     mesh: Mesh | None = None,
-    progress: Progress = lambda stage, done: None,
+    progress: ScanProgress = lambda stage, done: None,
 ) -> Scan:
     """Scan rows of token ids with every dictionary of a bundle.
 

@@ -14,7 +14,7 @@ import numpy as np
 from flax import struct
 from jaxtyping import Array, Float, Int
 
-from qkattr.features.keep import NONE, Kept, best, empty, merge, priority
+from qkattr.features.keep import NONE, KeptContexts, best, empty, merge, priority
 
 #: Half octaves of activation, counted apart, around 1; the outermost take all beyond them.
 BINS = 64
@@ -51,8 +51,8 @@ class Seen:
     count: Int[Array, "2 M"]
     total: Float[Array, "M"]
     histogram: Int[Array, "M bins"]
-    top: Kept
-    sample: Kept
+    top: KeptContexts
+    sample: KeptContexts
 
 
 def nothing_seen(width: int, config: ScanConfig) -> Seen:
@@ -78,7 +78,7 @@ def add(seen: Seen, value, feature, place, split, shape, cfg: ScanConfig) -> See
     dense = jnp.zeros((P, width)).at[jnp.arange(P)[:, None], feature].set(value)
     dense = dense.reshape(*shape, width)
 
-    def keep_best(kept: Kept, segment, key):
+    def keep_best(kept: KeptContexts, segment, key):
         entry = best(segment.ravel(), key.ravel(), n_segments=len(kept.key), size=kept.key.shape[1])
         return merge(kept, _entries(entry, key.ravel(), value.ravel(), place, dense, kept, cfg))
 
@@ -92,7 +92,7 @@ def add(seen: Seen, value, feature, place, split, shape, cfg: ScanConfig) -> See
     )
 
 
-def _entries(entry, key, value, place, dense, kept: Kept, cfg: ScanConfig) -> Kept:
+def _entries(entry, key, value, place, dense, kept: KeptContexts, cfg: ScanConfig) -> KeptContexts:
     """Entries of a batch, by their number in `key`, with windows for the first of them."""
     B, T, width = dense.shape
     n = len(key)
@@ -102,7 +102,7 @@ def _entries(entry, key, value, place, dense, kept: Kept, cfg: ScanConfig) -> Ke
     segment = jnp.arange(len(kept.key)) % width
     t = of[..., None] % T + jnp.arange(-cfg.before, cfg.after + 1)
     around = dense[of[..., None] // T, jnp.clip(t, 0, T - 1), segment[:, None, None]]
-    return Kept(
+    return KeptContexts(
         key=jnp.where(exists, key[jnp.minimum(entry, n - 1)], NONE),
         place=jnp.where(exists, place[position], -1),
         value=jnp.where(exists, value[jnp.minimum(entry, n - 1)], 0.0),

@@ -30,9 +30,6 @@ import numpy as np
 from qkattr.graph.tables import Graph
 from qkattr.kinds import PROMPT_KINDS, Kind
 
-#: (block, head, query position, key position)
-Place = tuple[int, int, int, int]
-
 
 @dataclasses.dataclass(frozen=True)
 class Hop:

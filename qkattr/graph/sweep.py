@@ -20,7 +20,6 @@ L blocks.
 
 from __future__ import annotations
 
-import dataclasses
 from functools import partial
 
 import jax
@@ -28,7 +27,7 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
-from qkattr.config import BlockConfig
+from qkattr.config import BlockConfig, SweepConfig
 from qkattr.graph.edges import (
     Candidates,
     EdgeParts,
@@ -47,23 +46,6 @@ from qkattr.types import BlockWeights
 LEAK_KINDS = (Kind.FEATURE, Kind.TOKEN, Kind.POSITION, Kind.ERROR, Kind.SINK)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class SweepConfig:
-    """Static options of the sweep.
-
-    max_rows: R, targets a boundary. max_edges: E, sources kept of one target. keep: share of a
-    boundary's influence that its kept sources carry. linearisation: of the MLP. through_errors:
-    errors are targets too.
-    """
-
-    max_rows: int = 256
-    max_edges: int = 64
-    keep: float = 0.95
-    linearisation: str = "jacobian"
-    through_errors: bool = True
-    precision: str = "highest"
-
-
 @struct.dataclass
 class DirectTargets:
     """Covectors that read the residual stream itself:
@@ -80,7 +62,7 @@ class DirectTargets:
 
 
 @struct.dataclass
-class Kept:
+class KeptNodes:
     """The sources kept at one boundary: the nodes of the graph there, in order of influence.
 
     share is cumulative within the boundary, this node included.
@@ -113,7 +95,7 @@ class Leak:
 
 
 @struct.dataclass
-class Rows:
+class TargetRows:
     """The edges of R rows into the sources kept below them.
 
     source: `[R, E]` into the boundary's kept nodes (< R), or R + position for the bias node there.
@@ -139,10 +121,10 @@ class Sweep:
     b + 1.
     """
 
-    kept: Kept
+    kept: KeptNodes
     leak: Leak
-    direct: Rows
-    rows: Rows
+    direct: TargetRows
+    rows: TargetRows
 
 
 @partial(jax.jit, static_argnames=("cfg", "config"))
@@ -267,7 +249,7 @@ def _keep(components: Components, arriving: Float[Array, "2 T C"], config: Sweep
     valid = (influence > 0) & (running - influence < config.keep * total)
     kind = components.kind.reshape(-1)
     position, slot = at // C, at % C
-    kept = Kept(
+    kept = KeptNodes(
         position=position,
         slot=slot,
         kind=jnp.where(valid, kind[at], int(Kind.NONE)),
@@ -308,7 +290,9 @@ def _strongest(weight: Float[Array, "R Q"], depends: Bool[Array, "R Q"], config:
     return chosen, kept, carried.sum(1)
 
 
-def _block_rows(frozen, pulled, components, v, edges, kept: Kept, config: SweepConfig) -> Rows:
+def _block_rows(
+    frozen, pulled, components, v, edges, kept: KeptNodes, config: SweepConfig
+) -> TargetRows:
     """Edges through the block from the kept nodes, and from the bias of every position."""
     with jax.named_scope("kept_edges"):
         n_positions, n_slots = components.kind.shape
@@ -325,7 +309,7 @@ def _block_rows(frozen, pulled, components, v, edges, kept: Kept, config: SweepC
         depends = jnp.broadcast_to(jnp.arange(weight.shape[1]) < n_kept, weight.shape)
         chosen, strongest, carried = _strongest(weight, depends, config)
         parts = kept_parts(frozen, pulled, candidates, chosen, precision=config.precision)
-        return Rows(
+        return TargetRows(
             source=chosen,
             weight=strongest,
             constant=pulled.constant,
@@ -337,8 +321,13 @@ def _block_rows(frozen, pulled, components, v, edges, kept: Kept, config: SweepC
 
 
 def _direct_rows(
-    components: Components, kept: Kept, edges, targets: DirectTargets, boundary, config: SweepConfig
-) -> Rows:
+    components: Components,
+    kept: KeptNodes,
+    edges,
+    targets: DirectTargets,
+    boundary,
+    config: SweepConfig,
+) -> TargetRows:
     """Edges of the direct targets from the kept nodes at their position,
     and from the bias there.
     """
@@ -350,7 +339,7 @@ def _direct_rows(
     depends = jnp.broadcast_to(jnp.arange(weight.shape[1]) < to_kept.shape[1], weight.shape)
     chosen, strongest, carried = _strongest(weight, depends, config)
     constant = jnp.where(targets.boundary == boundary, targets.constant, 0.0)
-    return Rows(
+    return TargetRows(
         source=chosen,
         weight=strongest,
         constant=constant,

@@ -7,6 +7,7 @@ to, and what of it was kept.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -17,7 +18,10 @@ from qkattr.graph.accounts import (
     no_account,
     no_heads,
 )
-from qkattr.kinds import Kind
+from qkattr.kinds import Kind, Place
+
+#: Edges that are shown.
+EDGES_SHOWN = 40
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,3 +138,32 @@ class Graph:
         total = np.zeros((len(asked), edges.heads.shape[1]))
         np.add.at(total, found[known], self.head_influence()[through[known]])
         return total[where]
+
+    def places_that_matter(self, n: int, sinks: Sequence[int]) -> list[Place]:
+        """The n places (block, head, query, key) with the largest |masking| between two positions
+        of which the key is no sink."""
+        heads = self.heads
+        asked = (heads.query != heads.key) & ~np.isin(heads.key, sinks)
+        at = np.flatnonzero(asked & (heads.masking != 0))[:n]
+        columns = (heads.block, heads.head, heads.query, heads.key)
+        return list(zip(*(column[at].tolist() for column in columns), strict=True))
+
+    def strongest_edges(self, n: int = EDGES_SHOWN) -> np.ndarray:
+        """The n edges with most influence that did more than carry a feature on in place."""
+        edges, nodes, influence = self.edges, self.nodes, self.edge_influence()
+        crossing = nodes.position[edges.source] != nodes.position[edges.target]
+        moved = crossing | (np.abs(edges.residual) < np.abs(edges.weight) / 2)
+        moved &= (edges.block >= 0) & (influence > 0)
+        order = np.argsort(-np.where(moved, influence, 0.0), kind="stable")[:n]
+        return order[moved[order]]
+
+    def feature(self, node: int) -> tuple[int, int] | None:
+        """The (boundary, index) of a node that is a feature."""
+        if self.nodes.kind[node] != Kind.FEATURE:
+            return None
+        return int(self.nodes.boundary[node]), int(self.nodes.index[node])
+
+    def features_of_edges(self, edges: np.ndarray) -> set[tuple[int, int]]:
+        """The (boundary, index) of the features at either end of some edges."""
+        ends = np.concatenate([self.edges.source[edges], self.edges.target[edges]])
+        return {feature for node in ends.tolist() if (feature := self.feature(node))}

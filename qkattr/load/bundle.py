@@ -12,12 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from qkattr.config import ModelConfig
+from qkattr.config import ModelConfig, ModelFacts
 from qkattr.errors import InputError
-from qkattr.kinds import Place
 from qkattr.load.registry import Source
 from qkattr.load.text.tokenizer import Message, Tokenizer
-from qkattr.positions import INDEX, find_place
+from qkattr.positions import INDEX
 
 if TYPE_CHECKING:
     from qkattr.cards.columns import Cards
@@ -67,6 +66,22 @@ class Bundle:
         return (
             f"<Bundle {self.model}: {config.family}, {config.n_blocks} blocks, "
             f"d_model {config.d_model}, {config.n_heads} heads{of}, {self.dtype}>"
+        )
+
+    @property
+    def facts(self) -> ModelFacts:
+        """What results keep of it."""
+        return ModelFacts(
+            model=self.model,
+            saes=self.saes,
+            dtype=self.dtype,
+            neuronpedia=self.source and self.source.to_json(),
+            missing=self.missing,
+            accepted=self.accepted,
+            notes=self.notes,
+            n_blocks=self.config.n_blocks,
+            n_heads=self.config.n_heads,
+            windows=self.config.windows,
         )
 
     @functools.cached_property
@@ -154,11 +169,6 @@ class Bundle:
                 f"give one token, mind its leading space"
             )
         return ids[0]
-
-    def find_place(self, tokens: list[str], place: tuple) -> Place:
-        """A place (block, head, query, key) of a prompt of these tokens; see `positions`."""
-        config = self.config
-        return find_place(tokens, place, n_heads=config.n_heads, windows=config.windows)
 
     def _ids(self, prompt: Prompt, bos: bool | None) -> tuple[list[int], str]:
         if isinstance(prompt, str):

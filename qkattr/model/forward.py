@@ -210,3 +210,21 @@ def forward(
         params, tokens, cfg=cfg, edits=edits, capture=capture, precision=precision
     )
     return unembed(params, x, cfg=cfg, precision=precision), trace
+
+
+@partial(jax.jit, static_argnames=("cfg", "precision"))
+def boundaries_and_logits(
+    params: Params,
+    tokens: Int[Array, "T"],
+    last: Int[Array, ""] | int,
+    *,
+    cfg: ModelConfig,
+    precision: str = "highest",
+) -> tuple[Float[Array, "L+1 T D"], Float[Array, "D"], Float[Array, "V"]]:
+    """The residual stream at every boundary; the last boundary and the logits at one position."""
+    x, captured = residual_stream(
+        params, tokens, cfg=cfg, capture=("boundaries",), precision=precision
+    )
+    logits = unembed(params, x[last], cfg=cfg, precision=precision)
+    assert captured.boundaries is not None  # they were asked for
+    return captured.boundaries, x[last], logits

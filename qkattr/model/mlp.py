@@ -26,8 +26,6 @@ from qkattr.config import BlockConfig
 from qkattr.model.layers import ACTIVATIONS, f32
 from qkattr.types import BlockWeights
 
-LINEARISATIONS = ("jacobian", "frozen-gate", "half")
-
 
 @struct.dataclass
 class MLPSlopes:

@@ -5,20 +5,18 @@ under the names of `qkattr qk --json`.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from qkattr.errors import InputError, quoted
 from qkattr.extras import need
-from qkattr.kinds import Kind
+from qkattr.kinds import Kind, Place
+from qkattr.sources.table import ComponentTable
 
 if TYPE_CHECKING:
     from qkattr.qk.terms import QKTerms
-
-#: From a component's kind and index to what a person calls it; "" when nobody has said.
-Labeller = Callable[[Kind, int], str]
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -130,22 +128,17 @@ class Moved:
 
 
 def qk_table(
-    terms: QKTerms,
-    *,
-    tokens: list[str],
-    place: tuple[int, int, int, int],
-    label_query: Labeller,
-    label_key: Labeller,
-    moved: Moved | None = None,
+    terms: QKTerms, components: ComponentTable, place: Place, moved: Moved | None = None
 ) -> QKAttribution:
-    """The table of one place (block, head, query, key). moved: what it does to a target."""
+    """The table of one place (block, head, query, key).
+
+    components: of the boundary that the block reads. moved: what the place does to a target.
+    """
+    layer, head, query, key = place
     rows, columns = np.flatnonzero(terms.query_used), np.flatnonzero(terms.key_used)
     value = terms.terms[np.ix_(rows, columns)].astype(float)
     contrast = terms.contrast[np.ix_(rows, columns)].astype(float)
-    queries = describe(
-        terms.query_kind, terms.query_index, terms.query_activation, rows, label_query
-    )
-    keys = describe(terms.key_kind, terms.key_index, terms.key_activation, columns, label_key)
+    queries, keys = components.rows(query, rows), components.rows(key, columns)
     order = np.argsort(-np.abs(value), axis=None, kind="stable")
     at = zip(*np.unravel_index(order, value.shape), strict=True)
     effect = None if moved is None else moved.pairs[np.ix_(rows, columns)].astype(float)
@@ -161,9 +154,8 @@ def qk_table(
         for a, c in at
     ]
     by_query, by_key = (None, None) if effect is None else (effect.sum(1), effect.sum(0))
-    layer, head, query, key = place
     return QKAttribution(
-        tokens=tokens,
+        tokens=components.tokens,
         layer=layer,
         head=head,
         query=query,
@@ -182,28 +174,29 @@ def qk_table(
     )
 
 
-def describe(kind, index, activation, slots, label: Labeller) -> list[dict[str, Any]]:
-    """Some slots of a position as the JSON has them: kind, index, activation, label."""
-    return [
-        dict(
-            kind=Kind(kind[i]).label,
-            index=int(index[i]) if index[i] >= 0 else None,
-            activation=float(activation[i]) if kind[i] == Kind.FEATURE else None,
-            label=label(Kind(kind[i]), int(index[i])),
-        )
-        for i in slots
-    ]
-
-
 def _shares(value, query_kind, key_kind) -> dict[str, dict[str, float]]:
-    total = max(np.abs(value).sum(), 1e-30)
-    shares = {}
+    cells = []
     for q in sorted(set(query_kind.tolist())):
         for k in sorted(set(key_kind.tolist())):
             part = value[np.ix_(query_kind == q, key_kind == k)]
-            shares[f"{Kind(q).label}-{Kind(k).label}"] = dict(
-                signed=float(part.sum()), absolute=float(np.abs(part).sum() / total)
-            )
+            cells.append((q, k, part.sum(), np.abs(part).sum()))
+    return shares_by_kind(cells, np.abs(value).sum())
+
+
+def shares_by_kind(
+    cells: Iterable[tuple[int, int, float, float]], total: float
+) -> dict[str, dict[str, float]]:
+    """Shares by "query kind-key kind", the largest first.
+
+    cells: kind of the query side and of the key side, signed sum, absolute sum. total: of all the
+    absolute sums.
+    """
+    shares = {
+        f"{Kind(q).label}-{Kind(k).label}": dict(
+            signed=float(signed), absolute=float(absolute / max(total, 1e-30))
+        )
+        for q, k, signed, absolute in cells
+    }
     return dict(sorted(shares.items(), key=lambda item: -item[1]["absolute"]))
 
 

@@ -20,7 +20,7 @@ from jaxtyping import Array, Float
 
 from qkattr.train.config import TrainConfig
 from qkattr.train.rounding import Grid
-from qkattr.train.sae import SAE, Seen
+from qkattr.train.sae import SAE, BatchSeen
 from qkattr.train.step import TrainState, train_step
 
 
@@ -43,10 +43,10 @@ class Parts:
         self._states: list[TrainState] = list(self._cut(state))
         self._threads = ThreadPoolExecutor(n)
 
-    def step(self, x: Float[Array, "L B D"], weight: Float[Array, "L B"]) -> Seen:
+    def step(self, x: Float[Array, "L B D"], weight: Float[Array, "L B"]) -> BatchSeen:
         """Every boundary's step."""
 
-        def one(state: TrainState, x: Array, weight: Array) -> tuple[TrainState, Seen]:
+        def one(state: TrainState, x: Array, weight: Array) -> tuple[TrainState, BatchSeen]:
             made = train_step(state, x, weight, cfg=self._cfg, at_once=self._at_once)
             return jax.block_until_ready(made)
 

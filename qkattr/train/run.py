@@ -23,9 +23,8 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool
 
 from qkattr.errors import InputError
-from qkattr.export.graph_json import dumps
 from qkattr.features.check import check_saes
-from qkattr.files import write_files
+from qkattr.files import dumps, write_files
 from qkattr.load.bundle import Bundle
 from qkattr.sharding import on_host, shard
 from qkattr.sources.dictionary import Dictionary
@@ -43,7 +42,7 @@ LOG = 10
 
 
 @dataclasses.dataclass(frozen=True)
-class Progress:
+class TrainProgress:
     """Where a run stands. Lists have an entry a boundary, the first of them 1.
 
     loss, unexplained (|x - x^|^2 over |x - mean|^2), l0: means since the last report; dead:
@@ -67,7 +66,7 @@ def train(
     *,
     out: str | Path,
     mesh: Mesh | None = None,
-    progress: Callable[[Progress], None] = lambda progress: None,
+    progress: Callable[[TrainProgress], None] = lambda progress: None,
 ) -> tuple[Dictionary, ...]:
     """Train a dictionary after every block, or go on where the run in `out` stopped.
 
@@ -169,7 +168,7 @@ def _loop(
     parts: Parts,
     done: int,
     log: Path,
-    progress: Callable[[Progress], None],
+    progress: Callable[[TrainProgress], None],
 ) -> TrainState:
     cfg = stream.cfg
     began, first, window = time.perf_counter(), done, []
@@ -222,7 +221,7 @@ def _report(parts, window, step, rate, cfg, log: Path, progress) -> None:
     """One line of metrics, on disk and to whoever watches."""
     loss, error, variance, l0 = (np.stack(column) for column in zip(*window, strict=True))
     dead = np.asarray((parts.silent() >= cfg.dead_after).sum(1))
-    said = Progress(
+    said = TrainProgress(
         step=step,
         steps=cfg.steps,
         tokens=step * cfg.batch,

@@ -49,7 +49,7 @@ class SAE:
 
 
 @struct.dataclass
-class Seen:
+class BatchSeen:
     """What a batch showed. Each a scalar but `fired_M`.
 
     error, variance: sums over kept positions of |x - x^|^2 and |x - mean|^2. l0: features a
@@ -85,7 +85,7 @@ def loss(
     dead: Bool[Array, "M"],
     *,
     cfg: TrainConfig,
-) -> tuple[Float[Array, ""], Seen]:
+) -> tuple[Float[Array, ""], BatchSeen]:
     """The loss of a batch, and what it showed."""
     n = jnp.maximum(weight.sum(), 1)
     w_enc, w_dec = sae.w_enc_MD.astype(cfg.compute), sae.w_dec_MD.astype(cfg.compute)
@@ -108,7 +108,7 @@ def loss(
     variance = (weight * jnp.square(x - mean).sum(-1)).sum()
     lit = jnp.where((a > 0) & (weight[:, None] > 0), 1, 0)
     fired = jnp.zeros(cfg.width, lit.dtype).at[index].add(lit) > 0
-    return total, Seen(
+    return total, BatchSeen(
         loss=total, error=error, variance=variance, l0=l0, threshold=threshold, fired_M=fired
     )
 

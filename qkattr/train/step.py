@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Int
 
 from qkattr.train.config import TrainConfig
 from qkattr.train.rounding import Grid, no_grid, rounded
-from qkattr.train.sae import SAE, Seen, loss
+from qkattr.train.sae import SAE, BatchSeen, loss
 
 #: Of the running mean of batchtopk's threshold.
 FORGET = 0.01
@@ -74,7 +74,7 @@ def init_state(saes: SAE, *, cfg: TrainConfig) -> TrainState:
 
 def step_one(
     state: TrainState, x: Float[Array, "B D"], weight: Float[Array, "B"], *, cfg: TrainConfig
-) -> tuple[TrainState, Seen]:
+) -> tuple[TrainState, BatchSeen]:
     """One SAE's step (no leading L)."""
     dead = state.silent_M >= cfg.dead_after
 
@@ -109,7 +109,7 @@ def train_step(
     *,
     cfg: TrainConfig,
     at_once: bool,
-) -> tuple[TrainState, Seen]:
+) -> tuple[TrainState, BatchSeen]:
     """Every boundary's step. at_once: all boundaries in one batched program, or one by one."""
     one = partial(step_one, cfg=cfg)
     if at_once:

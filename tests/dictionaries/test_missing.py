@@ -8,7 +8,6 @@ import pytest
 
 import qkattr
 from qkattr.cli.main import main
-from qkattr.cli.options import Saes, with_model
 from qkattr.kinds import Kind
 
 
@@ -40,8 +39,8 @@ def test_raw_makes_it_one_error_node(root, tmp_path, monkeypatch):
     kinds = {b: set(np.asarray(nodes.kind)[np.asarray(nodes.boundary) == b]) for b in (1, 2, 3)}
     assert Kind.FEATURE in kinds[1] and Kind.FEATURE in kinds[3]
     assert Kind.ERROR in kinds[2] and not kinds[2] & {Kind.FEATURE, Kind.BIAS}
-    again = with_model(result, Saes())  # its settings open the same set
-    assert [d is None for d in again.session.bundle.dictionaries] == [True, False, True, False]
+    place = ["--layer", "0", "--head", "0", "--query", "2", "--key", "1"]
+    assert main(["why", str(tmp_path / "out"), *place]) == 0  # its settings open the same set
 
 
 def test_check_passes_over_it(root, monkeypatch, capsys):

@@ -40,13 +40,13 @@ def only(edits, heads):
 
 
 def features_at(result, b: int, t: int) -> list[int]:
-    parts = result.session.components
+    parts = result.subject.components
     kind, index = np.asarray(parts.kind[b, t]), np.asarray(parts.index[b, t])
     return index[kind == Kind.FEATURE].tolist()
 
 
 def vector_of(result, b: int, t: int, wanted: Kind):
     """A component, as the clean run has it."""
-    parts = result.session.components
+    parts = result.subject.components
     slot = int(np.flatnonzero(np.asarray(parts.kind[b, t]) == wanted)[0])
     return np.asarray(parts.at(jnp.array(t), jnp.array(slot), jnp.array(b)))

@@ -113,7 +113,7 @@ def test_heads_that_cannot_be_read(steer, heads):
 
 
 def test_features_that_are_not_active(steer, result):
-    parts = result.session.components
+    parts = result.subject.components
     active = [i for i in np.asarray(parts.index[1, 2]).tolist() if i >= 0]
     quiet = next(f for f in range(folders.WIDTH) if f not in np.asarray(parts.index[1]))
     line = steer("--edit", f"1:{quiet}@2:key:*")
@@ -174,7 +174,7 @@ def test_scales_that_overflow(steer, result):
         line = steer(*more, "--scales", "3e38")
         assert "at scale 3e+38 " in line and "; give scales nearer to 1" in line
     with pytest.raises(InputError, match="there are no scales; give at least one"):
-        qkattr.steer(result, None, ["1:error@2:key:*"], scales=[])
+        qkattr.steer(result, ["1:error@2:key:*"], scales=[])
 
 
 @pytest.mark.parametrize(
@@ -195,7 +195,7 @@ def test_other_options(early, more, message):
 
 
 def test_without_a_tokenizer_a_whole_number_is_an_id(result):
-    steering = qkattr.steer(result, None, ["1:error@2:key:*"], scales=[1], track=["41", 42])
+    steering = qkattr.steer(result, ["1:error@2:key:*"], scales=[1], track=["41", 42])
     assert {"41", "42"} <= set(steering.tracked)
 
 
@@ -298,7 +298,7 @@ def test_library_calls(result):
         (qkattr.Edit(-1, 3, 2, "key", ((1, 1),)), "boundary -1 is out of range"),
     ):
         with pytest.raises(InputError, match=message):
-            qkattr.steer(result, None, [edit])
+            qkattr.steer(result, [edit])
 
 
 # Figures

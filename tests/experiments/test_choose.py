@@ -118,7 +118,7 @@ def test_how_many_is_refused(asked):
 
 
 def test_greedy_takes_the_best_head_of_every_step(result):
-    session, top = result.session, top_token(result)
+    subject, top = result.subject, top_token(result)
     edits = [Edit(b, "error", KEY, "key", tuple(h for h in HEADS if h[0] == b)) for b in (1, 2)]
     expected: list = []
     for _ in range(2):
@@ -126,14 +126,14 @@ def test_greedy_takes_the_best_head_of_every_step(result):
         for head in HEADS:
             if head not in expected:
                 steering = qkattr.steer(
-                    result, None, only(edits, [*expected, head]), scales=[0, 1], track=[top]
+                    result, only(edits, [*expected, head]), scales=[0, 1], track=[top]
                 )
                 p[head] = p_top(result, steering)[0]
         lowest = sorted(p.values())
         assert lowest[1] - lowest[0] > SAME  # or there is no telling which is best
         expected.append(min(p, key=p.__getitem__))
-    assert greedy_heads(session, HEADS, edits, n=2) == expected
-    assert greedy_heads(session, HEADS, edits, n=99)[:2] == expected
+    assert greedy_heads(subject, HEADS, edits, n=2) == expected
+    assert greedy_heads(subject, HEADS, edits, n=99)[:2] == expected
 
 
 def test_greedy_chooses_among_the_largest_loadings(result):
@@ -145,7 +145,7 @@ def test_greedy_chooses_among_the_largest_loadings(result):
     p = {}
     for head in candidates:
         edits = qkattr.choose_edits(result, heads=[head], **asked)
-        steering = qkattr.steer(result, None, edits, scales=[0, 1], track=[top_token(result)])
+        steering = qkattr.steer(result, edits, scales=[0, 1], track=[top_token(result)])
         p[head] = p_top(result, steering)[0]
     chosen = qkattr.choose_edits(result, heads="greedy:1", **asked)
     assert {head for edit in chosen for head in edit.heads} == {min(p, key=p.__getitem__)}
@@ -184,7 +184,7 @@ def test_groups_and_labels(result, root, named):
         Edit(2, other, KEY, "key", ((2, 2),)),
     ]
     assert by_group == qkattr.choose_edits(result, group=search_labels(labels, "space"), **asked)
-    steering = qkattr.steer(result, None, by_group, scales=[0, 1], labels=labels)
+    steering = qkattr.steer(result.with_labels(labels), by_group, scales=[0, 1])
     assert [edit["label"] for edit in steering.edits] == ["A Space", "more spaces"]
     with pytest.raises(InputError, match=r"none of the group's features is active at position 3"):
         qkattr.choose_edits(result, group={0: [1], 1: [quiet]}, **asked)
@@ -212,7 +212,7 @@ def test_hydra_counts_are_separate_calls(result, edits):
     heads = [head for head in ranked if head[0] > 0][:4]
     edits = only(edits, heads)
     scale = -4.0
-    nested = hydra(result.session, heads, edits, query=QUERY, key=KEY, scale=scale)
+    nested = hydra(result.subject, heads, edits, query=QUERY, key=KEY, scale=scale)
     assert nested.counts == [0, 1, 2, 3, 4]
     assert nested.heads == [f"{layer}.{head}" for layer, head in heads]
     assert nested.token == result.predictions[0]["token"]
@@ -220,7 +220,7 @@ def test_hydra_counts_are_separate_calls(result, edits):
         assert fate["p"][0] == pytest.approx(result.predictions[0]["probability"], abs=SAME)
         for n in nested.counts[1:]:
             steering = qkattr.steer(
-                result, None, only(edits, heads[:n]), scales=[scale, 1], freeze_others=frozen,
+                result, only(edits, heads[:n]), scales=[scale, 1], freeze_others=frozen,
                 track=[top_token(result)],
             )  # fmt: skip
             assert fate["p"][n] == pytest.approx(p_top(result, steering)[0], abs=SAME)
@@ -236,23 +236,23 @@ def test_hydra_counts_are_separate_calls(result, edits):
 def test_hydra_of_live_scales_and_ablated_heads(result, edits):
     heads, how = HEADS[:3], dict(live_scales=True)
     silent = (0, 1)
-    nested = hydra(result.session, heads, edits, query=QUERY, key=KEY, ablated=[silent], **how)
+    nested = hydra(result.subject, heads, edits, query=QUERY, key=KEY, ablated=[silent], **how)
     for fate, frozen in ((nested.live, False), (nested.frozen, True)):
         for n in nested.counts:
             steering = qkattr.steer(
-                result, None, only(edits, heads[:n]), scales=[0], freeze_others=frozen,
+                result, only(edits, heads[:n]), scales=[0], freeze_others=frozen,
                 ablate=[silent], track=[top_token(result)], **how,
             )  # fmt: skip
             assert fate["p"][n] == pytest.approx(p_top(result, steering)[0], abs=SAME)
-    plain = hydra(result.session, heads, edits, query=QUERY, key=KEY)
+    plain = hydra(result.subject, heads, edits, query=QUERY, key=KEY)
     assert np.abs(np.subtract(nested.live["p"], plain.live["p"])).min() > 100 * SAME
     assert "0.1" not in {row["head"] for row in nested.compensation}
 
 
 def test_hydra_of_some_counts(result, edits):
     heads = HEADS[:4]
-    every = hydra(result.session, heads, edits, query=QUERY, key=KEY)
-    some = hydra(result.session, heads, edits, query=QUERY, key=KEY, counts=[1, 4])
+    every = hydra(result.subject, heads, edits, query=QUERY, key=KEY)
+    some = hydra(result.subject, heads, edits, query=QUERY, key=KEY, counts=[1, 4])
     for all_of_it, part in ((every.live, some.live), (every.frozen, some.frozen)):
         assert part["p"] == pytest.approx([all_of_it["p"][n] for n in (1, 4)], abs=SAME)
 
@@ -267,7 +267,7 @@ def test_real_hydra(sally):
     edits = qkattr.choose_edits(sally, heads=12, features=4, **where)
     ranked = heads_between(sally, **where)[:12]
     needed = hydra(
-        sally.session,
+        sally.subject,
         ranked,
         edits,
         query=sally.position(-1),

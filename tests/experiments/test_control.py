@@ -20,7 +20,7 @@ SCALES = [-1.0, 0.0, 1.0]
 
 def active(result, boundary, position):
     """Feature ids and |vector| at a position, by slot."""
-    parts = result.session.components
+    parts = result.subject.components
     kinds = np.asarray(parts.kind)[boundary, position]
     return {
         slot: int(np.asarray(parts.index)[boundary, position, slot])
@@ -57,11 +57,11 @@ def test_each_is_matched_to_its_own():
 
 @pytest.mark.parametrize("side", ["key", "query", "residual"])
 def test_draws_are_other_features_of_the_same_place(result, side):
-    session = result.session
+    subject = result.subject
     slots = list(active(result, 1, KEY))[:2]
     heads = () if side == "residual" else ((1, 0), (1, 2))
     placed = [Placed(1, KEY, slot, side, heads) for slot in slots]
-    draws = draw_controls(session, placed, (), draws=20, seed=0)
+    draws = draw_controls(subject, placed, (), draws=20, seed=0)
     assert len(draws) == 20
     for draw in draws:
         assert [(e.boundary, e.position, e.side, e.heads) for e in draw.placed] == [
@@ -69,8 +69,8 @@ def test_draws_are_other_features_of_the_same_place(result, side):
         ]
         drawn = {edit.slot for edit in draw.placed}
         assert len(drawn) == 2 and not drawn & set(slots) and drawn <= set(active(result, 1, KEY))
-    assert draws == draw_controls(session, placed, (), draws=20, seed=0)
-    assert draws != draw_controls(session, placed, (), draws=20, seed=1)
+    assert draws == draw_controls(subject, placed, (), draws=20, seed=0)
+    assert draws != draw_controls(subject, placed, (), draws=20, seed=1)
 
 
 def again(described):
@@ -85,14 +85,14 @@ def again(described):
 def test_the_control_is_what_steering_the_draws_gives(result, side, options):
     """Every draw, asked for as edits of its own, in a run of its own."""
     edits = feature_edit(result, side)
-    both = qkattr.steer(result, None, edits, scales=SCALES, draws=5, seed=3, **options)
+    both = qkattr.steer(result, edits, scales=SCALES, draws=5, seed=3, **options)
     assert both.control is not None and both.control["draws"] == 5
     token = next(iter(both.tracked))
     p, kl = [], []
     for drawn in both.control["edits"]:
         one = [again(described) for described in drawn]
         track = [both.clean[0]["id"]]
-        found = qkattr.steer(result, None, one, scales=SCALES, draws=0, track=track, **options)
+        found = qkattr.steer(result, one, scales=SCALES, draws=0, track=track, **options)
         p.append(next(iter(found.tracked.values())))
         kl.append(found.kl)
     for name, by in (("median", np.median), ("low", np.min), ("high", np.max)):
@@ -103,8 +103,8 @@ def test_the_control_is_what_steering_the_draws_gives(result, side, options):
 
 def test_it_changes_nothing_else(result):
     edits = feature_edit(result, n=2)
-    alone = qkattr.steer(result, None, edits, scales=SCALES, draws=0).to_json()
-    both = qkattr.steer(result, None, edits, scales=SCALES).to_json()
+    alone = qkattr.steer(result, edits, scales=SCALES, draws=0).to_json()
+    both = qkattr.steer(result, edits, scales=SCALES).to_json()
     assert alone.pop("control") is None and both.pop("control")["draws"] == 8
     np.testing.assert_allclose(alone.pop("kl"), both.pop("kl"), atol=SAME)
     for i in range(len(SCALES)):
@@ -114,7 +114,7 @@ def test_it_changes_nothing_else(result):
 
 
 def test_ablated_heads_are_compared_with_other_heads_of_their_blocks(result):
-    found = qkattr.steer(result, None, [], scales=[0.0], ablate=[(1, 0), (2, 1)], draws=4)
+    found = qkattr.steer(result, [], scales=[0.0], ablate=[(1, 0), (2, 1)], draws=4)
     assert found.control["ablated"] and found.control["edits"] == [[]] * 4
     for heads, p in zip(found.control["ablated"], range(4), strict=True):
         blocks = [h.split(".")[0] for h in heads]
@@ -122,7 +122,7 @@ def test_ablated_heads_are_compared_with_other_heads_of_their_blocks(result):
     p = []
     for heads in found.control["ablated"]:
         gone = [tuple(map(int, h.split("."))) for h in heads]
-        alone = qkattr.steer(result, None, [], scales=[0.0], ablate=gone, draws=0,
+        alone = qkattr.steer(result, [], scales=[0.0], ablate=gone, draws=0,
                              track=[found.clean[0]["id"]])  # fmt: skip
         p.append(next(iter(alone.tracked.values()))[0])
     token = next(iter(found.tracked))
@@ -137,7 +137,7 @@ def test_ablated_heads_are_compared_with_other_heads_of_their_blocks(result):
 def test_what_is_the_only_one_of_its_kind_has_no_control(result, component, side, said):
     heads = () if side == "residual" else ((1, 0),)
     edits = [Edit(1, component, KEY, side, heads), *feature_edit(result, side)]
-    found = qkattr.steer(result, None, edits, scales=SCALES)
+    found = qkattr.steer(result, edits, scales=SCALES)
     assert set(found.control) == {"reason"} and said in found.control["reason"]
     assert "no other could be edited in its place." in found.control["reason"]
 
@@ -145,23 +145,23 @@ def test_what_is_the_only_one_of_its_kind_has_no_control(result, component, side
 def test_too_few_others_are_no_control(result):
     n = len(active(result, 1, KEY))
     edits = feature_edit(result, n=n // 2 + 1)
-    found = qkattr.steer(result, None, edits, scales=SCALES)
+    found = qkattr.steer(result, edits, scales=SCALES)
     assert f"{n // 2 + 1} features are edited at" in found.control["reason"]
     assert "too few to draw from." in found.control["reason"]
     all_heads = [(1, head) for head in range(result.settings["n_heads"])]
-    found = qkattr.steer(result, None, [], scales=[0.0], ablate=all_heads)
+    found = qkattr.steer(result, [], scales=[0.0], ablate=all_heads)
     assert "heads of block 1 are ablated" in found.control["reason"]
 
 
 @pytest.mark.parametrize("draws", [-1, MOST_DRAWS + 1])
 def test_how_many_draws(result, draws):
     with pytest.raises(InputError, match=f"draws is {draws}, expected 0 to {MOST_DRAWS}"):
-        qkattr.steer(result, None, feature_edit(result), draws=draws)
+        qkattr.steer(result, feature_edit(result), draws=draws)
 
 
 def test_columns_of_the_frame(result):
     pytest.importorskip("pandas")
-    found = qkattr.steer(result, None, feature_edit(result), scales=SCALES)
+    found = qkattr.steer(result, feature_edit(result), scales=SCALES)
     frame = found.to_pandas()
     assert {"control_median", "control_low", "control_high"} <= set(frame.columns)
     assert (frame.control_low <= frame.control_high).all()
@@ -190,5 +190,5 @@ def test_the_command(cli, result, root, capsys, monkeypatch, tmp_path):
 
 def test_the_figure(result, tmp_path):
     pytest.importorskip("matplotlib", reason="figures are an extra")
-    found = qkattr.steer(result, None, feature_edit(result), scales=SCALES, draws=2)
-    assert "2 random edits" in found.figure(tmp_path / "f.svg").read_text()
+    found = qkattr.steer(result, feature_edit(result), scales=SCALES, draws=2)
+    assert "2 random edits" in qkattr.figure(found, tmp_path / "f.svg").read_text()

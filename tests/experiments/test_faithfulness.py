@@ -16,7 +16,7 @@ import qkattr
 from qkattr.cli.main import main
 from qkattr.errors import InputError
 from qkattr.experiments.choose import heads_between
-from qkattr.experiments.faithfulness import faithfulness
+from qkattr.experiments.faithfulness import Between, faithfulness
 from qkattr.experiments.faithfulness.edges import measure_edges, probe
 from qkattr.experiments.faithfulness.nodes import COUNTS, _log_p, measure_nodes, node_sizes
 from qkattr.experiments.faithfulness.qk import measure_qk
@@ -27,12 +27,11 @@ from qkattr.experiments.faithfulness.statistics import (
     slope,
 )
 from qkattr.kinds import Kind
-from qkattr.load.text.prompts import GivenPrompt, read_prompts
+from qkattr.load.text.prompts import read_prompts
 from qkattr.model.edits import Edits, ResidualEdits
 from qkattr.model.forward import block, forward
-from qkattr.options import TraceOptions
-from qkattr.session import start_session
 from qkattr.sources.dictionary import activations
+from qkattr.subject import subject as open_subject
 
 SAME = 2e-5  # the same arithmetic in other shapes, relative to the largest
 IDS = [0, 40, 41, 42, 40, 41, 43]
@@ -59,15 +58,16 @@ def result(small):
 
 @pytest.fixture(scope="module")
 def report(small):
-    prompts = [GivenPrompt(IDS, group="g"), GivenPrompt([*IDS[:-1], 44], group="g", source=2)]
-    return faithfulness(small, prompts, draws=4)
+    first, second = (qkattr.subject(small, ids) for ids in (IDS, [*IDS[:-1], 44]))
+    prompts = [Between(first, group="g"), Between(second, group="g", source=2)]
+    return faithfulness(prompts, draws=4)
 
 
 def test_single_features_equal_their_marginals(result):
     """Frozen, the score's change is the marginal to rounding; live, it is not."""
     heads = heads_between(result, source=2, target=-1, by="influence")[:3]
     rng = np.random.default_rng(0)
-    found = measure_qk(result.session, heads, query=6, key=2, draws=4, rng=rng)
+    found = measure_qk(result.subject, heads, query=6, key=2, draws=4, rng=rng)
     for side in ("key", "query"):
         single = found[side]["single"]
         assert single["n"] >= 5
@@ -88,9 +88,9 @@ def test_next_token_equals_steering(result):
     """Removing the strongest key feature of one head costs what `steer` says."""
     (head, *_) = heads_between(result, source=2, target=-1, by="influence")
     rng = np.random.default_rng(0)
-    found = measure_qk(result.session, [head], query=6, key=2, draws=4, rng=rng)
+    found = measure_qk(result.subject, [head], query=6, key=2, draws=4, rng=rng)
     edits = qkattr.choose_edits(result, source=2, target=-1, heads=[head], features=1)
-    steered = qkattr.steer(result, None, edits, scales=[0.0])
+    steered = qkattr.steer(result, edits, scales=[0.0])
     top = steered.clean[0]
     p = next(t["probability"] for t in steered.top[0] if t["id"] == top["id"])
     lost = np.log(top["probability"] / p)
@@ -99,27 +99,27 @@ def test_next_token_equals_steering(result):
 
 def test_nodes_equal_residual_edits(result):
     """Running on from a boundary equals the whole forward pass with the nodes taken out there."""
-    session, b = result.session, 1
+    subject, b = result.subject, 1
     rng = np.random.default_rng(1)
-    kind = np.asarray(session.components.kind[b])
+    kind = np.asarray(subject.components.kind[b])
     mask = (rng.random(kind.shape) < 0.5) & np.isin(kind, (Kind.FEATURE, Kind.ERROR))
-    parts = jax.tree.map(lambda a: a[b], session.components)
+    parts = jax.tree.map(lambda a: a[b], subject.components)
     delta = -np.einsum("TC,TCD->TD", mask, np.asarray(parts.vectors()))
     n = delta.shape[0]
     edits = Edits(ResidualEdits(jnp.full(n, b), jnp.arange(n), jnp.asarray(delta, jnp.float32)))
     tokens = np.pad(IDS, (0, n - len(IDS)))
-    cfg = session.bundle.config
-    logits, _ = forward(session.bundle.params, tokens, cfg=cfg, edits=edits, capture=())
+    cfg = subject.bundle.config
+    logits, _ = forward(subject.bundle.params, tokens, cfg=cfg, edits=edits, capture=())
     expected = jax.nn.log_softmax(logits[len(IDS) - 1])
-    got = _log_p(session, b, mask[None].astype(np.float32), 5)
+    got = _log_p(subject, b, mask[None].astype(np.float32), 5)
     assert got[0] == pytest.approx(float(expected[5]), abs=1e-4)
-    within("sizes", node_sizes(session, b), np.linalg.norm(parts.vectors(), axis=-1), SAME, 10.0)
+    within("sizes", node_sizes(subject, b), np.linalg.norm(parts.vectors(), axis=-1), SAME, 10.0)
 
 
 def test_node_curves_begin_and_end_where_they_must(result):
-    leaves = qkattr.trace(result.session.bundle, IDS, qk=0, through_errors=False).graph
+    leaves = qkattr.trace(result.subject.bundle, IDS, qk=0, through_errors=False).graph
     graphs = dict(through=result.graph, leaves=leaves)
-    rows = measure_nodes(result.session, graphs, [1, 2], draws=3, rng=np.random.default_rng(0))
+    rows = measure_nodes(result.subject, graphs, [1, 2], draws=3, rng=np.random.default_rng(0))
     assert [(r["boundary"], r["choice"]) for r in rows] == [
         (b, c) for b in (1, 2) for c in ("through", "leaves", "kept")
     ]
@@ -133,15 +133,15 @@ def test_node_curves_begin_and_end_where_they_must(result):
 
 def test_probe_equals_blocks_by_hand(small, result):
     """Changes against `block`, run once for each source."""
-    session = start_session(small, IDS, TraceOptions(read="encoder"))
+    subject = open_subject(small, IDS, read="encoder")
     b, cfg = 1, small.config.block
     weights = tiny.block_weights(small.params, b)
-    x, above = session.boundaries[b], jax.tree.map(lambda a: a[b + 1], session.components)
-    kind = np.asarray(session.components.kind[b])
+    x, above = subject.boundaries[b], jax.tree.map(lambda a: a[b + 1], subject.components)
+    kind = np.asarray(subject.components.kind[b])
     source_at, slot = np.argwhere(kind == Kind.FEATURE)[:4].T
     at, target = np.argwhere(np.asarray(above.kind) == Kind.FEATURE)[-6:].T
     feature = np.asarray(above.index)[at, target]
-    vectors = session.components.at(source_at, slot, np.full(4, b))
+    vectors = subject.components.at(source_at, slot, np.full(4, b))
     covectors = jnp.stack([above.at(at, target), above.covectors(at, target)])
     dictionary = jax.tree.map(jnp.asarray, small.dictionaries[b + 1])
     found = probe(
@@ -164,8 +164,8 @@ def test_probe_equals_blocks_by_hand(small, result):
 
 
 def test_edges_are_measured_in_every_block(small, result):
-    session = start_session(small, IDS, TraceOptions(read="encoder"))
-    rows = measure_edges(session, result.graph)
+    subject = open_subject(small, IDS, read="encoder")
+    rows = measure_edges(subject, result.graph)
     assert [row["block"] for row in rows] == [0, 1]
     for row in rows:
         held = row["jacobian decoder"]["held 0.01"]
@@ -202,7 +202,7 @@ def test_a_report_of_all_measures(report):
 
 def test_sides_without_features_are_left_out(small):
     """A sink is one component: nothing to remove on the key side, and nothing breaks."""
-    report = faithfulness(small, [GivenPrompt(IDS, source=0)], measures=("qk",), draws=4)
+    report = faithfulness(Between(qkattr.subject(small, IDS), source=0), measures=("qk",), draws=4)
     assert {row["side"] for row in report.tables["scores"]} == {"query"}
     assert {row["side"] for row in report.tables["features"]} == {"query"}
     (said,) = [line for line in report.tables["failures"] if "key side" in line]
@@ -212,13 +212,11 @@ def test_sides_without_features_are_left_out(small):
 @pytest.mark.parametrize("measures", [("heads",), MEASURES])
 def test_a_prompt_with_nothing_to_measure(small, measures):
     with pytest.raises(InputError, match="can be measured on these prompts: no edge of their"):
-        faithfulness(small, [[0]], measures=measures, draws=4)
+        faithfulness(qkattr.subject(small, [0]), measures=measures, draws=4)
 
 
 def test_a_prompt_compared_with_itself_agrees(small):
-    same = faithfulness(
-        small, [GivenPrompt(IDS, group="g"), GivenPrompt(IDS, group="g")], measures=("edges",)
-    )
+    same = faithfulness([Between(qkattr.subject(small, IDS), group="g")] * 2, measures=("edges",))
     (row, _) = same.tables["paraphrases"]
     assert row["shared"]["mean"] == row["sign"]["mean"] == 1
     assert row["rank"]["mean"] == pytest.approx(1)
@@ -226,7 +224,8 @@ def test_a_prompt_compared_with_itself_agrees(small):
 
 def test_draws_follow_the_seed(small):
     def heads(seed):
-        return faithfulness(small, [IDS], measures=("heads",), draws=4, seed=seed).tables["heads"]
+        asked = qkattr.subject(small, IDS)
+        return faithfulness(asked, measures=("heads",), draws=4, seed=seed).tables["heads"]
 
     assert heads(1) == heads(1) != heads(2)
 
@@ -252,12 +251,13 @@ def test_the_command_resumes(root, tmp_path, monkeypatch, capsys):
 
 def test_a_measure_more_leaves_the_others_as_they_are(small, tmp_path, monkeypatch):
     """What is kept of a measure does not depend on which others are taken; nor do its draws."""
-    both = faithfulness(small, [IDS], measures=("qk", "heads"), draws=4, folder=tmp_path / "both")
-    one = faithfulness(small, [IDS], measures=("heads",), draws=4, folder=tmp_path / "one")
+    asked = qkattr.subject(small, IDS)
+    both = faithfulness(asked, measures=("qk", "heads"), draws=4, folder=tmp_path / "both")
+    one = faithfulness(asked, measures=("heads",), draws=4, folder=tmp_path / "one")
     assert one.tables["heads"] == both.tables["heads"]
     before = {f.name for f in (tmp_path / "one" / "prompts").iterdir()}
-    monkeypatch.setattr("qkattr.experiments.faithfulness.subject.measure_heads", None)
-    more = faithfulness(small, [IDS], measures=("qk", "heads"), draws=4, folder=tmp_path / "one")
+    monkeypatch.setattr("qkattr.experiments.faithfulness.prompt.measure_heads", None)
+    more = faithfulness(asked, measures=("qk", "heads"), draws=4, folder=tmp_path / "one")
     assert more.tables == both.tables
     after = {f.name for f in (tmp_path / "one" / "prompts").iterdir()}
     assert before < after and len(after) == len(before) + 1
@@ -265,11 +265,11 @@ def test_a_measure_more_leaves_the_others_as_they_are(small, tmp_path, monkeypat
 
 @pytest.mark.parametrize("text", ["", "{", "\udcff"])
 def test_a_kept_measure_that_is_damaged(small, tmp_path, text):
-    faithfulness(small, [IDS], measures=("heads",), draws=4, folder=tmp_path)
+    faithfulness(qkattr.subject(small, IDS), measures=("heads",), draws=4, folder=tmp_path)
     for file in (tmp_path / "prompts").iterdir():
         file.write_bytes(text.encode(errors="surrogateescape"))
     with pytest.raises(InputError, match="cannot be read; delete it, so that its prompt is"):
-        faithfulness(small, [IDS], measures=("heads",), draws=4, folder=tmp_path)
+        faithfulness(qkattr.subject(small, IDS), measures=("heads",), draws=4, folder=tmp_path)
 
 
 def test_a_file_of_ids_and_one_prompt_without_intervals(root, tmp_path, capsys):
@@ -284,9 +284,9 @@ def test_a_file_of_ids_and_one_prompt_without_intervals(root, tmp_path, capsys):
 
 
 def test_figure(report, tmp_path):
-    assert report.figure(tmp_path / "f.svg").stat().st_size > 10_000
+    assert qkattr.figure(report, tmp_path / "f.svg").stat().st_size > 10_000
     with pytest.raises(InputError, match="names no figure format"):
-        report.figure(tmp_path / "f.txt")
+        qkattr.figure(report, tmp_path / "f.txt")
 
 
 @pytest.mark.parametrize(
@@ -334,10 +334,10 @@ def test_wrong_options(root, capsys, options, said):
 
 def test_positions_the_wrong_way_round(small):
     with pytest.raises(InputError, match="^the source at 4 comes .* attention is causal"):
-        faithfulness(small, [GivenPrompt(IDS, source=4, target=2)])
+        faithfulness(Between(qkattr.subject(small, IDS), source=4, target=2))
 
 
 def test_of_many_prompts_the_wrong_one_is_named(small):
-    wrong = GivenPrompt("hi 12", source=" Aunt")
+    good, wrong = (qkattr.subject(small, prompt) for prompt in (IDS, "hi 12"))
     with pytest.raises(InputError, match="^prompt 2 of 3, 'hi 12': no token ' Aunt' in the"):
-        faithfulness(small, [GivenPrompt(IDS), wrong, GivenPrompt(IDS)])
+        faithfulness([good, Between(wrong, source=" Aunt"), good])

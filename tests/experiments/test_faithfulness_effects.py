@@ -20,6 +20,7 @@ import torch
 from tiny import within
 
 import qkattr
+from qkattr.config import LINEARISATIONS
 from qkattr.experiments.ablations import (
     ABLATIONS,
     Ablations,
@@ -36,10 +37,8 @@ from qkattr.experiments.rankings import (
     place_measures,
     target_effects,
 )
-from qkattr.load.text.prompts import GivenPrompt
 from qkattr.model.edits import BlockEdits, Edits, PatternEdits
-from qkattr.model.mlp import LINEARISATIONS
-from qkattr.session import pad_tokens
+from qkattr.sharding import pad_tokens
 
 LOST = 2e-4  # of the logits: float32 against float64, two runs and a difference
 SAME = 2e-5  # the same arithmetic in other shapes, relative to the largest
@@ -54,21 +53,22 @@ def padded(params, cfg, saes=None):
     return tiny.case_of(params, cfg, pad_tokens(ids), saes, n_real=len(ids))
 
 
-def session_of(case):
-    """What the measures read of a session."""
+def subject_of(case):
+    """What the measures read of a subject."""
     bundle = types.SimpleNamespace(params=case.params, config=case.cfg)
     return types.SimpleNamespace(
         bundle=bundle, ids=tuple(int(i) for i in case.tokens[: tiny.T]), precision="highest",
         boundaries=jnp.asarray(case.trace.boundaries), components=case.components,
+        padded=np.asarray(case.tokens), facts=case.cfg,
         logits=case.logits[tiny.T - 1],
     )  # fmt: skip
 
 
 def tried_of(case):
-    """A case as a session, with its clean heads and the ablations of its likeliest token."""
-    session = session_of(case)
-    heads, token = clean_heads(session), int(np.argmax(session.logits))
-    return session, heads, Ablations(session, heads, token)
+    """A case as a subject, with its clean heads and the ablations of its likeliest token."""
+    subject = subject_of(case)
+    heads, token = clean_heads(subject), int(np.argmax(subject.logits))
+    return subject, heads, Ablations(subject, heads, token)
 
 
 HOUSES = ("llama", "gemma2", "everything")
@@ -80,9 +80,9 @@ def tried(request):
     return case, *tried_of(case)
 
 
-def edits_of(case, session, ablation: str, b: int, n: int) -> Edits:
+def edits_of(case, subject, ablation: str, b: int, n: int) -> Edits:
     """An ablation by the words of the docstring, for the NumPy model."""
-    T, real = len(case.tokens), len(session.ids)
+    T, real = len(case.tokens), len(subject.ids)
     scale = np.ones((tiny.L, T, tiny.N), np.float32)
     add = np.zeros((tiny.L, T, tiny.N, tiny.H), np.float32)
     pattern = np.array(case.trace.patterns, np.float64)
@@ -119,11 +119,11 @@ def output(weights, seen, n: int, t: int) -> np.ndarray:
     return sum(seen.pattern[n, t, s] * value for s, value in enumerate(values))
 
 
-def losses(case, session, token: int, edits: Edits, others: str) -> tuple[float, float]:
+def losses(case, subject, token: int, edits: Edits, others: str) -> tuple[float, float]:
     """What the token's logit and log probability lose, in NumPy."""
 
     def read(edits):
-        logits = editing.reference_model(case, edits)[0][len(session.ids) - 1]
+        logits = editing.reference_model(case, edits)[0][len(subject.ids) - 1]
         return logits[token] - logits.mean(), logits[token] - np.logaddexp.reduce(logits)
 
     if others == "frozen":
@@ -136,24 +136,24 @@ def losses(case, session, token: int, edits: Edits, others: str) -> tuple[float,
 
 @pytest.mark.parametrize("ablation", ABLATIONS)
 def test_ablated_heads_lose_what_numpy_says(tried, ablation):
-    case, session, _, ablations = tried
+    case, subject, _, ablations = tried
     lost = ablations.of_heads()
     x = ABLATIONS.index(ablation)
-    size = np.abs(np.asarray(session.logits)).max()
+    size = np.abs(np.asarray(subject.logits)).max()
     for b, n in ((0, 1), (1, 3), (2, 0)):
-        edits = edits_of(case, session, ablation, b, n)
+        edits = edits_of(case, subject, ablation, b, n)
         for others in ("frozen", "live"):
-            expected = losses(case, session, ablations.token, edits, others)
+            expected = losses(case, subject, ablations.token, edits, others)
             got = [lost[f"{others} {read}"][x, b, n] for read in ("logit", "log_p")]
             within(f"{ablation} {others}", got, expected, LOST, size)
     assert all(np.abs(values[x]).max() > 100 * LOST for values in lost.values())
 
 
 def test_masked_places_lose_what_numpy_says(tried):
-    case, session, _, ablations = tried
+    case, subject, _, ablations = tried
     places = np.array([[0, 1, 5, 2], [1, 3, 8, 8], [2, 0, 8, 7], [1, 0, 1, 0], [2, 2, 0, 0]])
     lost = ablations.of_places(places)
-    size = np.abs(np.asarray(session.logits)).max()
+    size = np.abs(np.asarray(subject.logits)).max()
     for i, (b, n, t, s) in enumerate(places.tolist()):
         pattern = np.array(case.trace.patterns, np.float64)
         rows = np.zeros(pattern.shape[:3], bool)
@@ -163,7 +163,7 @@ def test_masked_places_lose_what_numpy_says(tried):
             pattern[b, n, t] /= pattern[b, n, t].sum()
         edits = Edits(blocks=BlockEdits(patterns=PatternEdits(pattern, rows)))
         for others in ("frozen", "live"):
-            expected = losses(case, session, ablations.token, edits, others)
+            expected = losses(case, subject, ablations.token, edits, others)
             got = [lost[f"{others} {read}"][i] for read in ("logit", "log_p")]
             within(f"masked {others}", got, expected, LOST, size)
     assert np.abs(lost["live logit"][-1]) < LOST  # a query with one key keeps it
@@ -173,7 +173,7 @@ def test_a_zeroed_head_is_that_of_transformers(tmp_path):
     """A hook that takes the head out of what o_proj reads."""
     model, cfg, params = tiny.hf_params("gqa", tmp_path)
     ids = np.random.default_rng(1).integers(0, cfg.vocab, tiny.T).astype(np.int32)
-    session, _, ablations = tried_of(tiny.case_of(params, cfg, ids, (None,) * (tiny.L + 1)))
+    subject, _, ablations = tried_of(tiny.case_of(params, cfg, ids, (None,) * (tiny.L + 1)))
     token, lost = ablations.token, ablations.of_heads()
     read = lambda out: (out.logits[0, -1, token] - out.logits[0, -1].mean()).item()
     for b, n in ((0, 1), (1, 3), (2, 2)):
@@ -185,7 +185,7 @@ def test_a_zeroed_head_is_that_of_transformers(tmp_path):
             without = read(model(torch.tensor(ids)[None].long()))
             hook.remove()
             clean = read(model(torch.tensor(ids)[None].long()))
-        size = np.abs(np.asarray(session.logits)).max()
+        size = np.abs(np.asarray(subject.logits)).max()
         within("transformers", lost["live logit"][0, b, n], clean - without, LOST, size)
 
 
@@ -194,9 +194,9 @@ def test_a_zeroed_head_is_that_of_transformers(tmp_path):
 
 def test_the_models_derivatives_are_finite_differences(tried):
     """In NumPy, of a head's output, patterns moving and held."""
-    case, session, heads, ablations = tried
+    case, subject, heads, ablations = tried
     token, step = ablations.token, 1e-5
-    g = derivatives(session, heads, token)
+    g = derivatives(subject, heads, token)
     for b, n, t, h in ((0, 1, 4, 2), (2, 3, 8, 5)):
         for by in ("live", "held"):
             ends = []
@@ -219,14 +219,14 @@ def test_the_models_derivatives_are_finite_differences(tried):
 def test_frozen_derivatives_are_autodiff_of_the_frozen_model():
     """In float64, of what a head adds at a place: its effect is that of `graph.effects`."""
     case = padded(*tiny.house("llama"))
-    session, heads, ablations = tried_of(case)
+    subject, heads, ablations = tried_of(case)
     token, n = ablations.token, tiny.T
     for linearisation in LINEARISATIONS:
-        g = derivatives(session, heads, token)
-        found = target_effects(session, token, linearisation, heads=True)
+        g = derivatives(subject, heads, token)
+        found = target_effects(subject, token, linearisation, heads=True)
         names = f"effect {linearisation}", f"derivative {linearisation}"
         empty = _no_graph(case)
-        measures = place_measures(session, heads, g, empty)
+        measures = place_measures(subject, heads, g, empty)
         size = np.abs(found.head).max()
         two = (np.asarray(case.trace.patterns) > 0).sum(-1, keepdims=True)[:, :, :n] > 1
         for name, expected in zip(names, (found.head, found.derivative), strict=True):
@@ -236,10 +236,10 @@ def test_frozen_derivatives_are_autodiff_of_the_frozen_model():
         x = np.asarray(case.trace.boundaries[b], np.float64)
         made = frozen.frozen_block(weights, x, case.cfg.block, "jacobian")
         mask = frozen.of_head(2, tiny.N, len(x), len(x))
-        above = np.asarray(target_effects(session, token).covector[b + 1, 0], np.float64)
+        above = np.asarray(target_effects(subject, token).covector[b + 1, 0], np.float64)
         _, vjp = jax.vjp(lambda x: made(x, only=mask), jnp.asarray(x))
         expected = (np.asarray(vjp(jnp.asarray(above))[0]) * x).sum()
-    effect = head_measures(session, heads, g, _no_graph(case))["effect jacobian"][b, 2]
+    effect = head_measures(subject, heads, g, _no_graph(case))["effect jacobian"][b, 2]
     within("effect of a head", effect, expected, DERIVATIVE, np.abs(found.head).max())
 
 
@@ -266,9 +266,9 @@ def linear_case():
 
 def test_in_a_linear_model_effects_are_what_is_lost():
     case = linear_case()
-    session, heads, ablations = tried_of(case)
-    g = derivatives(session, heads, ablations.token)
-    measures = head_measures(session, heads, g, _no_graph(case))
+    subject, heads, ablations = tried_of(case)
+    g = derivatives(subject, heads, ablations.token)
+    measures = head_measures(subject, heads, g, _no_graph(case))
     lost = ablations.of_heads()["frozen logit"]
     size = np.abs(lost).max()
     for by in (*LINEARISATIONS, "held"):
@@ -276,7 +276,7 @@ def test_in_a_linear_model_effects_are_what_is_lost():
             said = measures[f"{name} {by}"]
             within(f"{name} {by}", said, lost[i], SAME, size)
             assert agreement(said.ravel(), lost[i].ravel(), 30) == dict(rank=1, sign=1, top=1)
-    of_places = place_measures(session, heads, g, _no_graph(case))
+    of_places = place_measures(subject, heads, g, _no_graph(case))
     places = choose_places({"effect": of_places["effect jacobian"]}, 20)
     masked = ablations.of_places(places)["frozen logit"]
     within("masking", of_places["masking jacobian"][tuple(places.T)], masked, SAME, size)
@@ -347,8 +347,8 @@ def test_influence_and_loadings_by_place_add_up(small):
 
 
 def test_a_report_with_effects(small):
-    prompts = [GivenPrompt(IDS), GivenPrompt([*IDS[:-1], 44])]
-    report = faithfulness(small, prompts, measures=("effects", "heads"), draws=4)
+    prompts = [qkattr.subject(small, ids) for ids in (IDS, [*IDS[:-1], 44])]
+    report = faithfulness(prompts, measures=("effects", "heads"), draws=4)
     rows = report.tables["effects"]
     assert len(rows) == 3 * 2 * 2 * (3 * 5 + 6) and all(row["rank"]["n"] == 2 for row in rows)
     assert len(report.tables["places"]) == 2 * 2 * (3 * 5 + 3)
@@ -361,4 +361,4 @@ def test_a_report_with_effects(small):
 
 def test_a_prompt_of_one_token_has_no_effects(small):
     result = qkattr.trace(small, [0], qk=0)
-    assert measure_effects(result.session, result.graph) == {}
+    assert measure_effects(result.subject, result.graph) == {}

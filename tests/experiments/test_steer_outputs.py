@@ -76,7 +76,7 @@ def test_json_of_chosen_edits(cli, result):
     said = cli(*ends, "--hydra", "--features", 2, "--scales", "0,1")
     check_steering(said, 2)
     chosen = qkattr.choose_edits(result, source=KEY, target=-1, heads=8, features=2)
-    steering = qkattr.steer(result, None, chosen, scales=[0, 1])
+    steering = qkattr.steer(result, chosen, scales=[0, 1])
     assert [edit["index"] for edit in said["edits"]] == [e["index"] for e in steering.edits]
     assert said["kl"] == pytest.approx(steering.kl, abs=SAME)
     nested = said["hydra"]
@@ -119,7 +119,7 @@ def test_what_is_followed_is_named(root, capsys, monkeypatch, result, edit, colu
     line = ["steer", PROMPT, "-m", "model", "-s", "saes", "--edit", edit, "--scales", "0"]
     assert main(line) == 0
     out, _ = capsys.readouterr()
-    steering = qkattr.steer(result, None, [edit], scales=[0])
+    steering = qkattr.steer(result, [edit], scales=[0])
     (key,) = steering.keys
     named = f"{steering.tokens[key]!r} {key}"
     assert f"Unedited heads that look at {named}" in " ".join(out.split())
@@ -140,9 +140,9 @@ SIGNATURES = {"svg": b"<?xml", "png": b"\x89PNG\r\n", "pdf": b"%PDF-"}
 @pytest.mark.parametrize("ending", SIGNATURES)
 def test_figures(result, edits, tmp_path, ending):
     pytest.importorskip("matplotlib")
-    steering = qkattr.steer(result, None, edits, scales=[2, 0, 1])
+    steering = qkattr.steer(result, edits, scales=[2, 0, 1])
     for name in ("one", "two"):
-        path = steering.figure(tmp_path / "new" / f"{name}.{ending}")
+        path = qkattr.figure(steering, tmp_path / "new" / f"{name}.{ending}")
         assert path.read_bytes().startswith(SIGNATURES[ending])
     one, two = ((tmp_path / "new" / f"{name}.{ending}").read_bytes() for name in ("one", "two"))
     assert len(one) > 2000 and one == two
@@ -157,8 +157,8 @@ def test_figures_of_other_edits(result, tmp_path):
         ("residual", ["1:error@2:residual"], ()),
         ("ablated", [], [(1, 1)]),
     ):
-        steering = qkattr.steer(result, None, edits, scales=[0, 1], ablate=ablated)
-        drawn = steering.figure(tmp_path / f"{name}.svg").read_text(encoding="utf-8")
+        steering = qkattr.steer(result, edits, scales=[0, 1], ablate=ablated)
+        drawn = qkattr.figure(steering, tmp_path / f"{name}.svg").read_text(encoding="utf-8")
         assert ("Edited heads, from" in drawn) == (name == "query") and "Next token" in drawn
 
 
@@ -181,4 +181,4 @@ def test_hostile_tokens_in_a_figure(bundle, tmp_path):
         tags = {element.tag.rpartition("}")[2] for element in ElementTree.fromstring(text).iter()}
         assert not tags & {"script", "image", "a", "foreignObject"}
         assert "<script" not in text
-    assert steering.figure(tmp_path / "a.png").stat().st_size > 2000
+    assert qkattr.figure(steering, tmp_path / "a.png").stat().st_size > 2000

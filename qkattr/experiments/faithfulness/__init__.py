@@ -7,7 +7,7 @@ edges   edge weights against what a target does when its source is taken away
 nodes   deletion and insertion curves by influence
 """
 
-from qkattr.experiments.faithfulness.run import Report, faithfulness
-from qkattr.experiments.faithfulness.subject import MEASURES
+from qkattr.experiments.faithfulness.prompt import MEASURES
+from qkattr.experiments.faithfulness.run import Between, Report, faithfulness
 
-__all__ = ["MEASURES", "Report", "faithfulness"]
+__all__ = ["MEASURES", "Between", "Report", "faithfulness"]

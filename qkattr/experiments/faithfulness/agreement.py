@@ -28,7 +28,7 @@ RESTS, SATURATED, REPAIRED = 0.8, 0.9, 0.5
 #: Heads that are listed as the worst.
 WORST = 12
 
-Found = dict[str, Any]
+Agreement = dict[str, Any]
 
 
 def agreement(measure: np.ndarray, lost: np.ndarray, matter: int) -> dict[str, float]:
@@ -43,7 +43,7 @@ def agreement(measure: np.ndarray, lost: np.ndarray, matter: int) -> dict[str, f
     )
 
 
-def effect_tables(prompts: list[Found]) -> dict[str, list[Found]]:
+def effect_tables(prompts: list[Agreement]) -> dict[str, list[Agreement]]:
     """The tables `effects` (of heads), `places`, `misled` and `worst`."""
     there = [prompt for prompt in prompts if "effects" in prompt]
     heads, places = Table(), Table()
@@ -60,7 +60,7 @@ def effect_tables(prompts: list[Found]) -> dict[str, list[Found]]:
     )
 
 
-def _compare(table: Table, row: tuple, measures: Found, lost: Found, matter: int) -> None:
+def _compare(table: Table, row: tuple, measures: Agreement, lost: Agreement, matter: int) -> None:
     for change, values in lost.items():
         for measure, said in measures.items():
             found = agreement(np.array(said), np.array(values), matter)
@@ -73,7 +73,7 @@ def name_and_derivative(measure: str) -> tuple[str, str]:
     return name, measure[len(name) + 1 :]
 
 
-def _misled(prompts: list[Found]) -> list[Found]:
+def _misled(prompts: list[Agreement]) -> list[Agreement]:
     """Of groups of heads and of places among those that matter most: their share, the sign of the
     first-order measure that goes with the ablation (by the jacobian, and by the model's own
     derivative), and its size in relation to what is lost."""
@@ -98,7 +98,7 @@ def _ablated() -> Iterator[tuple[str, str, str]]:
             yield ablation, others, name
 
 
-def _add_groups(table: Table, row: tuple, found: Found, name: str, lost, groups) -> None:
+def _add_groups(table: Table, row: tuple, found: Agreement, name: str, lost, groups) -> None:
     matter = np.argsort(-np.abs(lost), kind="stable")[: MATTER[row[0]]]
     for group, mask in groups.items():
         here = matter[mask[matter]]
@@ -112,7 +112,7 @@ def _add_groups(table: Table, row: tuple, found: Found, name: str, lost, groups)
         table.add((*row, group), **columns)
 
 
-def _head_groups(found: Found, ablation: str) -> dict[str, np.ndarray]:
+def _head_groups(found: Agreement, ablation: str) -> dict[str, np.ndarray]:
     n_blocks, n_heads = found["shape"]
     depth = np.repeat(np.arange(n_blocks), n_heads) * 3 // n_blocks
     sinks = np.array(found["sinks"])
@@ -128,7 +128,7 @@ def _head_groups(found: Found, ablation: str) -> dict[str, np.ndarray]:
     }
 
 
-def _place_groups(found: Found) -> dict[str, np.ndarray]:
+def _place_groups(found: Agreement) -> dict[str, np.ndarray]:
     _, _, query, key = np.array(found["places"]).T
     attention = np.array(found["attention"])
     return {
@@ -141,7 +141,7 @@ def _place_groups(found: Found) -> dict[str, np.ndarray]:
     }
 
 
-def _worst(prompts: list[Found]) -> list[Found]:
+def _worst(prompts: list[Agreement]) -> list[Agreement]:
     """The heads that lose most, zeroed with the others live, and whose effect has the other
     sign."""
     rows = []
@@ -168,7 +168,7 @@ def _worst(prompts: list[Found]) -> list[Found]:
     return sorted(rows, key=lambda row: -abs(row["zero live"]))[:WORST]
 
 
-def effect_failures(prompts: list[Found], tables: Found) -> list[str]:
+def effect_failures(prompts: list[Agreement], tables: Agreement) -> list[str]:
     """Where effects mislead, in words."""
     said = [
         f"{row['text']!r}: head {row['head']} has an effect of {row['effect']:+.2f}, and without "
@@ -188,7 +188,7 @@ def effect_failures(prompts: list[Found], tables: Found) -> list[str]:
     return said
 
 
-def _against_influence(prompts: list[Found], others: str) -> str:
+def _against_influence(prompts: list[Agreement], others: str) -> str:
     found = [prompt["effects"]["heads"] for prompt in prompts if "effects" in prompt]
     better = [
         rank_correlation(*np.abs([one["measures"]["influence"], lost]))

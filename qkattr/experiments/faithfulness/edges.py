@@ -24,18 +24,17 @@ import numpy as np
 from flax import struct
 from jaxtyping import Array, Float, Int
 
-from qkattr.config import BlockConfig
+from qkattr.config import LINEARISATIONS, BlockConfig
 from qkattr.experiments.faithfulness.statistics import correlation, rank_correlation, slope
 from qkattr.graph.tables import Graph
 from qkattr.kinds import Kind
 from qkattr.model.edits import BlockEdits, PatternEdits
 from qkattr.model.forward import block
 from qkattr.model.linear import freeze, push
-from qkattr.model.mlp import LINEARISATIONS
-from qkattr.session import Session
 from qkattr.sharding import on_any_mesh
 from qkattr.sources.components import find_slots
 from qkattr.sources.dictionary import Dictionary, activations
+from qkattr.subject import Subject
 from qkattr.types import BlockWeights
 
 #: What share of the source is taken away.
@@ -119,29 +118,29 @@ def probe(
     )
 
 
-def measure_edges(session: Session, graph: Graph) -> list[dict[str, Any]]:
-    """All blocks of a prompt. The session's components carry encoder rows (read="encoder")."""
-    rows, dictionaries = [], session.bundle.dictionaries or ()
-    for b in range(session.bundle.config.n_blocks):
-        sources, n_sources = _strongest(session, graph, b, SOURCES)
-        targets, n_targets = _strongest(session, graph, b + 1, TARGETS)
+def measure_edges(subject: Subject, graph: Graph) -> list[dict[str, Any]]:
+    """All blocks of a prompt. The subject's components carry encoder rows (read="encoder")."""
+    rows, dictionaries = [], subject.bundle.dictionaries or ()
+    for b in range(subject.bundle.config.n_blocks):
+        sources, n_sources = _strongest(subject, graph, b, SOURCES)
+        targets, n_targets = _strongest(subject, graph, b + 1, TARGETS)
         dictionary = dictionaries[b + 1]
         if not (n_sources and n_targets) or dictionary is None:
             continue
-        weights = jax.tree.map(lambda a, b=b: a[b], session.bundle.params.blocks)
+        weights = jax.tree.map(lambda a, b=b: a[b], subject.bundle.params.blocks)
         (source_at, source_slot, _), (at, slot, feature) = sources, targets
-        above = jax.tree.map(lambda a, b=b: a[b + 1], session.components)
+        above = jax.tree.map(lambda a, b=b: a[b + 1], subject.components)
         found = probe(
             weights,
-            session.boundaries[b],
+            subject.boundaries[b],
             jax.tree.map(jnp.asarray, dictionary),
             source_at,
-            session.components.at(source_at, source_slot, jnp.full_like(source_at, b)),
+            subject.components.at(source_at, source_slot, jnp.full_like(source_at, b)),
             at,
             feature,
             jnp.stack([above.at(at, slot), above.covectors(at, slot)]),
-            cfg=session.bundle.config.block,
-            precision=session.precision,
+            cfg=subject.bundle.config.block,
+            precision=subject.precision,
         )
         causal = np.array(source_at[:, None] <= at)
         causal[n_sources:], causal[:, n_targets:] = False, False
@@ -150,7 +149,7 @@ def measure_edges(session: Session, graph: Graph) -> list[dict[str, Any]]:
     return rows
 
 
-def _strongest(session: Session, graph: Graph, b: int, n: int) -> tuple[Any, int]:
+def _strongest(subject: Subject, graph: Graph, b: int, n: int) -> tuple[Any, int]:
     """Positions, slots and features of exactly n nodes that are features (tokens, at boundary 0),
     by influence, the last repeated; and how many there are."""
     nodes = graph.nodes
@@ -160,7 +159,7 @@ def _strongest(session: Session, graph: Graph, b: int, n: int) -> tuple[Any, int
     if not len(there):
         return None, 0
     position, index = nodes.position[there], nodes.index[there]
-    slot = find_slots(session.components, b, position, nodes.kind[there], index)
+    slot = find_slots(subject.components, b, position, nodes.kind[there], index)
     columns = np.array([position, slot, index])
     columns = np.pad(columns, ((0, 0), (0, n - len(there))), mode="edge")
     return tuple(jnp.asarray(column) for column in columns), len(there)

@@ -26,7 +26,7 @@ from qkattr.experiments.rankings import (
 )
 from qkattr.experiments.runs import clean_top
 from qkattr.graph.tables import Graph
-from qkattr.session import Session
+from qkattr.subject import Subject
 
 #: Places that are masked, of one prompt.
 PLACES = 40
@@ -37,29 +37,29 @@ NAMING = (
 )  # fmt: skip
 
 
-def measure_effects(session: Session, graph: Graph) -> dict[str, Any]:
+def measure_effects(subject: Subject, graph: Graph) -> dict[str, Any]:
     """All measures of all heads and of the chosen places, and what the target loses without them;
     empty for a prompt of one token, which has nothing to look at."""
-    if len(session.ids) < 2:
+    if len(subject.ids) < 2:
         return {}
-    token, _ = clean_top(session)
-    heads = clean_heads(session)
-    g = derivatives(session, heads, token)
-    ablations = Ablations(session, heads, token)
-    of_places = place_measures(session, heads, g, graph)
+    token, _ = clean_top(subject)
+    heads = clean_heads(subject)
+    g = derivatives(subject, heads, token)
+    ablations = Ablations(subject, heads, token)
+    of_places = place_measures(subject, heads, g, graph)
     places = choose_places({name: of_places[name] for name in NAMING})
     at = tuple(places.T)
     lost = ablations.of_heads()
     patterns = np.asarray(heads.patterns)
     return dict(
         heads=dict(
-            shape=list(session.bundle.config.head_grid),
-            measures=_rounded(head_measures(session, heads, g, graph)),
+            shape=list(subject.bundle.config.head_grid),
+            measures=_rounded(head_measures(subject, heads, g, graph)),
             lost={
                 ablation: _rounded({name: change[i] for name, change in lost.items()})
                 for i, ablation in enumerate(ABLATIONS)
             },
-            sinks=_list(_on_sinks(session, patterns)),
+            sinks=_list(_on_sinks(subject, patterns)),
         ),
         places=dict(
             places=places.tolist(),
@@ -79,9 +79,9 @@ def choose_places(measures: Named, n: int = PLACES) -> np.ndarray:
     return np.stack(np.unravel_index(chosen, shape), 1)
 
 
-def _on_sinks(session: Session, patterns: np.ndarray) -> np.ndarray:
+def _on_sinks(subject: Subject, patterns: np.ndarray) -> np.ndarray:
     """`[L, N]` the mean attention to sinks over positions >= 1."""
-    return patterns[:, :, later_positions(session)][..., sink_positions(session)].sum(-1).mean(-1)
+    return patterns[:, :, later_positions(subject)][..., sink_positions(subject)].sum(-1).mean(-1)
 
 
 def _rounded(named: Named) -> dict[str, list[float]]:

@@ -13,7 +13,7 @@ from qkattr.errors import InputError
 Measured = dict[str, Any]
 
 
-class Kept:
+class KeptMeasures:
     """A prompt's measures, each in a file whose name says what made it; without a folder, nowhere.
 
     made_of: all that they depend on; which other measures were asked for is no part of it.

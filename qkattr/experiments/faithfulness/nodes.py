@@ -25,8 +25,8 @@ from qkattr.experiments.runs import MOST, clean_top
 from qkattr.graph.tables import Graph
 from qkattr.kinds import Kind
 from qkattr.model.forward import run_from, unembed
-from qkattr.session import Session
 from qkattr.sources.components import Components, find_slots
+from qkattr.subject import Subject
 
 #: How many nodes are deleted or inserted.
 COUNTS = (1, 4, 16, 64, 256)
@@ -52,7 +52,7 @@ def _log_p_from(params, x, delta, b, last, token, *, cfg, precision) -> Float[Ar
 
 
 def measure_nodes(
-    session: Session,
+    subject: Subject,
     graphs: dict[str, Graph],
     boundaries: list[int],
     *,
@@ -63,14 +63,14 @@ def measure_nodes(
 
     graphs: "through" and "leaves".
     """
-    return [row for b in boundaries for row in _curves(session, graphs, b, draws, rng)]
+    return [row for b in boundaries for row in _curves(subject, graphs, b, draws, rng)]
 
 
-def _curves(session: Session, graphs: dict[str, Graph], b: int, draws: int, rng):
+def _curves(subject: Subject, graphs: dict[str, Graph], b: int, draws: int, rng):
     """All choices' curves at one boundary, from one batch of runs; none where it has no nodes."""
-    influence = {name: _influence(session, graph, b) for name, graph in graphs.items()}
-    every = _orders(session, b, (Kind.FEATURE, Kind.ERROR), draws, rng)
-    features = _orders(session, b, (Kind.FEATURE,), draws, rng)
+    influence = {name: _influence(subject, graph, b) for name, graph in graphs.items()}
+    every = _orders(subject, b, (Kind.FEATURE, Kind.ERROR), draws, rng)
+    features = _orders(subject, b, (Kind.FEATURE,), draws, rng)
     orders = dict(
         through=dict(influence=_sorted(every["size"], influence["through"]), **every),
         leaves=dict(influence=_sorted(every["size"], influence["leaves"])),
@@ -79,12 +79,12 @@ def _curves(session: Session, graphs: dict[str, Graph], b: int, draws: int, rng)
     orders = {choice: named for choice, named in orders.items() if len(named["influence"])}
     if not orders:
         return []
-    masks = [_mask(session, every["size"]), _mask(session, features["size"])]
+    masks = [_mask(subject, every["size"]), _mask(subject, features["size"])]
     for order in (order for named in orders.values() for order in named.values()):
         for n in COUNTS:
-            masks += [_mask(session, order[:n]), _mask(session, order[n:])]
-    top, clean = clean_top(session)
-    empty, empty_kept, *log_p = _log_p(session, b, np.stack(masks), top).tolist()
+            masks += [_mask(subject, order[:n]), _mask(subject, order[n:])]
+    top, clean = clean_top(subject)
+    empty, empty_kept, *log_p = _log_p(subject, b, np.stack(masks), top).tolist()
     runs = iter(np.reshape(log_p, (-1, len(COUNTS), 2)))
     rows = []
     for choice, named in orders.items():
@@ -108,31 +108,31 @@ def _curves(session: Session, graphs: dict[str, Graph], b: int, draws: int, rng)
     return rows
 
 
-def _log_p(session: Session, b: int, masks: np.ndarray, token: int) -> np.ndarray:
+def _log_p(subject: Subject, b: int, masks: np.ndarray, token: int) -> np.ndarray:
     """The token's log probability without the masked components, `MOST` runs at a time."""
     found = []
     for start in range(0, len(masks), MOST):
         part = masks[start : start + MOST]
         padded = np.pad(part, ((0, MOST - len(part)), (0, 0), (0, 0)))
-        delta = -_sums(session.components, b, jnp.asarray(padded))
+        delta = -_sums(subject.components, b, jnp.asarray(padded))
         log_p = _log_p_from(
-            session.bundle.params, session.boundaries[b], delta, b, len(session.ids) - 1, token,
-            cfg=session.bundle.config, precision=session.precision,
+            subject.bundle.params, subject.boundaries[b], delta, b, len(subject.ids) - 1, token,
+            cfg=subject.bundle.config, precision=subject.precision,
         )  # fmt: skip
         found.append(np.asarray(log_p)[: len(part)])
     return np.concatenate(found)
 
 
-def _mask(session: Session, order: np.ndarray) -> np.ndarray:
-    mask = np.zeros((session.boundaries.shape[1], session.components.n_slots), np.float32)
+def _mask(subject: Subject, order: np.ndarray) -> np.ndarray:
+    mask = np.zeros((subject.boundaries.shape[1], subject.components.n_slots), np.float32)
     mask.reshape(-1)[order] = 1
     return mask
 
 
-def _orders(session: Session, b: int, kinds, draws: int, rng) -> dict[str, np.ndarray]:
+def _orders(subject: Subject, b: int, kinds, draws: int, rng) -> dict[str, np.ndarray]:
     """Nodes as position * C + slot, by size and by chance."""
-    every = np.flatnonzero(np.isin(np.asarray(session.components.kind[b]), kinds))
-    size = node_sizes(session, b).reshape(-1)[every]
+    every = np.flatnonzero(np.isin(np.asarray(subject.components.kind[b]), kinds))
+    size = node_sizes(subject, b).reshape(-1)[every]
     by_size = every[np.argsort(-size, kind="stable")]
     return dict(size=by_size) | {f"random{i}": rng.permutation(every) for i in range(draws)}
 
@@ -142,19 +142,19 @@ def _sorted(by_size: np.ndarray, influence: np.ndarray) -> np.ndarray:
     return by_size[np.argsort(-influence[by_size], kind="stable")]
 
 
-def _influence(session: Session, graph: Graph, b: int) -> np.ndarray:
+def _influence(subject: Subject, graph: Graph, b: int) -> np.ndarray:
     """`[T * C]` influence of every component, 0 where the graph did not keep it."""
-    influence = np.zeros(session.components.kind[b].size)
+    influence = np.zeros(subject.components.kind[b].size)
     nodes, kept = graph.nodes, _kept(graph, b)
     at = nodes.position[kept]
-    slot = find_slots(session.components, b, at, nodes.kind[kept], nodes.index[kept])
-    influence[at * session.components.n_slots + slot] = nodes.influence[kept]
+    slot = find_slots(subject.components, b, at, nodes.kind[kept], nodes.index[kept])
+    influence[at * subject.components.n_slots + slot] = nodes.influence[kept]
     return influence
 
 
-def node_sizes(session: Session, b: int) -> np.ndarray:
+def node_sizes(subject: Subject, b: int) -> np.ndarray:
     """`[T, C]` norm of every component's vector at a boundary."""
-    parts = jax.tree.map(lambda a: np.asarray(a[b]), session.components)
+    parts = jax.tree.map(lambda a: np.asarray(a[b]), subject.components)
     features = np.abs(parts.coefficient) * np.linalg.norm(parts.rows, axis=-1)[parts.row]
     rest = [np.linalg.norm(part, axis=-1)[:, None] for part in (parts.bias, parts.error)]
     return np.concatenate([features, *rest], axis=1)

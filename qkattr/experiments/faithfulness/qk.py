@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from qkattr.analyses.places import terms_at
 from qkattr.experiments.control import matched
 from qkattr.experiments.edits import Head
 from qkattr.experiments.faithfulness.statistics import correlation, slope
@@ -31,9 +32,8 @@ from qkattr.model.attention import apart
 from qkattr.model.edits import BlockEdits, Edits, ReadEdits
 from qkattr.model.forward import block
 from qkattr.qk.terms import QKTerms
-from qkattr.scores import terms_at
-from qkattr.session import Session
 from qkattr.sharding import on_any_mesh
+from qkattr.subject import Subject
 
 #: How many features are removed together.
 GROUPS = (1, 2, 4, 8, 16)
@@ -93,7 +93,7 @@ class _Ranked:
 
 
 def measure_qk(
-    session: Session,
+    subject: Subject,
     heads: list[Head],
     *,
     query: int,
@@ -107,30 +107,30 @@ def measure_qk(
     side without places.
     """
     places = np.array([(*head, query, key) for head in heads], np.int32)
-    terms = terms_at(session, places)
+    terms = terms_at(subject, places)
     found = {}
     for side in SIDES:
         kinds = terms.key_kind if side == "key" else terms.query_kind
         there = np.flatnonzero((kinds == Kind.FEATURE).any(1))
         if len(there):
             some = jax.tree.map(lambda a, there=there: a[there], terms)
-            found[side] = _side(session, places[there], some, side, draws, rng)
+            found[side] = _side(subject, places[there], some, side, draws, rng)
     return found
 
 
-def _vectors(session: Session, places: np.ndarray, side: str) -> Float[Array, "P C D"]:
+def _vectors(subject: Subject, places: np.ndarray, side: str) -> Float[Array, "P C D"]:
     """Every component of the side's position, at the boundary of every place.
 
     Apart from the programs that use them: these do not depend on how many directions a prompt has.
     """
     position = places[:, 3] if side == "key" else places[:, 2]
-    at = np.broadcast_to(position[:, None], (len(places), session.components.n_slots))
+    at = np.broadcast_to(position[:, None], (len(places), subject.components.n_slots))
     slots = np.broadcast_to(np.arange(at.shape[1]), at.shape)
-    return session.components.at(at, slots, np.broadcast_to(places[:, :1], at.shape))
+    return subject.components.at(at, slots, np.broadcast_to(places[:, :1], at.shape))
 
 
-def _side(session, places, terms: QKTerms, side: str, draws: int, rng) -> dict[str, Any]:
-    vectors = _vectors(session, places, side)
+def _side(subject, places, terms: QKTerms, side: str, draws: int, rng) -> dict[str, Any]:
+    vectors = _vectors(subject, places, side)
     size = np.linalg.norm(np.asarray(vectors), axis=-1)
     marginals = terms.terms.sum(1) if side == "key" else terms.terms.sum(2)
     ranking = marginals if side == "key" else terms.query_contrast
@@ -140,11 +140,11 @@ def _side(session, places, terms: QKTerms, side: str, draws: int, rng) -> dict[s
         features = np.flatnonzero(kinds[i] == Kind.FEATURE)
         order = features[np.argsort(-ranking[i, features], kind="stable")]
         ranked.append(_Ranked(order, marginals[i, order], size[i, order]))
-    singles = _runs(session, places, vectors, _single_masks(ranked, kinds.shape[1]), side)
+    singles = _runs(subject, places, vectors, _single_masks(ranked, kinds.shape[1]), side)
     groups, controls = _group_masks(ranked, kinds.shape[1], draws, rng)
     masks = np.concatenate([groups[:, None], controls], axis=1)
-    grouped = _runs(session, places, vectors, masks, side)
-    next_token = _next_tokens(session, places, vectors, masks, side)
+    grouped = _runs(subject, places, vectors, masks, side)
+    next_token = _next_tokens(subject, places, vectors, masks, side)
     return dict(
         single=_compare(singles, ranked, terms.score),
         groups=_attention(grouped, marginals, groups, terms),
@@ -177,22 +177,22 @@ def _group_masks(ranked: list[_Ranked], n_slots: int, draws: int, rng):
     return groups, controls
 
 
-def _runs(session, places, vectors, masks: np.ndarray, side: str) -> dict[str, tuple]:
+def _runs(subject, places, vectors, masks: np.ndarray, side: str) -> dict[str, tuple]:
     """Scores and attention with these components removed, scales frozen and live; the masks' middle
     axes are kept."""
     flat = masks.reshape(len(places), -1, masks.shape[-1])
     found = {}
     for name, live in (("frozen", False), ("live", True)):
         score, attention = removed_scores(
-            session.bundle.params.blocks,
-            session.boundaries,
+            subject.bundle.params.blocks,
+            subject.boundaries,
             jnp.asarray(places),
             vectors,
             jnp.asarray(flat),
-            cfg=session.bundle.config.block,
+            cfg=subject.bundle.config.block,
             side=side,
             live=live,
-            precision=session.precision,
+            precision=subject.precision,
         )
         shape = masks.shape[:-1]
         found[name] = np.asarray(score).reshape(shape), np.asarray(attention).reshape(shape)
@@ -234,17 +234,17 @@ def _attention(runs, marginals, groups, terms: QKTerms) -> list[dict[str, Any]]:
     return rows
 
 
-def _next_tokens(session: Session, places, vectors, masks, side: str) -> list[dict[str, Any]]:
+def _next_tokens(subject: Subject, places, vectors, masks, side: str) -> list[dict[str, Any]]:
     """What the clean top token's log probability loses when each head's group goes, in all heads at
     once, against controls."""
     n_runs, n_groups = masks.shape[1:3]
-    top, clean = clean_top(session)
+    top, clean = clean_top(subject)
     found = {}
     for name, live in (("frozen", False), ("live", True)):
         flat = masks.reshape(len(places), n_runs * n_groups, -1)
-        edits = _all_heads(session, places, vectors, flat, side)
+        edits = _all_heads(subject, places, vectors, flat, side)
         blocks = BlockEdits(**{side: edits}, live_scales=live)
-        runs = run_edits(session, Edits(blocks=blocks), queries=[0])
+        runs = run_edits(subject, Edits(blocks=blocks), queries=[0])
         found[name] = clean - runs.log_p[:, top].reshape(n_runs, n_groups)
     return [
         dict(
@@ -258,9 +258,9 @@ def _next_tokens(session: Session, places, vectors, masks, side: str) -> list[di
     ]
 
 
-def _all_heads(session: Session, places, vectors, masks, side: str) -> ReadEdits:
+def _all_heads(subject: Subject, places, vectors, masks, side: str) -> ReadEdits:
     """One edit a place in its block, batched over runs: what is removed there, at scale 0."""
-    config = session.bundle.config
+    config = subject.bundle.config
     at = places[:, 3] if side == "key" else places[:, 2]
     row = np.array([(places[:i, 0] == place[0]).sum() for i, place in enumerate(places)])
     # So many rows that every choice of as many heads runs the same program.

@@ -15,6 +15,9 @@ from qkattr.kinds import FOLDED_KINDS, Kind
 from qkattr.qk.table import QKAttribution
 
 _FOLDED = {kind.label for kind in FOLDED_KINDS}
+SIDES = ("query", "key")
+#: Rows of a QK attribution that are shown.
+PAIRS_SHOWN, MARGINALS_SHOWN = 12, 5
 #: With a smaller share of the absolute sum, features are said to explain nothing.
 LEAST_EXPLAINED = 0.1
 
@@ -93,3 +96,18 @@ def enough_stored(table: QKAttribution, most: int) -> bool:
     if len(table.pairs) == table.n_pairs or rests_on(table):
         return True
     return len(unfolded(table.pairs)) >= most
+
+
+def feature_in(layer: int, described: Mapping[str, Any]) -> tuple[int, int] | None:
+    """The (boundary, index) of a component of a block's QK attribution that is a feature."""
+    if described["kind"] != Kind.FEATURE.label:
+        return None
+    return layer, described["index"]
+
+
+def shown_features(table: QKAttribution) -> set[tuple[int, int]]:
+    """The (boundary, index) of the features in the rows that are shown."""
+    shown = [pair[side] for pair in unfolded(table.pairs)[:PAIRS_SHOWN] for side in SIDES]
+    for marginals in (table.query_marginals, table.key_marginals):
+        shown += unfolded(marginals)[:MARGINALS_SHOWN]
+    return {feature for side in shown if (feature := feature_in(table.layer, side))}

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 
-from qkattr.analysis import trace
+from qkattr.analyses.trace import trace_subject
 from qkattr.experiments.choose import heads_between
 from qkattr.experiments.edits import Head
 from qkattr.experiments.faithfulness.edges import measure_edges
@@ -19,10 +18,9 @@ from qkattr.experiments.faithfulness.kept import Measured
 from qkattr.experiments.faithfulness.nodes import measure_nodes
 from qkattr.experiments.faithfulness.qk import measure_qk
 from qkattr.experiments.runs import clean_top
-from qkattr.load.bundle import Bundle
 from qkattr.options import TraceOptions
-from qkattr.result import Result
-from qkattr.session import start_session
+from qkattr.result import Traced
+from qkattr.subject import Subject
 
 MEASURES = ("qk", "heads", "effects", "edges", "nodes")
 #: Heads whose scores are looked at.
@@ -32,21 +30,34 @@ DEPTHS = (0.2, 0.4, 0.6, 0.8)
 
 
 @dataclasses.dataclass(frozen=True)
-class Subject:
-    """A prompt to measure. given_source: None takes the position from which most influence crossed
-    to the target. progress: called with what is being measured."""
+class MeasuredPrompt:
+    """A prompt to measure.
 
-    bundle: Bundle
-    ids: tuple[int, ...]
+    plain: the prompt, before it is traced.
+    given_source: None takes the position from which most influence crossed to the target.
+    """
+
+    plain: Subject
     given_source: int | None
     target: int
     settings: dict[str, Any]
-    progress: Callable[[str], None]
 
     @cached_property
-    def result(self) -> Result:
-        how = dict(qk=0, sinks=self.settings["sinks"])
-        return trace(self.bundle, self.ids, progress=self.progress, **how)
+    def _traced(self) -> tuple[Traced, Subject]:
+        return trace_subject(self.plain, self._options())
+
+    def _options(self, **options: Any) -> TraceOptions:
+        return TraceOptions(qk=0, **(vars(self.plain.options) | options))
+
+    @property
+    def result(self) -> Traced:
+        """The prompt, traced."""
+        return self._traced[0]
+
+    @property
+    def subject(self) -> Subject:
+        """The prompt with its model."""
+        return self._traced[1]
 
     @cached_property
     def source(self) -> int:
@@ -57,18 +68,20 @@ class Subject:
     @cached_property
     def heads(self) -> list[Head]:
         """The heads that carried anything from the source to the target, by influence."""
-        return heads_between(self.result, source=self.source, target=self.target, by="influence")
+        return heads_between(
+            self.result, self, source=self.source, target=self.target, by="influence"
+        )
 
     def rng(self, measure: str) -> np.random.Generator:
         """Every measure draws for itself, so that none depends on which others are taken."""
-        seed = [self.settings["seed"], MEASURES.index(measure), *self.ids]
+        seed = [self.settings["seed"], MEASURES.index(measure), *self.plain.ids]
         return np.random.default_rng(seed)
 
     def about(self) -> Measured:
         """What the report says of the prompt."""
         return dict(
             tokens=self.result.tokens,
-            prediction=self.bundle.token(clean_top(self.result.session)[0]),
+            prediction=self.plain.bundle.token(clean_top(self.subject)[0]),
             probability=self.result.predictions[0]["probability"],
             source=self.source,
             target=self.target,
@@ -77,41 +90,39 @@ class Subject:
 
     def measure(self, name: str) -> Measured:
         """One of `MEASURES` by its name; empty where there is nothing to measure."""
-        self.progress(name)
+        self.plain.progress(name)
         found = getattr(self, f"_{name}")()
         return {name: found} if found else {}
 
     def _qk(self) -> Any:
         few = max(4, self.settings["draws"] // 4)
         return self.heads and measure_qk(
-            self.result.session, self.heads[:HEADS], query=self.target, key=self.source,
+            self.subject, self.heads[:HEADS], query=self.target, key=self.source,
             draws=few, rng=self.rng("qk"),
         )  # fmt: skip
 
     def _heads(self) -> Any:
         return self.heads and measure_heads(
-            self.result, source=self.source, target=self.target,
+            self.result, self.subject, source=self.source, target=self.target,
             draws=self.settings["draws"], rng=self.rng("heads"),
         )  # fmt: skip
 
     def _effects(self) -> Any:
-        return measure_effects(self.result.session, self.result.graph)
+        return measure_effects(self.subject, self.result.graph)
 
     def _edges(self) -> Any:
-        opts = TraceOptions(read="encoder", sinks=self.settings["sinks"])
-        return measure_edges(start_session(self.bundle, self.ids, opts), self.result.graph)
+        encoders = dataclasses.replace(self.plain.options, read="encoder")
+        return measure_edges(self.plain.but(options=encoders), self.result.graph)
 
     def _nodes(self) -> Any:
-        how = dict(qk=0, through_errors=False, sinks=self.settings["sinks"])
-        graphs = dict(through=self.result.graph, leaves=trace(self.bundle, self.ids, **how).graph)
-        n_blocks = self.bundle.config.n_blocks
+        leaves, _ = trace_subject(self.plain, self._options(through_errors=False))
+        graphs = dict(through=self.result.graph, leaves=leaves.graph)
+        n_blocks = self.plain.facts.n_blocks
         boundaries = sorted({max(1, round(depth * n_blocks)) for depth in DEPTHS})
-        return measure_nodes(
-            self.result.session, graphs, boundaries, draws=3, rng=self.rng("nodes")
-        )
+        return measure_nodes(self.subject, graphs, boundaries, draws=3, rng=self.rng("nodes"))
 
 
-def _busiest_source(result: Result, target: int) -> int:
+def _busiest_source(result: Traced, target: int) -> int:
     """The earlier position, other than a sink, from which most influence crossed to the target."""
     sinks = {sink["position"] for sink in result.sinks}
     flow = {
