@@ -213,7 +213,7 @@ def join(result: Result, opening: Callable[[], Bundle], progress: Stages = quiet
         return targets_of(result, made_of).main()
 
     made_of = Subject(
-        facts=result.model,
+        facts=result.facts,
         ids=result.token_ids,
         tokens=result.tokens,
         bos=result.bos,
@@ -228,7 +228,7 @@ def join(result: Result, opening: Callable[[], Bundle], progress: Stages = quiet
 
 def check_made_with(traced: Traced, bundle: Bundle) -> None:
     """Raise `InputError` unless these are the model and SAEs that a result was made with."""
-    facts = traced.model
+    facts = traced.facts
     for name, what, asked in (
         ("model_hash", "model", facts.model),
         ("saes_hash", "SAEs", facts.saes),

@@ -155,7 +155,7 @@ class Traced:
     sinks: positions by boundary.
     scores: `[X, 5]` block, head, query, key, side (0 query, 1 key) of SCORE nodes.
     qk: QK attributions by "L.H.query.key".
-    model: facts of the model and its SAEs.
+    facts: of the model and its SAEs.
     options: of the trace.
     provenance: what made it.
     labels: of features, by (boundary, index).
@@ -173,7 +173,7 @@ class Traced:
     sinks: list[dict[str, Any]]
     scores: np.ndarray
     qk: dict[str, QKAttribution]
-    model: ModelFacts
+    facts: ModelFacts
     options: TraceOptions
     provenance: dict[str, Any]
     labels: Labels = dataclasses.field(default_factory=dict)
@@ -184,17 +184,17 @@ class Traced:
     @property
     def notes(self) -> tuple[str, ...]:
         """What is to be known of the model and the SAEs."""
-        return self.model.notes
+        return self.facts.notes
 
     @property
     def n_blocks(self) -> int:
-        return self.model.n_blocks
+        return self.facts.n_blocks
 
     @property
     def settings(self) -> dict[str, Any]:
         """All that was asked for, as JSON has it."""
         scan = {} if self.scan is None else dict(scan=self.scan)
-        return self.model.to_json() | self.options.to_json() | scan
+        return self.facts.to_json() | self.options.to_json() | scan
 
     @functools.cached_property
     def shown_tokens(self) -> list[str]:
@@ -211,7 +211,7 @@ class Traced:
         Raises:
           InputError: no such block, head or position, or the query does not see the key.
         """
-        facts, place = self.model, (layer, head, query, key)
+        facts, place = self.facts, (layer, head, query, key)
         return find_place(self.tokens, place, n_heads=facts.n_heads, windows=facts.windows)
 
     def stored(self, place: Place, most: int | None = None) -> QKAttribution | None:

@@ -86,6 +86,11 @@ class Subject:
         """Itself, as `enter` asks."""
         return self
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What is to be known of the model and the SAEs."""
+        return self.facts.notes
+
     def position(self, where: int | str) -> int:
         """A position from an index, a negative index, or a token's text, as in `" Aunt#2"`."""
         return find_position(self.tokens, where)
@@ -233,10 +238,23 @@ _DEPENDS = {
 
 
 class HasSubject(Protocol):
-    """A result, or a subject itself."""
+    """A subject, or a result. What is asked here but `subject` needs no model."""
+
+    @property
+    def tokens(self) -> list[str]: ...
+
+    @property
+    def facts(self) -> ModelFacts: ...
+
+    @property
+    def notes(self) -> tuple[str, ...]: ...
 
     @property
     def subject(self) -> Subject: ...
+
+    def position(self, where: int | str) -> int: ...
+
+    def place(self, layer: int, head: int, query: int | str, key: int | str) -> Place: ...
 
 
 def subject(

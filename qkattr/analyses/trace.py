@@ -65,7 +65,7 @@ def trace_subject(subject: Subject, opts: TraceOptions) -> tuple[Traced, Subject
         sinks=sinks,
         scores=targets.scores,
         qk={".".join(map(str, place)): table for place, table in qk.items()},
-        model=subject.facts,
+        facts=subject.facts,
         options=opts,
         provenance=_provenance(subject, opts) | about,
         labels=aimed.labels,

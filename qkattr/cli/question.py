@@ -95,10 +95,10 @@ class Question(options.Saes, options.ComponentOptions):
             asked = of(progress) if of else self.opened(progress, labels)
             opened.append(asked)
             if place is not None:
-                asked.place(**vars(place))  # pyright: ignore[reportAttributeAccessIssue]
+                asked.place(**vars(place))
             return find(asked)
 
-        notes = lambda: notes_of(opened[0])
+        notes = lambda: opened[0].notes
         common.answer(open_and_find, show, json=self.json, notes=notes, **how)
 
     def opened(self, progress: Stages, labels: Sequence[str] | None = None) -> Result | Subject:
@@ -122,18 +122,14 @@ class Question(options.Saes, options.ComponentOptions):
     def traced(self, progress: Stages, check: Callable[[HasSubject], Any]) -> Result:
         """The saved result, or the prompt traced without QK attributions; what is asked is checked
         before weights are read."""
-        asked = self.opened(progress)
-        check(asked)
-        from qkattr.result import Traced
-
-        if isinstance(asked, Traced):
-            return asked  # pyright: ignore[reportReturnType]
-        self.check_both()
-        from qkattr.api import trace_subject
+        from qkattr.api import Result, trace_subject
         from qkattr.options import TraceOptions
 
-        subject = asked.subject
-        return trace_subject(subject, TraceOptions(qk=0, **vars(subject.options)))
+        asked = self.opened(progress)
+        check(asked)
+        if isinstance(asked, Result):
+            return asked
+        return trace_subject(asked, TraceOptions(qk=0, **vars(asked.options)))
 
     def _saved(self, progress: Stages, labels: Sequence[str] | None) -> Result:
         from qkattr.api import join
@@ -150,7 +146,7 @@ class Question(options.Saes, options.ComponentOptions):
 
         def opening():
             progress("loading the model")
-            facts = result.model
+            facts = result.facts
             named = dataclasses.replace(
                 self,
                 model=self.model or facts.model,
@@ -164,19 +160,12 @@ class Question(options.Saes, options.ComponentOptions):
         return join(result, opening, progress)
 
 
-def notes_of(asked: HasSubject) -> tuple[str, ...]:
-    """What is to be known of the model and the SAEs."""
-    from qkattr.result import Traced
-
-    return asked.notes if isinstance(asked, Traced) else asked.subject.facts.notes
-
-
 def _relabelled(result: Result, labels: Sequence[str]) -> Result:
     """A saved result with other labels; which features its SAEs have is not known here."""
     from qkattr.labels.read import read_given
     from qkattr.load.registry import Source
 
-    saved = result.model.neuronpedia
+    saved = result.facts.neuronpedia
     source = Source.from_json(saved, result.n_blocks) if saved else None
     return result.with_labels(read_given(labels, None, source))
 

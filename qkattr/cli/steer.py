@@ -142,15 +142,15 @@ def steer(
 
     def check(opened: Result | Subject) -> None:
         """Fail before weights are read."""
-        is_result = isinstance(opened, Traced)
         if source is not None:
-            facts = opened.model if is_result else opened.facts
-            check_choice(opened.tokens, facts.head_grid, **choice)
-        if not is_result:
+            check_choice(opened.tokens, opened.facts.head_grid, **choice)
+        if not isinstance(opened, Traced):
             check_asked(opened, edits, ablated, track or (), query)
 
     def open_prompt(progress: Stages) -> Result | Subject:
         if source is not None:
+            if not asked.is_folder:
+                asked.check_both()
             return asked.traced(progress, check)
         opened = asked.opened(progress)
         check(opened)

@@ -113,7 +113,7 @@ def _build(header: dict[str, Any], columns: dict[str, np.ndarray]) -> Traced:
         sinks=header["sinks"],
         scores=np.array(header["scores"], int).reshape(-1, 5),
         qk={place: QKAttribution.from_json(raw) for place, raw in header["qk"].items()},
-        model=ModelFacts.from_json(settings),
+        facts=ModelFacts.from_json(settings),
         options=TraceOptions.from_json(settings),
         scan=settings.get("scan"),
         provenance=header["provenance"],

@@ -69,7 +69,7 @@ class MeasuredPrompt:
     def heads(self) -> list[Head]:
         """The heads that carried anything from the source to the target, by influence."""
         return heads_between(
-            self.result, self, source=self.source, target=self.target, by="influence"
+            self.result, self.subject, source=self.source, target=self.target, by="influence"
         )
 
     def rng(self, measure: str) -> np.random.Generator:
