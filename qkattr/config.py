@@ -19,22 +19,30 @@ from qkattr.kinds import NO_WINDOW
 class BlockConfig:
     """What a block's arithmetic needs beyond its weights. Sizes are read off the weights.
 
-    scale: multiplies q . k. softcap: `c * tanh(score / c)` after it. parallel: the MLP reads the
-    block's input, not the stream after attention (GPT-NeoX).
+    scale: multiplies q . k.
+    norm: "rms" or "layer".
+    eps: what norms add to the mean square.
+    activation: of the MLP, a key of `model.layers.ACTIVATIONS`.
+    softcap: `c * tanh(score / c)` after the scale; None: none.
+    parallel: the MLP reads the block's input, not the stream after attention (GPT-NeoX).
     """
 
     scale: float
-    norm: str = "rms"  # "rms" or "layer"
+    norm: str = "rms"
     eps: float = 1e-5
-    activation: str = "silu"  # a key of `model.layers.ACTIVATIONS`
+    activation: str = "silu"
     softcap: float | None = None
     parallel: bool = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Rotary:
-    """Rotary embedding of the first `dims` of each head; 0: none.
-    linear: divides every frequency. llama3: (factor, low_freq, high_freq, original context).
+    """Rotary embedding.
+
+    base: of the frequencies' geometric series.
+    dims: how many of a head's dimensions turn; 0: none.
+    linear: divides every frequency.
+    llama3: (factor, low_freq, high_freq, original context).
     """
 
     base: float
@@ -63,10 +71,18 @@ class Rotary:
 class ModelConfig:
     """A decoder-only transformer. Hashable: it is a static argument of the jitted functions.
 
-    windows: one a block, NO_WINDOW where it sees everything. local_rotary: of the blocks with a
-    window, where it is another than that of the rest (Gemma 3). attention_bias, mlp_bias: the
-    checkpoint has them. scale_by_depth: scores of block b are divided by b + 1, folded into W_Q and
-    b_Q when they are read (GPT-2). final_softcap: `c * tanh(logit / c)` (Gemma 2).
+    family: a name of `load.models.families`.
+    n_blocks, d_model, n_heads, n_kv_heads, head_dim, d_mlp, vocab: sizes L, D, N, K, H, F, V.
+    context: how many positions it was made for.
+    block: what its blocks' arithmetic needs.
+    rotary: its rotary embedding.
+    windows: one a block, NO_WINDOW where it sees everything.
+    local_rotary: of the blocks with a window, where it is another than that of the rest (Gemma 3).
+    attention_bias, mlp_bias: the checkpoint has them.
+    scale_by_depth: scores of block b are divided by b + 1, folded into W_Q and b_Q when they are
+      read (GPT-2).
+    final_softcap: `c * tanh(logit / c)` (Gemma 2).
+    tied: the unembedding is the embedding.
     """
 
     family: str

@@ -25,8 +25,10 @@ from qkattr.kinds import Kind as Kind
 
 @struct.dataclass
 class Norm:
-    """An RMSNorm (no bias) or LayerNorm (bias) with its gain as it multiplies:
-    Gemma's 1 + w is stored as 1 + w.
+    """An RMSNorm (no bias) or LayerNorm (bias).
+
+    weight: `[D]` the gain as it multiplies: Gemma's 1 + w is stored as 1 + w.
+    bias: `[D]` what LayerNorm adds after it.
     """
 
     weight: Float[Array, "D"]
@@ -41,6 +43,19 @@ class BlockWeights:
     This is all that qkattr needs of a model to expand scores, edges and head loadings;
     `docs/embedding.md` maps a Flax model onto it. Weights may be bfloat16; they are read as
     float32.
+
+    wq_DNH, wk_DKH, wv_DKH: what reads queries, keys and values off the normed residual stream.
+    wo_NHD: what the heads' outputs write.
+    w_gate_DF, w_up_DF, w_down_FD: the MLP; without a gate it is `act(x @ w_up) @ w_down`.
+    inv_freq: rotary frequencies, radians per position; the first 2 * len dimensions of a head turn,
+      dimension i with i + len; empty: no rotary.
+    window: a query at t sees keys s > t - window; NO_WINDOW: all keys s <= t.
+    norm_attn, norm_mlp: norms before attention and before the MLP.
+    norm_attn_post, norm_mlp_post: norms of what they write, before it joins the stream.
+    norm_q, norm_k: QK-norm, before rotary: the gain of an RMSNorm of each head `[H]`, or of all
+      heads together `[N, H]`, `[K, H]` (OLMo 2).
+    bq_NH, bk_KH, bv_KH, bo_D: attention's biases.
+    b_gate_F, b_up_F, b_down_D: the MLP's biases.
     """
 
     wq_DNH: Float[Array, "D N H"]
@@ -49,16 +64,13 @@ class BlockWeights:
     wo_NHD: Float[Array, "N H D"]
     w_up_DF: Float[Array, "D F"]
     w_down_FD: Float[Array, "F D"]
-    inv_freq: Float[Array, "P"]  # rotary, first 2P dimensions, half-split; empty: none
-    window: Int[Array, ""]  # a query at t sees keys s > t - window; NO_WINDOW: all keys s <= t
-    w_gate_DF: Float[Array, "D F"] | None = None  # None: an ungated MLP, act(x @ w_up) @ w_down
-    norm_attn: Norm | None = None  # before attention; None: no norm
-    norm_mlp: Norm | None = None  # before the MLP
-    norm_attn_post: Norm | None = (
-        None  # on the attention output, before it joins the residual stream
-    )
-    norm_mlp_post: Norm | None = None  # on the MLP output
-    # QK-norm, before rotary: gain of an RMSNorm of each head, or of all heads together (OLMo 2)
+    inv_freq: Float[Array, "P"]
+    window: Int[Array, ""]
+    w_gate_DF: Float[Array, "D F"] | None = None
+    norm_attn: Norm | None = None
+    norm_mlp: Norm | None = None
+    norm_attn_post: Norm | None = None
+    norm_mlp_post: Norm | None = None
     norm_q: Float[Array, "H"] | Float[Array, "N H"] | None = None
     norm_k: Float[Array, "H"] | Float[Array, "K H"] | None = None
     bq_NH: Float[Array, "N H"] | None = None
@@ -72,20 +84,38 @@ class BlockWeights:
 
 @struct.dataclass
 class Params:
-    """A whole model. `blocks` is stacked on a leading axis L."""
+    """A whole model.
 
-    embed_VD: Float[Array, "V D"]  # times embed_scale on the way in; as it is on the way out
+    embed_VD: `[V, D]` times `embed_scale` on the way in; as it is on the way out.
+    blocks: all blocks, stacked on a leading axis L.
+    norm_final: the norm before the unembedding.
+    unembed_DV: `[D, V]`; None: tied to the embedding.
+    unembed_bias_V: `[V]` what is added to the logits.
+    position_PD: `[P, D]` a learned position embedding.
+    embed_scale: what token embeddings are multiplied by; None: 1.
+    """
+
+    embed_VD: Float[Array, "V D"]
     blocks: BlockWeights
     norm_final: Norm | None = None
-    unembed_DV: Float[Array, "D V"] | None = None  # None: tied to the embedding
+    unembed_DV: Float[Array, "D V"] | None = None
     unembed_bias_V: Float[Array, "V"] | None = None
-    position_PD: Float[Array, "P D"] | None = None  # learned position embedding
-    embed_scale: Float[Array, ""] | None = None  # None: 1
+    position_PD: Float[Array, "P D"] | None = None
+    embed_scale: Float[Array, ""] | None = None
 
 
 @struct.dataclass
 class Activations:
-    """What a block computed on the way: the scales and pre-activations that freezing it needs."""
+    """What a block computed on the way: the scales and pre-activations that freezing it needs.
+
+    scale_attn_T, scale_mlp_T: the norms' scales (1 / rms or 1 / std) before attention and MLP.
+    scale_q_TN, scale_k_SK: the QK-norm's scales; 1 where there is none.
+    q_TNH, k_SKH: queries and keys after QK-norm and rotary.
+    scores_NTS: attention scores after the scale, before softcap and mask.
+    pattern_NTS: attention probabilities.
+    scale_attn_post_T, scale_mlp_post_T: the scales of the norms behind attention and MLP.
+    gate_TF, up_TF: pre-activations of the MLP; no gate: None.
+    """
 
     scale_attn_T: Float[Array, "T"]
     scale_q_TN: Float[Array, "T N"]
@@ -105,8 +135,7 @@ class Activations:
 class Trace:
     """What one forward pass computed; a field is None when it was not asked for.
 
-    boundaries: `[L+1, T, D]` residual stream at every boundary (the last one before the final
-    norm).
+    boundaries: `[L+1, T, D]` residual stream at every boundary, the last before the final norm.
     scores: `[L, N, T, S]` attention scores after the scale, before softcap and mask.
     patterns: `[L, N, T, S]` attention probabilities.
     """

@@ -30,8 +30,10 @@ class Account:
     """Columns of the account, each `[X]`: one row a target and boundary, from the last to the
     first.
 
-    node: the target's row in the table of nodes. target: its value. The kinds' columns add up to
-    it.
+    boundary: where.
+    node: the target's row in the table of nodes.
+    target: its value.
+    feature, token, position, error, sink, bias, const: what each kind gives; they add up to it.
     """
 
     boundary: np.ndarray
@@ -53,10 +55,12 @@ class Account:
 class HeadEffects:
     """Columns of the strongest places of all heads, each `[X]`, by falling |masking|.
 
-    block, head, query, key: the place. masking: what masking the key there takes from the main
-    target, to first order (`graph.live`). effect: on the main target, in its unit. derivative: of
-    the main target with respect to the head's score there. score: before the softcap. probability:
-    the attention.
+    block, head, query, key: the place.
+    masking: what masking the key there takes from the main target, to first order (`graph.live`).
+    effect: on the main target, in its unit.
+    derivative: of the main target with respect to the head's score there.
+    score: before the softcap.
+    probability: the attention.
     """
 
     block: np.ndarray

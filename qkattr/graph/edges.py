@@ -34,7 +34,12 @@ SOURCES_AT_ONCE = 16
 
 @struct.dataclass
 class EdgeParts:
-    """E edges of each of R rows, split. `residual + mlp + heads.sum(-1)` is the edge."""
+    """E edges of each of R rows, split: `residual + mlp + heads.sum(-1)` is the edge.
+
+    residual: `[R, E]` what the residual stream carries.
+    mlp: `[R, E]` what the MLP carries.
+    heads: `[R, E, N]` one loading a head.
+    """
 
     residual: Float[Array, "R E"]
     mlp: Float[Array, "R E"]
@@ -43,8 +48,11 @@ class EdgeParts:
 
 @struct.dataclass
 class Candidates:
-    """Q sources among which edges are kept: where they are, their vectors,
-    their values at the heads.
+    """Q sources among which edges are kept.
+
+    position: `[Q]` where they are.
+    vectors: `[Q, D]` what they are.
+    values: `[Q, K, H]` their values at the heads.
     """
 
     position: Int[Array, "Q"]

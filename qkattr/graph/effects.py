@@ -53,8 +53,11 @@ class HeadPlaces:
     """The K places of every block whose masking takes most from one target (or from a weighted sum
     of targets), by falling |masking|; places without any at the end.
 
-    head, query, key: `[L, K]`. masking: `[L, K]` see `graph.live`. effect, derivative: as in
-    `Effects`. score: before the softcap. probability: the attention.
+    head, query, key: `[L, K]` the places.
+    masking: `[L, K]` see `graph.live`.
+    effect, derivative: `[L, K]` as `head` and `derivative` of `Effects`.
+    score: `[L, K]` before the softcap.
+    probability: `[L, K]` the attention.
     """
 
     head: Int[Array, "L K"]
@@ -71,15 +74,17 @@ class HeadPlaces:
 class Effects:
     """The account of R targets at every boundary.
 
-    value: `[R]` the targets. covector: `[L+1, R, T, D]` G. constant: `[L+1, R, T]` what the block
-    below the boundary adds at t that comes from no component (b >= 1), and at the target's own
-    boundary and position the target's constant.
-    node: `[L+1, R, T, C]` the effect of every component. account: `[L+1, R, X]` the effects summed
-    by `ACCOUNT_KINDS`, the last being K; up to the target's own boundary its rows sum to the
-    target.
-    head: `[L, R, N, T, S]` the effect of every head from s to t, all components at s together.
-    derivative: `[L, R, N, T, S]` of the target with respect to every attention score; its rows
-    sum to 0 over S without a softcap. Both are None when they were not asked for.
+    value: `[R]` the targets.
+    covector: `[L+1, R, T, D]` G.
+    constant: `[L+1, R, T]` what the block below the boundary adds at t that comes from no component
+      (b >= 1), and at the target's own boundary and position the target's constant.
+    node: `[L+1, R, T, C]` the effect of every component.
+    account: `[L+1, R, X]` the effects summed by `ACCOUNT_KINDS`, the last being K; up to the
+      target's own boundary its rows sum to the target.
+    head: `[L, R, N, T, S]` the effect of every head from s to t, all components at s together; None
+      when it was not asked for.
+    derivative: `[L, R, N, T, S]` of the target with respect to every attention score, summing to 0
+      over S without a softcap; None when it was not asked for.
     places: the strongest places of every block, where they were asked for.
     """
 
@@ -98,8 +103,7 @@ class PlaceEffects:
     """What lies behind P places (block, head, query, key), for R targets.
 
     head: `[P, R, C]` the head's effect from the key to the query, by component at the key.
-    derivative: `[P, R, S]` of the target with respect to the head's scores at this query, of all
-    keys.
+    derivative: `[P, R, S]` of the target with respect to the head's scores at this query, all keys.
     """
 
     head: Float[Array, "P R C"]

@@ -35,8 +35,8 @@ from qkattr.kinds import PROMPT_KINDS, Kind
 class Hop:
     """One step of a route between two positions.
 
-    source, target: the positions. heads: (block, head, share of the hop), the strongest first; the
-    shares add up to 1.
+    source, target: the positions.
+    heads: (block, head, share of the hop), the strongest first; the shares add up to 1.
     """
 
     source: int
@@ -48,8 +48,10 @@ class Hop:
 class Route:
     """A sequence of positions, and what flows along it.
 
-    target: the node of the logit or score. positions: from the prompt to the target. share: of the
-    influence of this target. hops: between the positions, in their order.
+    target: the node of the logit or score.
+    positions: from the prompt to the target.
+    share: of the influence of this target.
+    hops: between the positions, in their order.
     """
 
     target: int

@@ -48,10 +48,13 @@ LEAK_KINDS = (Kind.FEATURE, Kind.TOKEN, Kind.POSITION, Kind.ERROR, Kind.SINK)
 
 @struct.dataclass
 class DirectTargets:
-    """Covectors that read the residual stream itself:
-    `g . x[boundary, position] + constant` is the target's value.
+    """Covectors that read the residual stream itself.
 
-    influence: what each starts with; a row of padding has influence 0 and boundary -1.
+    boundary: `[P]` where each reads it; -1 in a row of padding.
+    position: `[P]` at which position.
+    covector: `[P, D]` g.
+    constant: `[P]` so that `g . x[boundary, position] + constant` is the target's value.
+    influence: `[P]` what each starts with; 0 in a row of padding.
     """
 
     boundary: Int[Array, "P"]
@@ -65,7 +68,11 @@ class DirectTargets:
 class KeptNodes:
     """The sources kept at one boundary: the nodes of the graph there, in order of influence.
 
-    share is cumulative within the boundary, this node included.
+    position, slot: `[R]` where each is among `Components`.
+    kind, index, activation: `[R]` what it is.
+    influence: `[R]` what arrived at it.
+    share: `[R]` cumulative within the boundary, this node included.
+    valid: `[R]` false in unused rows.
     """
 
     position: Int[Array, "R"]
@@ -80,10 +87,13 @@ class KeptNodes:
 
 @struct.dataclass
 class Leak:
-    """Where a boundary's influence went: all of it, its share of the targets' by kind,
-    and what was dropped.
+    """Where a boundary's influence went.
 
+    arriving: all of it.
+    by_kind: `[5]` of it, by `LEAK_KINDS`.
+    dropped: what no kept source carries.
     overflow: more than R sources would have been needed.
+    clean_tokens, clean_errors: what reaches tokens and errors when it stops at errors.
     """
 
     arriving: Float[Array, ""]
@@ -99,9 +109,13 @@ class TargetRows:
     """The edges of R rows into the sources kept below them.
 
     source: `[R, E]` into the boundary's kept nodes (< R), or R + position for the bias node there.
-    weight: 0 where no edge was kept. constant: the row's edge from `const`. total: sum over all
-    sources, constant included; absolute, error: sums of |e| over prompt-dependent sources, and over
-    errors; kept: sum of |e| over the kept ones.
+    weight: `[R, E]` the edge; 0 where none was kept.
+    constant: `[R]` the row's edge from `const`.
+    total: `[R]` sum over all sources, constant included.
+    absolute: `[R]` sum of |e| over the sources that depend on the prompt.
+    error: `[R]` of it, over errors.
+    kept: `[R]` of it, over the kept ones.
+    parts: the edges split; None of direct targets, which are all residual.
     """
 
     source: Int[Array, "R E"]
@@ -111,14 +125,18 @@ class TargetRows:
     absolute: Float[Array, "R"]
     error: Float[Array, "R"]
     kept: Float[Array, "R"]
-    parts: EdgeParts | None = None  # direct targets have none: all residual
+    parts: EdgeParts | None = None
 
 
 @struct.dataclass
 class Sweep:
-    """The graph on the device. `kept`, `leak` and `direct` have a leading axis L + 1 (boundary of
-    the sources), `rows` a leading axis L (block): row r of block b is kept node r of boundary
-    b + 1.
+    """The graph on the device.
+
+    kept: the nodes, with a leading axis L + 1 (boundary).
+    leak: where influence went, with a leading axis L + 1 (boundary).
+    direct: edges into the direct targets, with a leading axis L + 1 (boundary of the sources).
+    rows: edges through the blocks, with a leading axis L (block): row r of block b is kept node r
+      of boundary b + 1.
     """
 
     kept: KeptNodes

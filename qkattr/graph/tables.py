@@ -28,15 +28,22 @@ EDGES_SHOWN = 40
 class Nodes:
     """Columns of the nodes, each `[X]`.
 
-    boundary, position: where. kind: of `Kind`. index: feature, token, position id or -1 (a score:
-    the row of `scores`).
-    activation: of features, else 0. influence: raw, of the targets' 1. share: cumulative within the
-    boundary, by falling influence (0 for targets, 1 for bias and const, which get none). For
-    targets (logits, scores, and kept nodes that the sweep went on from): total, what the row sums
-    to, const included; absolute: sum of |edge| over sources that depend on the prompt; error: of
-    it, from errors; kept: of it, by edges in the table. NaN elsewhere.
+    `total`, `absolute`, `error` and `kept` are of targets (logits, scores, and kept nodes that the
+    sweep went on from), and NaN elsewhere.
+
+    boundary, position: where.
+    kind: of `Kind`.
+    index: feature, token, position id or -1; of a score, the row of `scores`.
+    activation: of features, else 0.
+    influence: raw, of the targets' 1.
+    share: cumulative within the boundary, by falling influence; 0 for targets, 1 for bias and
+      const, which get none.
+    total: what the row sums to, const included.
+    absolute: sum of |edge| over sources that depend on the prompt.
+    error: of it, from errors.
+    kept: of it, by edges in the table.
     effect: `[X, P]` on each of P targets (`Graph.targets`), in its unit; a target's own value on
-    itself.
+      itself.
     """
 
     boundary: np.ndarray
@@ -58,10 +65,13 @@ class Nodes:
 
 @dataclasses.dataclass(frozen=True)
 class Edges:
-    """Columns of the edges, each `[X]`: indices of nodes, and the edge's parts.
+    """Columns of the edges, each `[X]`.
 
+    source, target: indices of nodes.
     block: which block the edge goes through, -1 for a direct read of the residual stream.
-    heads: `[X, N]`.
+    weight: the edge.
+    residual, mlp: its parts by the residual stream and the MLP.
+    heads: `[X, N]` its part by each head.
     """
 
     source: np.ndarray
@@ -80,9 +90,11 @@ class Edges:
 class Graph:
     """Nodes, edges, and what the graph leaves out.
 
-    leak: one row a boundary, from the last to the first. replacement, completeness: see
-    `docs/method.md`. account: what the targets are made of. heads: the strongest places of heads,
-    by their effect on the main target.
+    nodes, edges: the tables.
+    leak: one row a boundary, from the last to the first.
+    replacement, completeness: see `docs/method.md`.
+    account: what the targets are made of.
+    heads: the strongest places of heads, by their effect on the main target.
     """
 
     nodes: Nodes

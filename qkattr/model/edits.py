@@ -33,7 +33,10 @@ class ReadEdits:
     """Components scaled in what one side of chosen heads reads: E of one block, or of L of them
     stacked on a leading axis.
 
-    An unused row has scale 1. position: 0..T-1. vector: the component as it was in the clean run.
+    position_E: `[E]` where, 0..T-1.
+    vector_ED: `[E, D]` the component as it was in the clean run.
+    scale_E: `[E]` what it is multiplied by; an unused row has 1.
+    heads_EN: `[E, N]` which heads read the edit.
     """
 
     position_E: Int[Array, "E"]
@@ -44,9 +47,12 @@ class ReadEdits:
 
 @struct.dataclass
 class PatternEdits:
-    """Patterns put in the place of the computed ones, where `rows` says so: of a head, at a query.
+    """Patterns put in the place of the computed ones.
 
     With the clean run's patterns and every head but the edited ones, this is "other heads frozen".
+
+    pattern_NTS: `[N, T, S]` the patterns to put in.
+    rows_NT: `[N, T]` of which head, at which query.
     """
 
     pattern_NTS: Float[Array, "N T S"]
@@ -55,10 +61,11 @@ class PatternEdits:
 
 @struct.dataclass
 class ResidualEdits:
-    """Vectors added to the residual stream: `delta[e]` at boundary `boundary[e]`,
-    position `position[e]` (ordinary steering).
+    """Vectors added to the residual stream (ordinary steering).
 
-    A boundary outside 0..L edits nothing, so edits can be padded.
+    boundary_E: `[E]` where; a boundary outside 0..L edits nothing, so edits can be padded.
+    position_E: `[E]` at which position.
+    delta_ED: `[E, D]` what is added.
     """
 
     boundary_E: Int[Array, "E"]
@@ -70,11 +77,13 @@ class ResidualEdits:
 class BlockEdits:
     """What to change inside one block, or in L of them stacked on a leading axis; None: nothing.
 
-    query, key: what W_Q and W_K read. patterns: put in place of the computed ones. head_scale: what
-    each head's output (before W_O) is multiplied by (0: ablated). head_add: what is added to it
-    after that. frozen: norm scales measured in another run, used instead of this run's own (edited
-    reads with live_scales excepted). live_scales: an edited read is normalised by its own scale,
-    not by that of the residual stream.
+    query, key: what W_Q and W_K read.
+    patterns: put in place of the computed ones.
+    head_scale_TN: `[T, N]` what each head's output (before W_O) is multiplied by (0: ablated).
+    head_add_TNH: `[T, N, H]` what is added to it after that.
+    frozen: norm scales measured in another run, used instead of this run's own (edited reads with
+      live_scales excepted).
+    live_scales: an edited read is normalised by its own scale, not by that of the residual stream.
     """
 
     query: ReadEdits | None = None
@@ -88,7 +97,11 @@ class BlockEdits:
 
 @struct.dataclass
 class Edits:
-    """What to change in a forward pass. Empty: nothing. All of it composes."""
+    """What to change in a forward pass. Empty: nothing. All of it composes.
+
+    residual: what is added to the residual stream.
+    blocks: what changes inside blocks, stacked on a leading axis L.
+    """
 
     residual: ResidualEdits | None = None
     blocks: BlockEdits = BlockEdits()  # noqa: RUF009  (an immutable, empty pytree)

@@ -37,7 +37,14 @@ from qkattr.types import Activations, BlockWeights
 
 @struct.dataclass
 class FrozenBlock:
-    """A block at a prompt: its weights, and everything non-linear measured once."""
+    """A block at a prompt: its weights, and everything non-linear measured once.
+
+    weights: the block's.
+    seen: what it computed at the prompt.
+    mlp: its hidden layer, made linear.
+    cfg: its configuration (static).
+    precision: of every matmul with it (static).
+    """
 
     weights: BlockWeights
     seen: Activations
@@ -50,9 +57,10 @@ class FrozenBlock:
 class Pulled:
     """Covectors carried back through a frozen block.
 
-    position: `[R]` where each row reads the block's output. residual, mlp: `[R, D]` covectors on
-    boundary b at the same position. heads: `[R, N, H]` covectors on each head's values, to be
-    weighted by its pattern. constant: `[R]` the row's edge from `const`.
+    position: `[R]` where each row reads the block's output.
+    residual, mlp: `[R, D]` covectors on boundary b at the same position.
+    heads: `[R, N, H]` covectors on each head's values, to be weighted by its pattern.
+    constant: `[R]` the row's edge from `const`.
     """
 
     position: Int[Array, "R"]
@@ -66,8 +74,9 @@ class Pulled:
 class PulledStream:
     """Covectors on all positions of boundary b+1, carried back through a frozen block.
 
-    below: `[R, T, D]` covectors on boundary b. heads: `[R, T, N, H]` covectors on each head's
-    output at query t, before its pattern. constant: `[R, T]` what the block's constants give at t.
+    below: `[R, T, D]` covectors on boundary b.
+    heads: `[R, T, N, H]` covectors on each head's output at query t, before its pattern.
+    constant: `[R, T]` what the block's constants give at t.
     """
 
     below: Float[Array, "R T D"]

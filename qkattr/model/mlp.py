@@ -29,11 +29,14 @@ from qkattr.types import BlockWeights
 
 @struct.dataclass
 class MLPSlopes:
-    """z = slope_gate * g + slope_up * u + rest, with g and u without their biases:
-    all constants are in `rest`.
+    """z = slope_gate * g + slope_up * u + rest, with g and u without their biases.
+
+    slope_gate: `[T, F]` of g; None: z does not depend on g.
+    slope_up: `[T, F]` of u.
+    rest: `[T, F]` all constants.
     """
 
-    slope_gate: Float[Array, "T F"] | None  # None: z does not depend on g
+    slope_gate: Float[Array, "T F"] | None
     slope_up: Float[Array, "T F"]
     rest: Float[Array, "T F"]
 

@@ -32,7 +32,11 @@ from qkattr.types import BlockWeights
 
 @struct.dataclass
 class Profile:
-    """values_DP: of the pairs asked for; score_D: of the whole score, before the softcap."""
+    """What some pairs, and the score, are worth at every distance.
+
+    values_DP: `[D, P]` of the pairs asked for.
+    score_D: `[D]` of the whole score, before the softcap.
+    """
 
     values_DP: Float[Array, "D P"]
     score_D: Float[Array, "D"]

@@ -41,7 +41,10 @@ class Marginals:
     """The P largest marginals of every place, by falling |value|; slot -1 and value 0 where there
     are fewer, or the query does not see the key.
 
-    query_value, query_slot, key_value, key_slot: `[N, P, T, S]`. score, pattern: `[N, T, S]`.
+    query_value, key_value: `[N, P, T, S]` what the component of either side is worth there.
+    query_slot, key_slot: `[N, P, T, S]` which component it is.
+    score: `[N, T, S]` the head's, before the softcap.
+    pattern: `[N, T, S]` its attention.
     """
 
     query_value: Float[Array, "N P T S"]

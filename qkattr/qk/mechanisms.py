@@ -22,10 +22,15 @@ from jaxtyping import Float, Int
 
 @dataclasses.dataclass(frozen=True)
 class Mechanisms:
-    """sigma_I: falling. query_IA, key_IC: unit vectors, turned so that the largest entry of
-    `query_IA` is positive. carried_I: what each pair adds to the sum of the terms. rank: effective.
+    """A term matrix as a sum of singular pairs.
+
+    sigma_I: `[I]` singular values, falling.
+    query_IA, key_IC: unit vectors, turned so that the largest entry of `query_IA` is positive.
+    carried_I: `[I]` what each pair adds to the sum of the terms.
+    rank: effective rank.
     of_query_A, of_key_C: the mechanism, among the first `round(rank)`, a component belongs to.
-    cross: the share of sum |terms| between different mechanisms."""
+    cross: the share of sum |terms| between different mechanisms.
+    """
 
     sigma_I: Float[np.ndarray, "I"]
     query_IA: Float[np.ndarray, "I A"]

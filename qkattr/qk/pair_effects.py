@@ -37,8 +37,8 @@ from qkattr.types import BlockWeights
 class PairEffects:
     """Effects of the pairs (query component, key component) of P places on R targets.
 
-    here: `[P, R, A, C]` by the match at the place's own key. over_keys: `[P, R, A, C]` by the match
-    at every key at which the component of that key is.
+    here: `[P, R, A, C]` by the match at the place's own key.
+    over_keys: `[P, R, A, C]` by the match at every key at which the component of that key is.
     """
 
     here: Float[Array, "P R A C"]

@@ -51,8 +51,11 @@ SLACK = 1.0001
 
 @struct.dataclass
 class Strongest:
-    """The P largest values by falling value and the P most negative ones by rising value (first
-    axis: 0 positive, 1 negative), and where they are. Where there are fewer pairs, value is 0."""
+    """The P largest values and the P most negative ones (first axis: 0 positive, 1 negative).
+
+    value: `[2, P]` falling and rising; 0 where there are fewer pairs.
+    row, column: `[2, P]` where they are.
+    """
 
     value: Float[Array, "2 P"]
     row: Int[Array, "2 P"]
@@ -63,8 +66,10 @@ class Strongest:
 class TopPairs:
     """The strongest terms of each head of a block, as `Strongest` orders them.
 
-    value: `[N, 2, P]`. query, key: positions. query_slot, key_slot: slots of `Components`.
-    probability, score: the head's attention and score at (query, key).
+    value: `[N, 2, P]` the terms.
+    query, key: `[N, 2, P]` positions.
+    query_slot, key_slot: `[N, 2, P]` slots of `Components`.
+    probability, score: `[N, 2, P]` the head's attention and score at (query, key).
     """
 
     value: Float[Array, "N 2 P"]

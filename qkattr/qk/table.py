@@ -23,15 +23,22 @@ if TYPE_CHECKING:
 class QKAttribution:
     """One head's score at one (query, key) position, expanded. Attributes are the keys of the JSON.
 
-    score: after the scale, before the softcap; capped: after it; slope: d capped / d score. sum: of
-    all terms.
+    tokens: of the prompt, in words.
+    layer, head, query, key: the place.
+    score: after the scale, before the softcap.
+    capped: the score after the softcap.
+    slope: d capped / d score.
+    probability: the attention there.
+    sum: of all terms.
     shares: by "query kind-key kind", the signed sums (adding to the score) and the absolute shares
-    (adding to 1).
-    pairs: by falling |value|; n_pairs: how many there are, listed or not. contrast: see `qk.terms`.
-    target: of the trace, in words; effect: what the head brings it from the key to the query;
-    derivative: of the target with respect to the score. All three are None where no target was
-    traced; with one, every pair and marginal has its `effect` on it over all keys (see
-    `qk.pair_effects`).
+      (adding to 1).
+    pairs: by falling |value|, each with its contrast (see `qk.terms`); with a target, every pair
+      and marginal has its `effect` on it over all keys (see `qk.pair_effects`).
+    n_pairs: how many there are, listed or not.
+    query_marginals, key_marginals: sums of terms over the other side.
+    target: of the trace, in words; None where no target was traced.
+    effect: what the head brings the target from the key to the query.
+    derivative: of the target with respect to the score.
     """
 
     tokens: list[str]
@@ -113,9 +120,13 @@ def _flat(row: dict[str, Any]) -> dict[str, Any]:
 
 @dataclasses.dataclass(frozen=True)
 class Moved:
-    """What one place does to a target. name: the target, in words. effect: what the head brings it
-    from the key. derivative: with respect to the score. pairs: `[A, C]` what each pair's match
-    moves it by, over all keys."""
+    """What one place does to a target.
+
+    name: the target, in words.
+    effect: what the head brings it from the key.
+    derivative: of the target with respect to the score.
+    pairs: `[A, C]` what each pair's match moves it by, over all keys.
+    """
 
     name: str
     effect: float

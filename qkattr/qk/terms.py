@@ -42,11 +42,17 @@ from qkattr.types import Activations, BlockWeights, Norm
 class QKTerms:
     """The score of one head at one (query, key), expanded.
 
-    terms, contrast: `[A, C]`. query_contrast: `[A]` of the query marginals. score: the model's,
-    after the scale and before the softcap; capped: after it; slope: d capped / d score;
+    terms: `[A, C]` what each pair of components adds to the score.
+    contrast: `[A, C]` what of it differs from other keys.
+    query_contrast: `[A]` the same of the query marginals.
+    score: the model's, after the scale and before the softcap.
+    capped: the score after the softcap.
+    slope: d capped / d score.
     probability: the attention there.
-    query_used, key_used: `[A]`, `[C]` slots that hold something. query_kind, query_index,
-    query_activation and their key-side twins describe the slots as `Components` does.
+    query_used, key_used: `[A]`, `[C]` slots that hold something.
+    query_kind, key_kind: `[A]`, `[C]` of `Kind`.
+    query_index, key_index: `[A]`, `[C]` feature id, token id, position, or -1.
+    query_activation, key_activation: `[A]`, `[C]` in the SAE's own units.
     """
 
     terms: Float[Array, "A C"]

@@ -32,8 +32,11 @@ from qkattr.types import BlockWeights
 
 @struct.dataclass
 class HeadScales:
-    """The usual scales of one head: of the block's input norm, and of the QK-norm on either side; 1
-    where the family has none."""
+    """The usual scales of one head; 1 where the family has no such norm.
+
+    attn: of the block's input norm.
+    q, k: of the QK-norm on either side.
+    """
 
     attn: Float[Array, ""] | float = 1.0
     q: Float[Array, ""] | float = 1.0

@@ -42,7 +42,12 @@ FORMS = ("odds", "log", "difference")
 
 @struct.dataclass
 class Rows:
-    """Some rows of a competition: `[R]` values, and where each one is (slots and key position)."""
+    """Some rows of a competition.
+
+    value: `[R]` what each adds.
+    query_slot, key_slot: `[R]` its components.
+    key: `[R]` its key position.
+    """
 
     value: Float[Array, "R"]
     query_slot: Int[Array, "R"]
@@ -52,8 +57,12 @@ class Rows:
 
 @struct.dataclass
 class Nets:
-    """Some sums of rows over the keys at which one key component is active: `[R]` values, the query
-    slot, and the component's identity."""
+    """Some sums of rows over the keys at which one key component is active.
+
+    value: `[R]` the sums.
+    query_slot: `[R]` the query's component.
+    identity: `[R]` the key component's identity.
+    """
 
     value: Float[Array, "R"]
     query_slot: Int[Array, "R"]
@@ -64,13 +73,18 @@ class Nets:
 class Competition:
     """The rows of one place (head, query, key), summed in several ways.
 
-    pattern_S, raw_S, capped_S: attention, scores before and after the softcap. seen_S: keys that
-    the query sees. weight_S: w of the module's header. entropy: what is subtracted. total: the sum
-    of all rows; value: the left side, from the pattern itself.
-    pushes, pulls: the largest positive and the most negative rows. net_pushes, net_pulls: the same
-    of their sums over keys, in which what is equal at all keys cancels.
-    by_key_S, by_query_A, by_component_SC: sums of rows. by_kind: `[kinds, kinds]` (query side, key
-    side) sums, by_kind_absolute those of |row|.
+    pattern_S: `[S]` attention.
+    raw_S, capped_S: `[S]` scores before and after the softcap.
+    seen_S: `[S]` keys that the query sees.
+    weight_S: `[S]` w of the module's header.
+    entropy: what is subtracted.
+    total: the sum of all rows.
+    value: the left side, from the pattern itself.
+    pushes, pulls: the largest positive and the most negative rows.
+    net_pushes, net_pulls: the same of their sums over keys, in which what is equal at all keys
+      cancels.
+    by_key_S, by_query_A, by_component_SC: sums of rows.
+    by_kind, by_kind_absolute: `[I, I]` sums of rows and of |row| by kind (query side, key side).
     query_used, key_used_SC: slots that hold something.
     """
 

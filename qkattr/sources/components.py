@@ -37,13 +37,16 @@ SINK_RATIO = 10.0
 class Components:
     """The components of one boundary, or of all of them stacked on a leading axis.
 
-    rows: `[U, D]` directions; row: `[T, A]` the slot's direction; coefficient: `[T, A]` what
-    multiplies it.
-    bias, error: `[T, D]`. kind: `[T, C]` of `Kind`; index: `[T, C]` feature id, token id, position,
-    or -1.
-    activation: `[T, A]` in the SAE's own units. read: `[U, D]` encoder directions, in the SAE's own
-    units, when covectors are read through the encoder (None: a component's own vector is its
-    covector). left_out: `[T]` share of the activation that found no slot and so lies in `error`.
+    rows: `[U, D]` directions.
+    row: `[T, A]` which of them each slot's is.
+    coefficient: `[T, A]` what multiplies it.
+    bias, error: `[T, D]` the last two slots.
+    kind: `[T, C]` of `Kind`.
+    index: `[T, C]` feature id, token id, position, or -1.
+    activation: `[T, A]` in the SAE's own units.
+    left_out: `[T]` share of the activation that found no slot and so lies in `error`.
+    read: `[U, D]` encoder directions, in the SAE's own units, when covectors are read through the
+      encoder; None: a component's own vector is its covector.
     """
 
     rows: Float[Array, "U D"]

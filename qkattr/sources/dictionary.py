@@ -34,12 +34,14 @@ from qkattr.sharding import on_any_mesh
 class DictionaryConfig:
     """How a dictionary encodes.
 
-    activation: "relu", "jumprelu", "topk" (the k largest, then relu) or "gated". subtract_b_dec:
-    encode x - b_dec.
-    normalize: "none", "constant_norm_rescale" or "layer_norm", per token. centre: the input's mean
-    over D is removed first and put back at the end, for SAEs of a model whose writing weights were
-    centred. rescale_by_decoder_norm: topk features compete by, and jumprelu thresholds apply to,
-    pre-activation times decoder norm; activations stay what multiplies the decoder row.
+    activation: "relu", "jumprelu", "topk" (the k largest, then relu) or "gated".
+    k: of topk.
+    subtract_b_dec: encode x - b_dec.
+    normalize: "none", "constant_norm_rescale" or "layer_norm", per token.
+    centre: the input's mean over D is removed first and put back at the end, for SAEs of a model
+      whose writing weights were centred.
+    rescale_by_decoder_norm: topk features compete by, and jumprelu thresholds apply to,
+      pre-activation times decoder norm; activations stay what multiplies the decoder row.
     prepend_bos: whether it was trained on text with a BOS (None: not said).
     """
 
@@ -57,10 +59,18 @@ class Dictionary:
     """One SAE. Arrays may be memory-mapped NumPy arrays of any float type;
     they are read as float32.
 
-    threshold_M: of jumprelu. b_gate_M, r_mag_M: of gated, whose b_enc_M is the magnitudes' bias.
-    factor: what the input is multiplied by, the same for all tokens (None: 1). l0: features active
-    at a position as its makers say (None: not said). Both are arrays, not settings, so that
-    boundaries that differ in them share compiled code.
+    `factor` and `l0` are arrays, not settings, so that boundaries that differ in them share
+    compiled code.
+
+    w_enc_DM: `[D, M]` what each feature reads.
+    w_dec_MD: `[M, D]` what each feature writes.
+    b_enc_M: `[M]` added to what is read; of gated, the magnitudes' bias.
+    b_dec_D: `[D]` the constant part of the reconstruction.
+    threshold_M: `[M]` of jumprelu.
+    b_gate_M, r_mag_M: `[M]` of gated.
+    factor: what the input is multiplied by, the same for all tokens (None: 1).
+    l0: features active at a position as its makers say (None: not said).
+    config: how it encodes (static).
     """
 
     w_enc_DM: Float[Array, "D M"]
@@ -83,10 +93,11 @@ class Dictionary:
 class Encoding:
     """The features active at each position, the largest first.
 
-    index: `[T, A]` feature, activation: `[T, A]` in the SAE's own units (0 in unused slots),
-    coefficient: `[T, A]` what multiplies the decoder row in residual units, bias: `[T, D]` the
-    constant part of the reconstruction, left_out: `[T]` the share of the activation that found no
-    slot.
+    index: `[T, A]` feature.
+    activation: `[T, A]` in the SAE's own units; 0 in unused slots.
+    coefficient: `[T, A]` what multiplies the decoder row in residual units.
+    bias: `[T, D]` the constant part of the reconstruction.
+    left_out: `[T]` the share of the activation that found no slot.
     """
 
     index: Int[Array, "T A"]

@@ -149,11 +149,13 @@ def _needed(dictionary: Dictionary | None, encoding: Encoding | None, kept: np.n
 
 @dataclasses.dataclass(frozen=True)
 class _Source:
-    """One boundary on its way to components: what is active,
-    and where its directions are to be had.
+    """One boundary on its way to components.
 
-    direction_ids: `[T, A]` names of the directions, which `directions` turns into rows (and encoder
-    rows).
+    encoding: what is active.
+    direction_ids: `[T, A]` names of the directions.
+    directions: turns names into rows, and into encoder rows.
+    kinds: `[A]` of the slots, of `Kind`.
+    error_kind: of the last slot.
     """
 
     encoding: Encoding
