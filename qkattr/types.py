@@ -14,6 +14,8 @@ b - 1. The QK circuit of block b reads boundary b. Query head n reads key/value 
 
 from __future__ import annotations
 
+from typing import Annotated
+
 from flax import struct
 from jaxtyping import Array, Float, Int
 
@@ -64,7 +66,7 @@ class BlockWeights:
     wo_NHD: Float[Array, "N H D"]
     w_up_DF: Float[Array, "D F"]
     w_down_FD: Float[Array, "F D"]
-    inv_freq: Float[Array, "P"]
+    inv_freq: Float[Array, "pairs"]
     window: Int[Array, ""]
     w_gate_DF: Float[Array, "D F"] | None = None
     norm_attn: Norm | None = None
@@ -82,6 +84,10 @@ class BlockWeights:
     b_down_D: Float[Array, "D"] | None = None
 
 
+#: All blocks of a model, stacked on a leading axis L.
+BlockStack = Annotated[BlockWeights, "L"]
+
+
 @struct.dataclass
 class Params:
     """A whole model.
@@ -96,11 +102,11 @@ class Params:
     """
 
     embed_VD: Float[Array, "V D"]
-    blocks: BlockWeights
+    blocks: BlockStack
     norm_final: Norm | None = None
     unembed_DV: Float[Array, "D V"] | None = None
     unembed_bias_V: Float[Array, "V"] | None = None
-    position_PD: Float[Array, "P D"] | None = None
+    position_PD: Float[Array, "context D"] | None = None
     embed_scale: Float[Array, ""] | None = None
 
 

@@ -1,7 +1,8 @@
 """The documentation is true: its Python runs, its links lead somewhere, and what it names exists.
 
 Every ```python block of a page runs, in order, in one namespace; ```python skip is left out. A
-block whose first line has `# needs smollm2` runs in a slow test.
+block whose first line has `# needs smollm2` runs in a slow test. They print what a ```text printed
+block holds.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from qkattr.options import TraceOptions
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 REAL = "# needs smollm2"
+PRINTED = re.compile(r"^```text printed\n(.*?)^```[ \t]*$", re.MULTILINE | re.DOTALL)
 BLOCK = re.compile(r"^```python[ \t]*(skip)?[ \t]*\n(.*?)^```[ \t]*$", re.MULTILINE | re.DOTALL)
 
 
@@ -47,9 +49,12 @@ def execute(page: Path, real: bool) -> None:
 
 
 @pytest.mark.parametrize("page", pages(real=False))
-def test_pages_run(page, tmp_path, monkeypatch):
+def test_pages_run(page, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     execute(page, real=False)
+    printed = capsys.readouterr().out
+    for said in PRINTED.findall(page.read_text(encoding="utf-8")):
+        assert said in printed
 
 
 @pytest.mark.slow

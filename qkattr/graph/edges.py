@@ -26,6 +26,7 @@ from flax import struct
 from jaxtyping import Array, Float, Int
 
 from qkattr.model.linear import FrozenBlock, Pulled, head_loadings, values
+from qkattr.shapes import checked
 from qkattr.sources.components import Components
 
 #: Source positions whose edges are computed together: U of so many stays in cache.
@@ -60,12 +61,14 @@ class Candidates:
     values: Float[Array, "Q K H"]
 
 
+@checked
 def source_values(frozen: FrozenBlock, components: Components) -> Float[Array, "S C K H"]:
     """Every component as the heads' values."""
     scale = frozen.seen.scale_attn_T[:, None, None, None]
     return components.map(lambda d: values(frozen, d)) * scale
 
 
+@checked
 def edge_totals(
     frozen: FrozenBlock, pulled: Pulled, components: Components, v_SCKH: Float[Array, "S C K H"]
 ) -> Float[Array, "S C R"]:
@@ -78,6 +81,7 @@ def edge_totals(
         return total.at[pulled.position, :, rows].add(own)
 
 
+@checked
 def attention_edges(
     frozen: FrozenBlock, pulled: Pulled, v_SCKH: Float[Array, "S C K H"]
 ) -> Float[Array, "S C R"]:
@@ -103,6 +107,7 @@ def attention_edges(
     return jax.lax.map(one_source, sources, batch_size=SOURCES_AT_ONCE)
 
 
+@checked
 def own_position(
     components: Components, g: Float[Array, "R D"], position: Int[Array, "R"]
 ) -> Float[Array, "R C"]:
@@ -115,6 +120,7 @@ def own_position(
     return jnp.concatenate([features, bias[:, None], error[:, None]], axis=1)
 
 
+@checked
 def kept_parts(
     frozen: FrozenBlock,
     pulled: Pulled,

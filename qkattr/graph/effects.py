@@ -37,9 +37,10 @@ from qkattr.graph.live import masking
 from qkattr.kinds import ACCOUNT_KINDS
 from qkattr.model.attention import capped
 from qkattr.model.linear import FrozenBlock, freeze, head_reads, pull, pull_stream, values
+from qkattr.shapes import checked
 from qkattr.sharding import on_any_mesh
-from qkattr.sources.components import Components
-from qkattr.types import BlockWeights
+from qkattr.sources.components import Components, ComponentStack
+from qkattr.types import BlockStack, BlockWeights
 
 #: What an effect weighs beside a masking where places are ordered.
 LAST = 1e-20
@@ -112,10 +113,11 @@ class PlaceEffects:
 
 @partial(jax.jit, static_argnames=("cfg", "linearisation", "precision", "heads", "strongest"))
 @on_any_mesh
+@checked
 def effects(
-    blocks: BlockWeights,
+    blocks: BlockStack,
     boundaries: Float[Array, "L+1 T D"],
-    components: Components,
+    components: ComponentStack,
     target_boundary: Int[Array, "R"],
     target_position: Int[Array, "R"],
     covector: Float[Array, "R D"],
@@ -190,12 +192,13 @@ def effects(
 
 @partial(jax.jit, static_argnames=("cfg", "linearisation", "precision"))
 @on_any_mesh
+@checked
 def effects_at(
-    blocks: BlockWeights,
+    blocks: BlockStack,
     boundaries: Float[Array, "L+1 T D"],
-    components: Components,
+    components: ComponentStack,
     covector: Float[Array, "L+1 R T D"],
-    places: Int[Array, "P 4"],
+    places: Int[Array, "P place=4"],
     *,
     cfg: BlockConfig,
     linearisation: str = "jacobian",
@@ -232,8 +235,9 @@ def effects_at(
 
 @partial(jax.jit, static_argnames=("cfg", "precision"))
 @on_any_mesh
+@checked
 def masking_at(
-    blocks: BlockWeights,
+    blocks: BlockStack,
     boundaries: Float[Array, "L+1 T D"],
     live: Float[Array, "L T N H"],
     query: Int[Array, ""],
@@ -300,6 +304,7 @@ def _account(g: Float[Array, "R T D"], components: Components) -> tuple[Array, A
         return node, jnp.einsum("RTC,XTC->RX", node, of_kind, precision="highest")
 
 
+@checked
 def node_effects(g: Float[Array, "R T D"], components: Components) -> Float[Array, "R T C"]:
     """`g[t] . x_{t,c}` for every component of one boundary.
 

@@ -26,12 +26,14 @@ from jaxtyping import Array, Float, Int
 from qkattr.config import ModelConfig
 from qkattr.model.edits import BlockEdits, Edits
 from qkattr.model.forward import residual_stream, unembed
+from qkattr.shapes import checked
 from qkattr.sharding import on_any_mesh
 from qkattr.types import Params
 
 
 @partial(jax.jit, static_argnames=("cfg", "precision"))
 @on_any_mesh
+@checked
 def logit_gradient(
     params: Params,
     tokens: Int[Array, "T"],
@@ -58,10 +60,11 @@ def logit_gradient(
 
 @partial(jax.jit, static_argnames=("cfg", "precision"))
 @on_any_mesh
+@checked
 def score_gradient(
     params: Params,
     tokens: Int[Array, "T"],
-    place: Int[Array, "4"],
+    place: Int[Array, "place=4"],
     *,
     cfg: ModelConfig,
     precision: str = "highest",
@@ -84,6 +87,7 @@ def _nothing(params: Params, tokens: Int[Array, "T"]) -> Float[Array, "L T N H"]
     return jnp.zeros((L, tokens.shape[0], N, H))
 
 
+@checked
 def masking(pattern: Float[Array, "... S"], reads: Float[Array, "... S"]) -> Array:
     """What masking each key takes from the target: `A[s] (e[s] - mean of e over the other keys, by
     their attention)`; 0 where the query sees one key.

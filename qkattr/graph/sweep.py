@@ -38,9 +38,10 @@ from qkattr.graph.edges import (
 )
 from qkattr.kinds import PROMPT_KINDS, Kind
 from qkattr.model.linear import freeze, pull
+from qkattr.shapes import checked
 from qkattr.sharding import on_any_mesh
-from qkattr.sources.components import Components
-from qkattr.types import BlockWeights
+from qkattr.sources.components import Components, ComponentStack
+from qkattr.types import BlockStack
 
 #: The kinds whose shares the leak table lists, in its order.
 LEAK_KINDS = (Kind.FEATURE, Kind.TOKEN, Kind.POSITION, Kind.ERROR, Kind.SINK)
@@ -97,7 +98,7 @@ class Leak:
     """
 
     arriving: Float[Array, ""]
-    by_kind: Float[Array, 5]
+    by_kind: Float[Array, "5"]
     dropped: Float[Array, ""]
     overflow: Bool[Array, ""]
     clean_tokens: Float[Array, ""]
@@ -147,10 +148,11 @@ class Sweep:
 
 @partial(jax.jit, static_argnames=("cfg", "config"))
 @on_any_mesh
+@checked
 def sweep(
-    blocks: BlockWeights,
+    blocks: BlockStack,
     boundaries: Float[Array, "L+1 T D"],
-    components: Components,
+    components: ComponentStack,
     targets: DirectTargets,
     *,
     cfg: BlockConfig,
@@ -210,7 +212,7 @@ def sweep(
     )
 
 
-def _depends(kind: Int[Array, ...]) -> Bool[Array, ...]:
+def _depends(kind: Int[Array, "..."]) -> Bool[Array, "..."]:
     return jnp.isin(kind, jnp.array([int(k) for k in PROMPT_KINDS]))
 
 

@@ -26,12 +26,14 @@ from qkattr.graph.sweep import DirectTargets
 from qkattr.model.attention import finish_head, gain_of
 from qkattr.model.forward import block
 from qkattr.model.layers import f32, norm_bias, norm_scale, norm_transpose
+from qkattr.shapes import checked
 from qkattr.sharding import on_any_mesh
-from qkattr.types import BlockWeights, Params
+from qkattr.types import BlockStack, Params
 
 
 @partial(jax.jit, static_argnames=("cfg",))
 @on_any_mesh
+@checked
 def logit_covectors(
     params: Params,
     x: Float[Array, "D"],
@@ -63,10 +65,11 @@ def logit_covectors(
 
 @partial(jax.jit, static_argnames=("cfg", "precision"))
 @on_any_mesh
+@checked
 def score_covectors(
-    blocks: BlockWeights,
+    blocks: BlockStack,
     boundaries: Float[Array, "L+1 T D"],
-    places: Int[Array, "P 4"],
+    places: Int[Array, "P place=4"],
     *,
     cfg: BlockConfig,
     precision: str = "highest",

@@ -74,7 +74,7 @@ def finish_head(
     scale: Float[Array, "T ..."],
     *,
     gain: Array | None,
-    inv_freq: Float[Array, "P"],
+    inv_freq: Float[Array, "pairs"],
     positions: Int[Array, "T"],
 ) -> Float[Array, "T ... H"]:
     """From a projection to the query or key that meets in the score:
@@ -143,7 +143,7 @@ def attention_scores(
     return scores.reshape(N, T, -1)
 
 
-def capped(scores: Float[Array, ...], *, cfg: BlockConfig) -> Float[Array, ...]:
+def capped(scores: Float[Array, "..."], *, cfg: BlockConfig) -> Float[Array, "..."]:
     """The softcap of Gemma 2; the scores themselves elsewhere."""
     return softcap(scores, cfg.softcap)
 

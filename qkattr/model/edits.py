@@ -17,6 +17,8 @@ Axes: L block, E edits a block, T/S positions, N heads, D d_model, H head_dim, Q
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import jax
 import jax.numpy as jnp
 from flax import struct
@@ -104,7 +106,7 @@ class Edits:
     """
 
     residual: ResidualEdits | None = None
-    blocks: BlockEdits = BlockEdits()  # noqa: RUF009  (an immutable, empty pytree)
+    blocks: Annotated[BlockEdits, "L"] = BlockEdits()  # noqa: RUF009  (an immutable, empty pytree)
 
 
 def edited_residual(

@@ -37,12 +37,14 @@ from qkattr.model.edits import (
 )
 from qkattr.model.layers import apply_norm, f32, norm_bias, norm_linear, norm_scale, softcap
 from qkattr.model.mlp import hidden, mlp_out
+from qkattr.shapes import checked
 from qkattr.sharding import on_any_mesh
 from qkattr.types import Activations, BlockWeights, Norm, Params, Trace
 
 CAPTURE = ("boundaries", "scores", "patterns")
 
 
+@checked
 def block(
     weights: BlockWeights,
     x: Float[Array, "T D"],
@@ -93,6 +95,7 @@ def block(
     )  # fmt: skip
 
 
+@checked
 def embed(params: Params, tokens: Int[Array, "T"]) -> Float[Array, "T D"]:
     """Boundary 0: token embedding, plus the learned position embedding where the model has one."""
     x = f32(params.embed_VD[tokens])
@@ -100,6 +103,7 @@ def embed(params: Params, tokens: Int[Array, "T"]) -> Float[Array, "T D"]:
     return x if params.position_PD is None else x + f32(params.position_PD[: tokens.shape[0]])
 
 
+@checked
 def unembed(
     params: Params, x: Float[Array, "... D"], *, cfg: ModelConfig, precision: str = "highest"
 ) -> Float[Array, "... V"]:
@@ -113,6 +117,7 @@ def unembed(
     return softcap(logits, cfg.final_softcap)
 
 
+@checked
 def residual_stream(
     params: Params,
     tokens: Int[Array, "T"],
@@ -152,6 +157,7 @@ def residual_stream(
     return x, trace
 
 
+@checked
 def run_from(
     params: Params,
     x: Float[Array, "B T D"],
@@ -184,6 +190,7 @@ def run_from(
 
 @partial(jax.jit, static_argnames=("cfg", "capture", "precision"))
 @on_any_mesh
+@checked
 def forward(
     params: Params,
     tokens: Int[Array, "T"],

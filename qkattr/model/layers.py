@@ -26,19 +26,19 @@ ACTIVATIONS = {
 }
 
 
-def f32(x: Array) -> Float[Array, ...]:
+def f32(x: Array) -> Float[Array, "..."]:
     """The array in float32: weights may be stored in bfloat16, arithmetic never is."""
     return jnp.asarray(x, jnp.float32)
 
 
-def softcap(x: Float[Array, ...], cap: float | None) -> Float[Array, ...]:
+def softcap(x: Float[Array, "..."], cap: float | None) -> Float[Array, "..."]:
     """`cap * tanh(x / cap)`: x where it is small, never beyond the cap; x itself without a cap."""
     return x if cap is None else cap * jnp.tanh(x / cap)
 
 
 def norm_scale(
     norm: Norm | None, x: Float[Array, "... D"], *, cfg: BlockConfig
-) -> Float[Array, ...]:
+) -> Float[Array, "..."]:
     """1 / rms(x), or 1 / std(x) for LayerNorm; 1 where the family has no norm."""
     if norm is None:
         return jnp.ones(x.shape[:-1], jnp.float32)
@@ -57,7 +57,7 @@ def norm_transpose(norm: Norm | None, g: Float[Array, "... D"], *, cfg: BlockCon
 
 
 def norm_linear(
-    norm: Norm | None, x: Float[Array, "... D"], scale: Float[Array, ...], *, cfg: BlockConfig
+    norm: Norm | None, x: Float[Array, "... D"], scale: Float[Array, "..."], *, cfg: BlockConfig
 ) -> Float[Array, "... D"]:
     """The norm with its scale given and its bias left out: linear in x."""
     return norm_direction(norm, x, cfg=cfg) * scale[..., None]
@@ -78,7 +78,7 @@ def _centre(x: Array, cfg: BlockConfig) -> Array:
 
 
 def rotate(
-    x: Float[Array, "T ... H"], positions: Int[Array, "T"], inv_freq: Float[Array, "P"]
+    x: Float[Array, "T ... H"], positions: Int[Array, "T"], inv_freq: Float[Array, "pairs"]
 ) -> Float[Array, "T ... H"]:
     """Rotary embedding of the first 2P dimensions, half-split:
     pair (i, i + P) turns by position * inv_freq[i].

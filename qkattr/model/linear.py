@@ -32,6 +32,7 @@ from qkattr.model.attention import attend
 from qkattr.model.forward import block
 from qkattr.model.layers import f32, norm_bias, norm_direction, norm_linear, norm_transpose
 from qkattr.model.mlp import MLPSlopes, slopes
+from qkattr.shapes import checked
 from qkattr.types import Activations, BlockWeights
 
 
@@ -84,6 +85,7 @@ class PulledStream:
     constant: Float[Array, "R T"]
 
 
+@checked
 def freeze(
     weights: BlockWeights,
     x: Float[Array, "T D"],
@@ -99,6 +101,7 @@ def freeze(
     return FrozenBlock(weights=weights, seen=seen, mlp=mlp, cfg=cfg, precision=precision)
 
 
+@checked
 def push(frozen: FrozenBlock, x: Float[Array, "T D"]) -> Float[Array, "T D"]:
     """Vectors at every position of boundary b, carried to boundary b+1. Linear;
     `constant` is left out.
@@ -110,6 +113,7 @@ def push(frozen: FrozenBlock, x: Float[Array, "T D"]) -> Float[Array, "T D"]:
     return x + attn + _mlp_push(frozen, read)
 
 
+@checked
 def constant(frozen: FrozenBlock) -> Float[Array, "T D"]:
     """What the block adds that no source carries: value and output biases, norm biases,
     the MLP's rest.
@@ -118,6 +122,7 @@ def constant(frozen: FrozenBlock) -> Float[Array, "T D"]:
     return attn + mlp if frozen.cfg.parallel else attn + mlp + _mlp_push(frozen, attn)
 
 
+@checked
 def pull(frozen: FrozenBlock, g: Float[Array, "R D"], position: Int[Array, "R"]) -> Pulled:
     """Covectors at boundary b+1, row r at `position[r]`, carried back to boundary b."""
     w, seen, cfg = frozen.weights, frozen.seen, frozen.cfg
@@ -138,6 +143,7 @@ def pull(frozen: FrozenBlock, g: Float[Array, "R D"], position: Int[Array, "R"])
     return Pulled(position=position, residual=g, mlp=mlp, heads=heads, constant=const)
 
 
+@checked
 def pull_stream(frozen: FrozenBlock, g: Float[Array, "R T D"]) -> PulledStream:
     """Covectors at every position of boundary b+1, carried back to every position of b."""
     w, seen = frozen.weights, frozen.seen
@@ -154,6 +160,7 @@ def pull_stream(frozen: FrozenBlock, g: Float[Array, "R T D"]) -> PulledStream:
     return PulledStream(below=below, heads=pulled.heads, constant=pulled.constant)
 
 
+@checked
 def head_reads(
     frozen: FrozenBlock, heads: Float[Array, "R T N H"], x: Float[Array, "S D"]
 ) -> Float[Array, "R N T S"]:
@@ -170,6 +177,7 @@ def head_reads(
     return jnp.moveaxis(reads, 0, 1).reshape(R, N, T, -1)
 
 
+@checked
 def values(frozen: FrozenBlock, directions: Float[Array, "... D"]) -> Float[Array, "... K H"]:
     """Directions projected to head values, before the norm's scale at their
     position (a factor to apply).
@@ -178,6 +186,7 @@ def values(frozen: FrozenBlock, directions: Float[Array, "... D"]) -> Float[Arra
     return _einsum(frozen, "...D,DKH->...KH", y, frozen.weights.wv_DKH)
 
 
+@checked
 def head_loadings(
     frozen: FrozenBlock,
     pulled: Pulled,

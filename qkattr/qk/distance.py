@@ -25,6 +25,7 @@ from qkattr.config import BlockConfig
 from qkattr.model.forward import block
 from qkattr.model.layers import rotate
 from qkattr.qk.terms import apart, key_components, query_components
+from qkattr.shapes import checked
 from qkattr.sharding import on_any_mesh
 from qkattr.sources.components import Components
 from qkattr.types import BlockWeights
@@ -44,11 +45,12 @@ class Profile:
 
 @partial(jax.jit, static_argnames=("distances", "cfg", "precision"))
 @on_any_mesh
+@checked
 def distance_profile(
     weights: BlockWeights,
     x: Float[Array, "T D"],
     components: Components,
-    pairs: Int[Array, "P 2"],
+    pairs: Int[Array, "P pair=2"],
     *,
     head: Int[Array, ""] | int,
     query: Int[Array, ""] | int,

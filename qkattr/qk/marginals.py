@@ -26,6 +26,7 @@ from qkattr.config import BlockConfig
 from qkattr.kinds import Kind
 from qkattr.model.forward import block
 from qkattr.qk.terms import every_query_component, key_components
+from qkattr.shapes import checked
 from qkattr.sharding import on_any_mesh
 from qkattr.sources.components import Components
 from qkattr.types import BlockWeights
@@ -57,6 +58,7 @@ class Marginals:
 
 @partial(jax.jit, static_argnames=("top", "n_strips", "cfg", "precision"))
 @on_any_mesh
+@checked
 def marginals(
     weights: BlockWeights,
     x: Float[Array, "T D"],

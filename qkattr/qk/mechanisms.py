@@ -19,6 +19,8 @@ import dataclasses
 import numpy as np
 from jaxtyping import Float, Int
 
+from qkattr.shapes import checked
+
 
 @dataclasses.dataclass(frozen=True)
 class Mechanisms:
@@ -46,6 +48,7 @@ class Mechanisms:
         return self.sigma_I[i] * np.outer(self.query_IA[i], self.key_IC[i])
 
 
+@checked
 def mechanisms(terms: Float[np.ndarray, "A C"]) -> Mechanisms:
     """Decompose a term matrix (`QKTerms.terms`, or one summed over prompts)."""
     terms = np.asarray(terms, np.float64)

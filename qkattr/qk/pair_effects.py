@@ -28,9 +28,10 @@ from qkattr.config import BlockConfig
 from qkattr.model.attention import apart
 from qkattr.model.forward import block
 from qkattr.qk.terms import key_components, query_components, same_component
+from qkattr.shapes import checked
 from qkattr.sharding import on_any_mesh
-from qkattr.sources.components import Components
-from qkattr.types import BlockWeights
+from qkattr.sources.components import ComponentStack
+from qkattr.types import BlockStack
 
 
 @struct.dataclass
@@ -47,11 +48,12 @@ class PairEffects:
 
 @partial(jax.jit, static_argnames=("cfg", "precision"))
 @on_any_mesh
+@checked
 def pair_effects(
-    blocks: BlockWeights,
+    blocks: BlockStack,
     boundaries: Float[Array, "L+1 T D"],
-    components: Components,
-    places: Int[Array, "P 4"],
+    components: ComponentStack,
+    places: Int[Array, "P place=4"],
     derivative: Float[Array, "P R S"],
     *,
     cfg: BlockConfig,

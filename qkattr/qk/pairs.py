@@ -35,9 +35,10 @@ from qkattr.config import BlockConfig
 from qkattr.kinds import NO_WINDOW, Kind
 from qkattr.model.forward import block
 from qkattr.qk.terms import every_query_component, key_components, used_slots
+from qkattr.shapes import checked
 from qkattr.sharding import on_any_mesh
-from qkattr.sources.components import Components
-from qkattr.types import BlockWeights
+from qkattr.sources.components import Components, ComponentStack
+from qkattr.types import BlockStack, BlockWeights
 
 #: Rows and columns of a tile, at most: its products stay in a core's cache.
 TILE = 1024
@@ -81,6 +82,7 @@ class TopPairs:
     score: Float[Array, "N 2 P"]
 
 
+@checked
 def strongest(
     rows: Float[Array, "R H"],
     columns: Float[Array, "C H"],
@@ -204,6 +206,7 @@ def _cut(arrays: tuple[Array, ...], i: Array, size: int) -> tuple[Array, ...]:
 
 @partial(jax.jit, static_argnames=("top", "cfg", "precision"))
 @on_any_mesh
+@checked
 def top_pairs(
     weights: BlockWeights,
     x: Float[Array, "T D"],
@@ -278,8 +281,9 @@ def _used(blocks: BlockWeights, components: Components) -> Bool[Array, "L T C"]:
     return jax.lax.map(one, (blocks, read))
 
 
+@checked
 def search_slots(
-    blocks: BlockWeights, components: Components, kinds: tuple[Kind, ...] = ()
+    blocks: BlockStack, components: ComponentStack, kinds: tuple[Kind, ...] = ()
 ) -> Int[np.ndarray, "L R"]:
     """The slots that hold a component on either side, of every block, as `top_pairs` takes them; on
     the host. R is rounded up, so that other prompts meet compiled code. kinds: only these; (): all.

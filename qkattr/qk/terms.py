@@ -33,9 +33,10 @@ from qkattr.kinds import Kind
 from qkattr.model.attention import MASKED, apart, capped, finish_head, gain_of, visible
 from qkattr.model.forward import block
 from qkattr.model.layers import f32, norm_bias, norm_direction
+from qkattr.shapes import checked
 from qkattr.sharding import on_any_mesh
-from qkattr.sources.components import Components
-from qkattr.types import Activations, BlockWeights, Norm
+from qkattr.sources.components import Components, ComponentStack
+from qkattr.types import Activations, BlockStack, BlockWeights, Norm
 
 
 @struct.dataclass
@@ -84,6 +85,7 @@ class QKTerms:
 
 @partial(jax.jit, static_argnames=("cfg", "precision"))
 @on_any_mesh
+@checked
 def qk_terms(
     weights: BlockWeights,
     x: Float[Array, "T D"],
@@ -139,11 +141,12 @@ def qk_terms(
 
 @partial(jax.jit, static_argnames=("cfg", "precision"))
 @on_any_mesh
+@checked
 def qk_terms_many(
-    blocks: BlockWeights,
+    blocks: BlockStack,
     boundaries: Float[Array, "L+1 T D"],
-    components: Components,
-    places: Int[Array, "P 4"],
+    components: ComponentStack,
+    places: Int[Array, "P place=4"],
     *,
     cfg: BlockConfig,
     precision: str = "highest",
@@ -176,16 +179,17 @@ def _project(
     return lambda vectors: dot(norm_direction(norm, vectors, cfg=cfg), w_DH), constant
 
 
+@checked
 def query_components(
     weights: BlockWeights,
     components: Components,
     seen: Activations,
-    head,
-    query,
+    head: Int[Array, ""] | int,
+    query: Int[Array, ""] | int,
     *,
-    cfg,
-    precision,
-    at=None,
+    cfg: BlockConfig,
+    precision: str,
+    at: Int[Array, ""] | int | None = None,
 ) -> Float[Array, "A H"]:
     """A head's query at one position, component by component; turned as at position `at`."""
     n_slots = components.n_slots
@@ -203,15 +207,16 @@ def query_components(
     )[0]
 
 
+@checked
 def key_components(
     weights: BlockWeights,
     components: Components,
     seen: Activations,
-    head,
+    head: Int[Array, ""] | int,
     *,
-    cfg,
-    precision,
-    at=None,
+    cfg: BlockConfig,
+    precision: str,
+    at: Int[Array, "S"] | None = None,
 ) -> Float[Array, "S C H"]:
     """The keys that a head reads, component by component; turned as at positions `at`, `[S]`."""
     kv = head // (weights.wq_DNH.shape[1] // weights.wk_DKH.shape[1])
@@ -220,8 +225,15 @@ def key_components(
     return _at_every_position(weights, components, seen, side, at, cfg=cfg, precision=precision)
 
 
+@checked
 def every_query_component(
-    weights: BlockWeights, components: Components, seen: Activations, head, *, cfg, precision
+    weights: BlockWeights,
+    components: Components,
+    seen: Activations,
+    head: Int[Array, ""] | int,
+    *,
+    cfg: BlockConfig,
+    precision: str,
 ) -> Float[Array, "T A H"]:
     """A head's queries at all positions, component by component."""
     bias = None if weights.bq_NH is None else weights.bq_NH[head]

@@ -26,6 +26,7 @@ from qkattr.config import BlockConfig
 from qkattr.model.attention import finish_head, gain_of
 from qkattr.model.layers import f32, norm_direction
 from qkattr.qk.pairs import Strongest, strongest
+from qkattr.shapes import checked
 from qkattr.sharding import on_any_mesh
 from qkattr.types import BlockWeights
 
@@ -45,6 +46,7 @@ class HeadScales:
 
 @partial(jax.jit, static_argnames=("top", "cfg", "mesh", "axis", "precision"))
 @on_any_mesh
+@checked
 def weight_pairs(
     weights: BlockWeights,
     features_MD: Float[Array, "M D"],

@@ -32,6 +32,7 @@ from qkattr.config import BlockConfig
 from qkattr.model.attention import capped, visible
 from qkattr.model.forward import block
 from qkattr.qk.terms import apart, key_components, other_keys, query_components, used_slots
+from qkattr.shapes import checked
 from qkattr.sharding import on_any_mesh
 from qkattr.sources.components import Components
 from qkattr.types import BlockWeights
@@ -111,6 +112,7 @@ class Competition:
 
 @partial(jax.jit, static_argnames=("form", "top", "kinds", "cfg", "precision"))
 @on_any_mesh
+@checked
 def competition(
     weights: BlockWeights,
     x: Float[Array, "T D"],

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +27,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from qkattr.kinds import Kind
 from qkattr.model.layers import f32
+from qkattr.shapes import checked
 from qkattr.sharding import on_any_mesh
 from qkattr.sources.dictionary import Dictionary, Encoding, encode
 
@@ -50,13 +52,13 @@ class Components:
     """
 
     rows: Float[Array, "U D"]
-    row: Int[Array, "T A"]
-    coefficient: Float[Array, "T A"]
+    row: Int[Array, "T C-2"]
+    coefficient: Float[Array, "T C-2"]
     bias: Float[Array, "T D"]
     error: Float[Array, "T D"]
     kind: Int[Array, "T C"]
     index: Int[Array, "T C"]
-    activation: Float[Array, "T A"]
+    activation: Float[Array, "T C-2"]
     left_out: Float[Array, "T"]
     read: Float[Array, "U D"] | None = None
 
@@ -108,6 +110,10 @@ class Components:
         return self.row[at], self.coefficient[at], n_features
 
 
+#: The components of all boundaries, stacked on a leading axis.
+ComponentStack = Annotated[Components, "L+1"]
+
+
 def find_slots(
     components: Components,
     boundary: int,
@@ -127,6 +133,7 @@ def find_slots(
     return np.where(match.any(-1), match.argmax(-1), -1)
 
 
+@checked
 def sink_positions(x: Float[Array, "T D"], n_real: Int[Array, ""] | int) -> Bool[Array, "T"]:
     """Position 0, and every real position whose norm exceeds `SINK_RATIO` times
     the lower median of positions >= 1.
@@ -141,6 +148,7 @@ def sink_positions(x: Float[Array, "T D"], n_real: Int[Array, ""] | int) -> Bool
     return (position == 0) | (counted & (norm > SINK_RATIO * median))
 
 
+@checked
 def assemble(
     x: Float[Array, "T D"],
     encoding: Encoding,
@@ -184,6 +192,7 @@ def assemble(
 
 @partial(jax.jit, static_argnames=("slots", "precision", "sinks"))
 @on_any_mesh
+@checked
 def decompose(
     dictionary: Dictionary,
     x: Float[Array, "T D"],

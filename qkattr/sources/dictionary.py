@@ -27,6 +27,7 @@ from flax import struct
 from jaxtyping import Array, Float, Int
 
 from qkattr.model.layers import f32
+from qkattr.shapes import checked
 from qkattr.sharding import on_any_mesh
 
 
@@ -124,6 +125,7 @@ def _normalise(dictionary: Dictionary, x: Float[Array, "T D"]) -> tuple[Array, A
     return x * gain[:, None], scale, mean
 
 
+@checked
 def activations(
     dictionary: Dictionary, x: Float[Array, "T D"], *, precision: str = "highest"
 ) -> Float[Array, "T M"]:
@@ -178,6 +180,7 @@ def encoder_rows(dictionary: Dictionary, features: np.ndarray) -> np.ndarray:
 
 @partial(jax.jit, static_argnames=("slots", "precision"))
 @on_any_mesh
+@checked
 def encode(
     dictionary: Dictionary, x: Float[Array, "T D"], *, slots: int, precision: str = "highest"
 ) -> Encoding:
@@ -200,6 +203,7 @@ def encode(
     )
 
 
+@checked
 def reconstruct(
     dictionary: Dictionary, x: Float[Array, "T D"], *, precision: str = "highest"
 ) -> tuple[Float[Array, "T M"], Float[Array, "T D"]]:

@@ -19,12 +19,14 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from qkattr.kinds import Kind
+from qkattr.shapes import checked
 from qkattr.sharding import bucket
 from qkattr.sources.components import Components, assemble, sink_positions
 from qkattr.sources.dictionary import Dictionary, Encoding, encode, encoder_rows
 from qkattr.types import Params
 
 
+@checked
 def decompose_prompt(
     params: Params,
     dictionaries: tuple[Dictionary | None, ...] | None,
