@@ -292,12 +292,13 @@ def _about_rank(seen: Seen, sizes: dict[str, int]) -> str:
     known = [axis.size(sizes) for axis in axes]
     if len(shape) == len(axes) + 1:
         return "; take one of its first axis, or map over it with jax.vmap"
-    if None not in known and len(shape) < len(axes):
+    sized = [size for size in known if size is not None]
+    if len(shape) < len(axes) == len(sized):
         orders = {"": shape, ".T": shape[::-1]}
         ways = [
-            f"{seen.name}{turned}.reshape{tuple(known)}"
+            f"{seen.name}{turned}.reshape{tuple(sized)}"
             for turned, order in orders.items()
-            if _merges(known, order)
+            if _merges(sized, order)
         ]
         if ways:
             return f"; give {' or, of [out, in], '.join(ways)}"

@@ -98,7 +98,7 @@ def no_heads() -> HeadEffects:
     return HeadEffects(**{f.name: np.zeros(0, int) for f in dataclasses.fields(HeadEffects)})
 
 
-def main_weights(kinds: Sequence[int]) -> np.ndarray:
+def main_weights(kinds: Sequence[int] | np.ndarray) -> np.ndarray:
     """`[P]` what the main target is, as a sum of targets: the first one, and of a score that is
     read on its query and on its key side both (the score's change, to first order).
 

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import jax
 import numpy as np
+from jaxtyping import Array
 
 from qkattr.graph.accounts import account_table, head_table, node_columns
 from qkattr.graph.effects import Effects
@@ -34,11 +35,13 @@ def with_effects(
     effect = node_columns(found, kind, index, **where, kind_X=nodes.kind, index_X=nodes.index)
     effect = effect[:, : len(targets)]
     effect[targets] = np.diag(np.concatenate([one.value for one in found])[: len(targets)])
+    places = found[0].places
+    assert places is not None  # of the first group
     return dataclasses.replace(
         graph,
         nodes=dataclasses.replace(nodes, effect=effect),
         account=account_table(found, targets, nodes.boundary[targets]),
-        heads=head_table(found[0].places),
+        heads=head_table(places),
     )
 
 
@@ -118,18 +121,19 @@ def _through_blocks(swept: Sweep, ids: np.ndarray, n_rows: int) -> dict[str, np.
     """Edges of kept nodes through their block. A source below 0 names a bias or const node,
     see `_name_extras`.
     """
-    rows = swept.rows
+    rows, parts = swept.rows, swept.rows.parts
+    assert parts is not None  # only direct targets have none
     block, row, slot = np.nonzero((rows.weight != 0) & swept.kept.valid[1:, :, None])
     source = _source(rows.source[block, row, slot], block, ids, n_rows)
-    n_heads = rows.parts.heads.shape[-1]
+    n_heads = parts.heads.shape[-1]
     edges = dict(
         source=source,
         target=ids[block + 1, row],
         block=block,
         weight=rows.weight[block, row, slot],
-        residual=rows.parts.residual[block, row, slot],
-        mlp=rows.parts.mlp[block, row, slot],
-        heads=rows.parts.heads[block, row, slot],
+        residual=parts.residual[block, row, slot],
+        mlp=parts.mlp[block, row, slot],
+        heads=parts.heads[block, row, slot],
     )
     block, row = np.nonzero((rows.constant != 0) & swept.kept.valid[1:])
     constant = rows.constant[block, row]
@@ -154,6 +158,7 @@ def _direct(swept: Sweep, ids, target_ids, targets, n_rows: int) -> dict[str, np
     constant = rows.constant[boundary, const_row]
     const = _extra(Kind.CONST, boundary, targets.position[const_row])
     weight = np.concatenate([weight, constant])
+    assert swept.rows.parts is not None  # only direct targets have none
     n_heads = swept.rows.parts.heads.shape[-1]
     return dict(
         source=np.concatenate([source, const]),
@@ -170,11 +175,11 @@ def _direct(swept: Sweep, ids, target_ids, targets, n_rows: int) -> dict[str, np
 _STRIDE = 2**20
 
 
-def _extra(kind: Kind, boundary: np.ndarray, position: np.ndarray) -> np.ndarray:
+def _extra(kind: Kind, boundary: np.ndarray, position: Array | np.ndarray) -> np.ndarray:
     return -1 - ((boundary * _STRIDE + position) * 2 + (kind == Kind.CONST))
 
 
-def _source(source: np.ndarray, boundary: np.ndarray, ids: np.ndarray, n_rows: int) -> np.ndarray:
+def _source(source: Array, boundary: np.ndarray, ids: np.ndarray, n_rows: int) -> np.ndarray:
     is_bias = source >= n_rows
     kept = ids[boundary, np.minimum(source, n_rows - 1)]
     return np.where(is_bias, _extra(Kind.BIAS, boundary, source - n_rows), kept)

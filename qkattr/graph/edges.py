@@ -22,6 +22,7 @@ import operator
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 from jaxtyping import Array, Float, Int
 
@@ -109,7 +110,9 @@ def attention_edges(
 
 @checked
 def own_position(
-    components: Components, g: Float[Array, "R D"], position: Int[Array, "R"]
+    components: Components,
+    g: Float[Array | np.ndarray, "R D"],
+    position: Int[Array | np.ndarray, "R"],
 ) -> Float[Array, "R C"]:
     """`g . x_c` for the components at each row's own position."""
     with_rows = jnp.einsum("RD,UD->RU", g, components.rows, precision="highest")

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -50,8 +51,9 @@ def logit_gradient(
 
     def target(added: Float[Array, "L T N H"]) -> Float[Array, ""]:
         edits = Edits(blocks=BlockEdits(head_add_TNH=added))
-        how = dict(cfg=cfg, edits=edits, capture=(), precision=precision)
-        x, _ = residual_stream(params, tokens, **how)
+        x, _ = residual_stream(
+            params, tokens, cfg=cfg, edits=edits, capture=(), precision=precision
+        )
         logits = unembed(params, x[position], cfg=uncapped, precision=precision)
         return logits[token] - jnp.where(against < 0, logits.mean(), logits[against])
 
@@ -74,8 +76,8 @@ def score_gradient(
 
     def target(added: Float[Array, "L T N H"]) -> Float[Array, ""]:
         edits = Edits(blocks=BlockEdits(head_add_TNH=added))
-        how = dict(cfg=cfg, edits=edits, capture=("scores",), precision=precision)
-        _, seen = residual_stream(params, tokens, queries=query[None], **how)
+        how: dict[str, Any] = dict(cfg=cfg, edits=edits, precision=precision)
+        _, seen = residual_stream(params, tokens, capture=("scores",), queries=query[None], **how)
         assert seen.scores is not None
         return seen.scores[block, head, 0, key]
 

@@ -125,21 +125,24 @@ class _Flows:
         order = itertools.count()  # breaks ties
         # Whole routes without a flow, under what they carry; and ends of routes, under what all
         # routes that end so carry, with the flow at the last position that is known.
+        heap: list[tuple[float, int, tuple[int, ...], np.ndarray | None]]
         heap = [(-np.inf, next(order), (position,), self._settle(position, into))]
         while heap:
             bound, _, route, flow = heapq.heappop(heap)
             if flow is None:
                 yield route, -bound
                 continue
-            if len(route) > 1:
-                flow = self._cross(route[0], route[1], flow)
+            here, *behind = route
+            if behind:
+                flow = self._cross(here, behind[0], flow)
+            longer: list[tuple[float, tuple[int, ...], np.ndarray | None]]
             longer = [(float(flow[self.first].sum()), route, None)]
-            for s in self.sources.get(route[0], []):
-                carried = self._carried(s, route[0], flow, self.reach)
+            for s in self.sources.get(here, []):
+                carried = self._carried(s, here, flow, self.reach)
                 longer.append((float(carried.sum()), (s, *route), flow))
-            for carries, *rest in longer:
+            for carries, positions, flow in longer:
                 if carries > 0 and carries >= least:
-                    heapq.heappush(heap, (-carries, next(order), *rest))
+                    heapq.heappush(heap, (-carries, next(order), positions, flow))
 
     def route(self, target: int, positions: tuple[int, ...], share: float) -> Route:
         """A route with what every head carries of its hops."""

@@ -21,9 +21,11 @@ L blocks.
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
@@ -58,11 +60,11 @@ class DirectTargets:
     influence: `[P]` what each starts with; 0 in a row of padding.
     """
 
-    boundary: Int[Array, "P"]
-    position: Int[Array, "P"]
-    covector: Float[Array, "P D"]
-    constant: Float[Array, "P"]
-    influence: Float[Array, "P"]
+    boundary: Int[Array | np.ndarray, "P"]
+    position: Int[Array | np.ndarray, "P"]
+    covector: Float[Array | np.ndarray, "P D"]
+    constant: Float[Array | np.ndarray, "P"]
+    influence: Float[Array | np.ndarray, "P"]
 
 
 @struct.dataclass
@@ -293,7 +295,7 @@ def _keep(components: Components, arriving: Float[Array, "2 T C"], config: Sweep
     return kept, clean_kept, leak
 
 
-def _row_sums(edges: Float[Array, "X R"], kind: Int[Array, "X #R"]) -> dict[str, Array]:
+def _row_sums(edges: Float[Array, "X R"], kind: Int[Array, "X #R"]) -> dict[str, Any]:
     strength = jnp.abs(edges)
     return dict(
         absolute=jnp.where(_depends(kind), strength, 0.0).sum(0),

@@ -17,7 +17,7 @@ Axes: L block, E edits a block, T/S positions, N heads, D d_model, H head_dim, Q
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
@@ -136,7 +136,8 @@ def edited_queries(
     q, *scales = seen
     if edits.query is None:
         return q
-    new, changed = _edited_reads(weights, x, scales, edits, "query", cfg=cfg, precision=precision)
+    how: dict[str, Any] = dict(live=edits.live_scales, cfg=cfg, precision=precision)
+    new, changed = _edited_reads(weights, x, scales, edits.query, "query", **how)
     at = edits.query.position_E
     return q.at[at].set(jnp.where(changed[..., None], new, q[at]))
 
@@ -159,7 +160,8 @@ def edited_scores(
     scores, *scales = seen
     if edits.key is None:
         return scores
-    new, changed = _edited_reads(weights, x, scales, edits, "key", cfg=cfg, precision=precision)
+    how: dict[str, Any] = dict(live=edits.live_scales, cfg=cfg, precision=precision)
+    new, changed = _edited_reads(weights, x, scales, edits.key, "key", **how)
     at = edits.key.position_E
     columns = jnp.einsum("TNH,ENH->NTE", q_TNH, new, precision=precision) * cfg.scale
     return scores.at[:, :, at].set(jnp.where(changed.T[:, None], columns, scores[:, :, at]))
@@ -180,18 +182,18 @@ def edited_outputs(edits: BlockEdits, heads: Float[Array, "T N H"]) -> Float[Arr
 
 
 def _edited_reads(
-    weights: BlockWeights, x, scales, edits: BlockEdits, side: str, *, cfg, precision
+    weights: BlockWeights, x, scales, made: ReadEdits, side: str, *, live: bool, cfg, precision
 ) -> tuple[Float[Array, "E N H"], Bool[Array, "E N"]]:
     """What every head makes of the edited read at every edit's position, and which heads are
     edited there. Rows at the same position agree: each sees all of the position's edits.
 
-    side: the half of the QK circuit that is edited, "query" or "key"; X is its N or K.
+    side: the half of the QK circuit that is edited, "query" or "key"; X is its N or K. live: an
+    edited read is normalised by its own scale.
     """
     if side == "query":
-        made, w_DXH, bias_XH, gain = edits.query, weights.wq_DNH, weights.bq_NH, weights.norm_q
+        w_DXH, bias_XH, gain = weights.wq_DNH, weights.bq_NH, weights.norm_q
     else:
-        made, w_DXH, bias_XH, gain = edits.key, weights.wk_DKH, weights.bk_KH, weights.norm_k
-    live = edits.live_scales
+        w_DXH, bias_XH, gain = weights.wk_DKH, weights.bk_KH, weights.norm_k
     position, (n_edits, n_heads) = made.position_E, made.heads_EN.shape
     together = position[:, None] == position
     factor = (made.scale_E - 1.0)[:, None] * made.heads_EN

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -67,7 +68,7 @@ def block(
         y = norm_linear(weights.norm_attn, x, scale_attn, cfg=cfg) + norm_bias(weights.norm_attn)
         q, scale_q = project_q(weights, y, held and held.scale_q_TN, cfg=cfg, precision=precision)
         k, scale_k = project_k(weights, y, held and held.scale_k_SK, cfg=cfg, precision=precision)
-        how = dict(cfg=cfg, precision=precision)
+        how: dict[str, Any] = dict(cfg=cfg, precision=precision)
         q = edited_queries(weights, x, (q, scale_attn, scale_q), edits, **how)
         scores = attention_scores(q, k, **how)
         scores = edited_scores(weights, x, q, (scores, scale_attn, scale_k), edits, **how)
@@ -151,7 +152,7 @@ def residual_stream(
     xs = params.blocks, edits.blocks, jnp.arange(n_blocks)
     x, trace = jax.lax.scan(step, embed(params, tokens), xs)
     x = edited_residual(edits.residual, x, n_blocks)
-    if "boundaries" in capture:
+    if trace.boundaries is not None:
         boundaries = jnp.concatenate([trace.boundaries, x[None]])
         trace = dataclasses.replace(trace, boundaries=boundaries)
     return x, trace
@@ -181,7 +182,7 @@ def run_from(
             held = PatternEdits(patterns[b], jnp.ones(patterns.shape[1:3], bool))
             edits = BlockEdits(patterns=held)
         here = jnp.where((starts == b)[:, None, None], x, now)
-        how = dict(cfg=cfg.block, edits=edits, precision=precision)
+        how: dict[str, Any] = dict(cfg=cfg.block, edits=edits, precision=precision)
         return jax.vmap(lambda one: block(weights, one, **how)[0])(here)
 
     after = jax.lax.fori_loop(starts.min(), cfg.n_blocks, step, x)

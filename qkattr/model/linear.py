@@ -129,8 +129,8 @@ def pull(frozen: FrozenBlock, g: Float[Array, "R D"], position: Int[Array, "R"])
     with jax.named_scope("pull_mlp"):
         z = _einsum(frozen, "RD,FD->RF", _post_mlp_transpose(frozen, g, position), w.w_down_FD)
         mlp = _einsum(frozen, "RF,DF->RD", z * frozen.mlp.slope_up[position], w.w_up_DF)
-        if frozen.mlp.slope_gate is not None:
-            mlp += _einsum(frozen, "RF,DF->RD", z * frozen.mlp.slope_gate[position], w.w_gate_DF)
+        for slope_gate, w_gate_DF in _gate(frozen):
+            mlp += _einsum(frozen, "RF,DF->RD", z * slope_gate[position], w_gate_DF)
         mlp = norm_transpose(w.norm_mlp, mlp, cfg=cfg) * seen.scale_mlp_T[position][:, None]
     with jax.named_scope("pull_heads"):
         carried = g if cfg.parallel else g + mlp
@@ -215,6 +215,12 @@ def _einsum(frozen: FrozenBlock, spec: str, x: Array, w: Array) -> Array:
     return jnp.einsum(spec, x, f32(w), precision=frozen.precision)
 
 
+def _gate(frozen: FrozenBlock) -> list[tuple[Array, Array]]:
+    """The gate's slope and weights; none where the hidden layer does not depend on the gate."""
+    slope_gate, w_gate_DF = frozen.mlp.slope_gate, frozen.weights.w_gate_DF
+    return [] if slope_gate is None or w_gate_DF is None else [(slope_gate, w_gate_DF)]
+
+
 def _attn_out(frozen: FrozenBlock, v_SKH: Array) -> Array:
     heads = attend(frozen.seen.pattern_NTS, v_SKH, precision=frozen.precision)
     return _post_attn(frozen, _einsum(frozen, "TNH,NHD->TD", heads, frozen.weights.wo_NHD))
@@ -239,8 +245,8 @@ def _mlp_push(frozen: FrozenBlock, x: Array) -> Array:
     w = frozen.weights
     y = norm_linear(w.norm_mlp, x, frozen.seen.scale_mlp_T, cfg=frozen.cfg)
     z = frozen.mlp.slope_up * _einsum(frozen, "TD,DF->TF", y, w.w_up_DF)
-    if frozen.mlp.slope_gate is not None:
-        z += frozen.mlp.slope_gate * _einsum(frozen, "TD,DF->TF", y, w.w_gate_DF)
+    for slope_gate, w_gate_DF in _gate(frozen):
+        z += slope_gate * _einsum(frozen, "TD,DF->TF", y, w_gate_DF)
     return _post_mlp(frozen, _einsum(frozen, "TF,FD->TD", z, w.w_down_FD))
 
 
@@ -249,7 +255,7 @@ def _attn_constant(frozen: FrozenBlock) -> Float[Array, "T D"]:
     w, seen = frozen.weights, frozen.seen
     out = jnp.zeros((seen.scale_attn_T.shape[0], w.wo_NHD.shape[-1]))
     if w.norm_attn is not None and w.norm_attn.bias is not None:
-        beta = _einsum(frozen, "D,DKH->KH", norm_bias(w.norm_attn), w.wv_DKH)
+        beta = _einsum(frozen, "D,DKH->KH", f32(w.norm_attn.bias), w.wv_DKH)
         out += _einsum(frozen, "KGH,KGHD->D", _per_query_head(frozen, beta), _grouped(frozen))
     if w.bv_KH is not None:
         bias = _per_query_head(frozen, f32(w.bv_KH))
@@ -279,10 +285,10 @@ def _hidden_constant(frozen: FrozenBlock) -> Float[Array, "T F"]:
     w, mlp = frozen.weights, frozen.mlp
     rest = mlp.rest
     if w.norm_mlp is not None and w.norm_mlp.bias is not None:
-        beta = norm_bias(w.norm_mlp)
+        beta = f32(w.norm_mlp.bias)
         rest += mlp.slope_up * _einsum(frozen, "D,DF->F", beta, w.w_up_DF)
-        if mlp.slope_gate is not None:
-            rest += mlp.slope_gate * _einsum(frozen, "D,DF->F", beta, w.w_gate_DF)
+        for slope_gate, w_gate_DF in _gate(frozen):
+            rest += slope_gate * _einsum(frozen, "D,DF->F", beta, w_gate_DF)
     return rest
 
 

@@ -15,6 +15,7 @@ Axes: D distance, P pairs, H head_dim. Exact given the frozen scales.
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -63,7 +64,7 @@ def distance_profile(
     `distances` - 1; `head`, `query`, `key` and `pairs` may be traced."""
     weights, head = apart(weights, head)
     _, seen = block(weights, x, cfg=cfg, precision=precision)
-    how = dict(cfg=cfg, precision=precision)
+    how: dict[str, Any] = dict(cfg=cfg, precision=precision)
     q = query_components(weights, components, seen, head, query, at=0, **how)
     still = jnp.zeros(x.shape[0], jnp.int32)
     k = key_components(weights, components, seen, head, at=still, **how)[key]

@@ -16,6 +16,7 @@ Axes: T query position, S key position, N heads, A/C slots, P kept, H head_dim.
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -78,7 +79,8 @@ def marginals(
     """
     _, seen = block(weights, x, cfg=cfg, precision=precision)
     n_positions, n_heads = x.shape[0], weights.wq_DNH.shape[1]
-    group, how = n_heads // weights.wk_DKH.shape[1], dict(cfg=cfg, precision=precision)
+    group = n_heads // weights.wk_DKH.shape[1]
+    how: dict[str, Any] = dict(cfg=cfg, precision=precision)
     dots = partial(jnp.einsum, "CXH,YH->CXY", precision=precision)
     t, s = jnp.arange(n_positions)[:, None], jnp.arange(n_positions)[None]
     real = (components.kind != int(Kind.NONE)).any(-1)[:, None]

@@ -18,6 +18,7 @@ Axes: P places, R targets, T/S positions, A query-side slots, C key-side slots, 
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -73,7 +74,7 @@ def pair_effects(
         weights, parts = jax.tree.map(lambda a: a[b], (blocks, components))
         weights, head = apart(weights, head)
         _, seen = block(weights, boundaries[b], cfg=cfg, precision=precision)
-        how = dict(cfg=cfg, precision=precision)
+        how: dict[str, Any] = dict(cfg=cfg, precision=precision)
         q = query_components(weights, parts, seen, head, query, **how) * cfg.scale
         k = key_components(weights, parts, seen, head, **how)
         terms = jnp.einsum("AH,CH->AC", q, k[key], precision=precision)

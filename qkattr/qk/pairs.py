@@ -24,6 +24,7 @@ Exact given the frozen scales; a value may differ in its last bit from that of a
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -226,7 +227,8 @@ def top_pairs(
     """
     _, seen = block(weights, x, cfg=cfg, precision=precision)
     n_slots, n_heads, n_kv = components.n_slots, weights.wq_DNH.shape[1], weights.wk_DKH.shape[1]
-    group, how = n_heads // n_kv, dict(cfg=cfg, precision=precision)
+    group = n_heads // n_kv
+    how: dict[str, Any] = dict(cfg=cfg, precision=precision)
     at = jnp.where(slots < 0, slots.max(), slots)
     position = at // n_slots
 

@@ -26,6 +26,7 @@ import numpy as np
 from flax import struct
 from jaxtyping import Array, Float, Int
 
+from qkattr.errors import InputError
 from qkattr.model.layers import f32
 from qkattr.shapes import checked
 from qkattr.sharding import on_any_mesh
@@ -89,6 +90,17 @@ class Dictionary:
     def width(self) -> int:
         return self.w_dec_MD.shape[0]
 
+    def part(self, name: str) -> Float[Array, "M"]:
+        """An array that dictionaries of its kind have, in float32.
+
+        Raises:
+          InputError: it is not there.
+        """
+        array = getattr(self, name)
+        if array is None:
+            raise InputError(f"a dictionary of activation {self.config.activation!r} needs {name}")
+        return f32(array)
+
 
 @struct.dataclass
 class Encoding:
@@ -101,11 +113,11 @@ class Encoding:
     left_out: `[T]` the share of the activation that found no slot.
     """
 
-    index: Int[Array, "T A"]
-    activation: Float[Array, "T A"]
-    coefficient: Float[Array, "T A"]
-    bias: Float[Array, "T D"]
-    left_out: Float[Array, "T"]
+    index: Int[Array | np.ndarray, "T A"]
+    activation: Float[Array | np.ndarray, "T A"]
+    coefficient: Float[Array | np.ndarray, "T A"]
+    bias: Float[Array | np.ndarray, "T D"]
+    left_out: Float[Array | np.ndarray, "T"]
 
 
 def _normalise(dictionary: Dictionary, x: Float[Array, "T D"]) -> tuple[Array, Array, Array]:
@@ -137,11 +149,11 @@ def activations(
         return jnp.zeros((x.shape[0], dictionary.width)).at[rows, index].set(value)
     read = _read(dictionary, y, precision)
     if dictionary.config.activation == "gated":
-        size = jax.nn.relu(read * jnp.exp(f32(dictionary.r_mag_M)) + f32(dictionary.b_enc_M))
-        return jnp.where(read + f32(dictionary.b_gate_M) > 0, size, 0.0)
+        size = jax.nn.relu(read * jnp.exp(dictionary.part("r_mag_M")) + f32(dictionary.b_enc_M))
+        return jnp.where(read + dictionary.part("b_gate_M") > 0, size, 0.0)
     pre = read + f32(dictionary.b_enc_M)
     if dictionary.config.activation == "jumprelu":
-        jumps = _competing(dictionary, pre) > f32(dictionary.threshold_M)
+        jumps = _competing(dictionary, pre) > dictionary.part("threshold_M")
         return jnp.where(jumps, jax.nn.relu(pre), 0.0)
     return jax.nn.relu(pre)
 
@@ -163,6 +175,8 @@ def _competing(dictionary: Dictionary, pre: Array) -> Float[Array, "T M"]:
 def _k_largest(dictionary: Dictionary, y: Array, precision: str) -> tuple[Array, Array]:
     """The k activations of a topk dictionary at every position, and their features."""
     pre = _read(dictionary, y, precision) + f32(dictionary.b_enc_M)
+    if dictionary.config.k is None:
+        raise InputError("a dictionary of activation 'topk' needs k; give DictionaryConfig(k=...)")
     _, index = jax.lax.top_k(_competing(dictionary, pre), dictionary.config.k)
     return jax.nn.relu(jnp.take_along_axis(pre, index, axis=1)), index
 

@@ -31,7 +31,7 @@ def decompose_prompt(
     params: Params,
     dictionaries: tuple[Dictionary | None, ...] | None,
     boundaries: Float[Array, "L+1 T D"],
-    tokens: Int[Array, "T"],
+    tokens: Int[Array | np.ndarray, "T"],
     *,
     n_real: int,
     sinks: bool = True,
@@ -58,16 +58,16 @@ def decompose_prompt(
     dictionaries = dictionaries or (None,) * n_boundaries
     real = np.arange(tokens.shape[0]) < n_real
     sink = sink_table(boundaries, n_real) if sinks else np.zeros(boundaries.shape[:2], bool)
-    encodings = [
-        d and encode(d, x, slots=_most(d, max_slots), precision=precision)
+    encoded = [
+        d and (d, encode(d, x, slots=_most(d, max_slots), precision=precision))
         for d, x in zip(dictionaries, boundaries, strict=True)
     ]
-    needed = map(_needed, dictionaries, encodings, real & ~np.asarray(sink))
+    needed = map(_needed, encoded, real & ~np.asarray(sink))
     slots = min(bucket(max(2, *needed)), max_slots)
     sources = []
-    for b, (dictionary, encoding) in enumerate(zip(dictionaries, encodings, strict=True)):
-        if dictionary is not None:
-            sources.append(_from_dictionary(dictionary, encoding, slots, read))
+    for b, found in enumerate(encoded):
+        if found is not None:
+            sources.append(_from_dictionary(*found, slots, read))
         elif b == 0:
             sources.append(_from_embeddings(params, tokens, slots))
         else:
@@ -136,14 +136,15 @@ def _most(dictionary: Dictionary, max_slots: int) -> int:
     return min(dictionary.config.k or max_slots, max_slots)
 
 
-def _needed(dictionary: Dictionary | None, encoding: Encoding | None, kept: np.ndarray) -> int:
+def _needed(encoded: tuple[Dictionary, Encoding] | None, kept: np.ndarray) -> int:
     """How many features are active at once: k, or the most at a position that is kept.
 
     kept: `[T]` real positions that are no sinks. At a sink, for which SAEs were not trained,
     thousands of features may fire.
     """
-    if dictionary is None:
+    if encoded is None:
         return 0
+    dictionary, encoding = encoded
     if dictionary.config.k:
         return dictionary.config.k
     return int(np.asarray(encoding.activation > 0).sum(-1)[kept].max(initial=0))
@@ -194,7 +195,7 @@ def _constant_encoding(index: np.ndarray, coefficient: np.ndarray, d_model: int)
     )
 
 
-def _from_embeddings(params: Params, tokens: np.ndarray, slots: int) -> _Source:
+def _from_embeddings(params: Params, tokens: Array | np.ndarray, slots: int) -> _Source:
     """Boundary 0 without a dictionary: the token's embedding in slot 0,
     the position's in slot 1.
     """
