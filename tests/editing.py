@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import chex
 import jax
 import naive
 import numpy as np
@@ -164,7 +165,7 @@ def moved(actual, clean) -> bool:
 
 def assert_identical(actual, expected) -> None:
     """Two pytrees, bit for bit."""
-    jax.tree.map(np.testing.assert_array_equal, actual, expected)
+    chex.assert_trees_all_equal(actual, expected)
 
 
 # The reference: float64 NumPy, from the formulas in the module's docstring ------------------------

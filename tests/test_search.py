@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from qk_places import FOUR
 from tiny import within
+from tracing import traced_at_most
 
 from qkattr.kinds import Kind
 from qkattr.qk.pairs import search_slots, strongest, top_pairs
@@ -114,7 +115,6 @@ def test_only_the_kinds_asked_for_are_searched():
 def test_one_program_for_prompts_of_one_size():
     case = tiny.case("llama")
     slots = search_slots(case.params.blocks, case.components)
-    top_pairs(*case.block(0), slots[0], top=3, cfg=case.cfg.block)
-    before = top_pairs._cache_size()  # pyright: ignore
-    top_pairs(*case.block(2), slots[2], top=3, cfg=case.cfg.block)
-    assert top_pairs._cache_size() == before  # pyright: ignore
+    once = traced_at_most(1, top_pairs, "top", "cfg", "precision")
+    for b in (0, 2):
+        once(*case.block(b), slots[b], top=3, cfg=case.cfg.block)

@@ -15,6 +15,7 @@ import real
 import tiny
 import torch
 from tiny import within
+from tracing import traced_at_most
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from qkattr.kinds import Kind
@@ -211,10 +212,9 @@ def test_many_places_equal_one_at_a_time(case):
 def test_places_are_traced_not_compiled():
     one = tiny.case("llama")
     weights, x, parts = one.block(1)
-    before = qk_terms._cache_size()
+    once = traced_at_most(1, qk_terms, "cfg", "precision")
     for head, query, key in ((0, 3, 1), (3, 8, 8), (1, 5, 0)):
-        qk_terms(weights, x, parts, head=head, query=query, key=key, cfg=one.cfg.block)
-    assert qk_terms._cache_size() <= before + 1
+        once(weights, x, parts, head=head, query=query, key=key, cfg=one.cfg.block)
 
 
 # The real model -----------------------------------------------------------------------------------
