@@ -9,11 +9,16 @@ import re
 os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
 
 import jax  # noqa: E402
+import jaxtyping  # noqa: E402
 import pytest  # noqa: E402
+import typed  # noqa: E402
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_default_matmul_precision", "highest")
 jax.config.update("jax_numpy_rank_promotion", "allow")
+
+# Before the rooms are imported: what annotations say of arrays is checked in every call.
+jaxtyping.install_import_hook(typed.ROOMS, "typed.functions")
 
 import real  # noqa: E402  (after the settings)
 import tiny  # noqa: E402

@@ -66,7 +66,7 @@ class Components:
     def n_slots(self) -> int:
         return self.kind.shape[-1]
 
-    def map(self, f: Callable[[Array], Array]) -> Float[Array, "T C X"]:
+    def map(self, f: Callable[[Array], Array]) -> Float[Array, "T C ..."]:
         """`f` of every component, for a linear `f` from `[..., D]` to `[..., X]`."""
         features = f(self.rows)[self.row]
         coefficient = self.coefficient.reshape(*self.coefficient.shape, *(1,) * (features.ndim - 2))
@@ -118,8 +118,8 @@ def find_slots(
     components: Components,
     boundary: int,
     position: np.ndarray,
-    kind: np.ndarray | int,
-    index: np.ndarray | int | None = None,
+    kind: np.ndarray | np.integer | int,
+    index: np.ndarray | np.integer | int | None = None,
 ) -> np.ndarray:
     """Where R named components of a boundary are, on the host: their slots `[R]`, -1 for one that
     is not there.
