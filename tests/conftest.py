@@ -15,13 +15,24 @@ import typed  # noqa: E402
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_default_matmul_precision", "highest")
-jax.config.update("jax_numpy_rank_promotion", "allow")
+jax.config.update("jax_numpy_rank_promotion", "raise")
 
 # Before the rooms are imported: what annotations say of arrays is checked in every call.
 jaxtyping.install_import_hook(typed.ROOMS, "typed.functions")
 
 import real  # noqa: E402  (after the settings)
 import tiny  # noqa: E402
+
+#: Tests of rooms whose own arithmetic still promotes ranks, and of pages with code of other people.
+PROMOTE = ("experiments", "features", "train", "test_docs.py")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def ranks(request):
+    """Arrays of different ranks do not meet: what is broadcast is written out."""
+    allowed = request.path.parent.name in PROMOTE or request.path.name in PROMOTE
+    with jax.numpy_rank_promotion("allow" if allowed else "raise"):
+        yield
 
 
 def pytest_configure(config):

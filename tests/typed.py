@@ -29,7 +29,8 @@ def functions(function: Callable) -> Callable:
 
 def _named(hint: Any) -> Any:
     """An annotation with axes such as `L+1` under a name of their own, since `jaxtyping` computes
-    them only after `L`; that they go together is what `qkattr.shapes` checks. Of NumPy or of JAX."""
+    them only after `L`; that they go together is what `qkattr.shapes` checks. An array may be
+    NumPy's."""
     if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
         options = [_named(option) for option in typing.get_args(hint)]
         return typing.Union[tuple(options)]  # noqa: UP007

@@ -173,8 +173,8 @@ def effects(
     g, added = jnp.concatenate([g, top[None]]), jnp.pad(added, ((1, 0), (0, 0), (0, 0)))
     node, by_kind = jax.lax.map(lambda inputs: _account(*inputs), (g, components))
     from_above = jax.lax.cumsum(added.sum(-1), axis=0, reverse=True)[1:]
-    below_target = jnp.arange(n_blocks + 1)[:, None] <= target_boundary
-    constants = jnp.pad(from_above, ((0, 1), (0, 0))) + jnp.where(below_target, constant, 0.0)
+    below_target = jnp.arange(n_blocks + 1)[:, None] <= target_boundary[None]
+    constants = jnp.pad(from_above, ((0, 1), (0, 0))) + jnp.where(below_target, constant[None], 0.0)
     read = boundaries[target_boundary, target_position]
     value = jnp.einsum("RD,RD->R", covector, read, precision="highest") + constant
     is_target = target_boundary >= 0
@@ -227,7 +227,7 @@ def effects_at(
         slope = _cap_slope(frozen.seen.scores_NTS[head, query], cfg)
         return PlaceEffects(
             head=dot(sources * scale[key]) * pattern[key],
-            derivative=_softmax_derivative(pattern, reads) * slope,
+            derivative=_softmax_derivative(pattern[None], reads) * slope[None],
         )
 
     return jax.lax.map(one, places)
@@ -260,8 +260,8 @@ def masking_at(
 def _of_heads(frozen: FrozenBlock, heads: Array, x: Array) -> tuple[Array, Array]:
     """Head effects, and derivatives with respect to the scores: each `[R, N, T, S]`."""
     with jax.named_scope("head_effects"):
-        reads, pattern = head_reads(frozen, heads, x), frozen.seen.pattern_NTS
-        slope = _cap_slope(frozen.seen.scores_NTS, frozen.cfg)
+        reads, pattern = head_reads(frozen, heads, x), frozen.seen.pattern_NTS[None]
+        slope = _cap_slope(frozen.seen.scores_NTS, frozen.cfg)[None]
         return pattern * reads, _softmax_derivative(pattern, reads) * slope
 
 
@@ -300,7 +300,7 @@ def _account(g: Float[Array, "R T D"], components: Components) -> tuple[Array, A
     with jax.named_scope("node_effects"):
         node = node_effects(g, components)
         kinds = jnp.array([int(kind) for kind in ACCOUNT_KINDS[:-1]])
-        of_kind = (components.kind == kinds[:, None, None]).astype(node.dtype)
+        of_kind = (components.kind[None] == kinds[:, None, None]).astype(node.dtype)
         return node, jnp.einsum("RTC,XTC->RX", node, of_kind, precision="highest")
 
 
@@ -319,7 +319,7 @@ def node_effects(g: Float[Array, "R T D"], components: Components) -> Float[Arra
         return jnp.einsum("TRD,TAD->TRA", g_TRD, components.rows[row], precision="highest")
 
     features = jax.lax.map(few, (cut(g.swapaxes(0, 1)), cut(components.row)))
-    features = features.reshape(T, R, -1).swapaxes(0, 1) * components.coefficient
+    features = features.reshape(T, R, -1).swapaxes(0, 1) * components.coefficient[None]
     dot = partial(jnp.einsum, "RTD,TD->RT", g, precision="highest")
     rest = [dot(components.bias)[..., None], dot(components.error)[..., None]]
     return jnp.concatenate([features, *rest], axis=-1)

@@ -189,7 +189,7 @@ def sweep(
         pulled = pull(frozen, jnp.where(live[:, None], g, 0.0), kept_above.position)
         v = source_values(frozen, parts)
         edges = edge_totals(frozen, pulled, parts, v)
-        influence = jnp.stack([kept_above.influence, clean_above]) * live
+        influence = jnp.stack([kept_above.influence, clean_above]) * live[None]
         direct = _direct_edges(parts, targets, b, config)
         arriving = _arriving(edges, influence, parts) + _flow(direct, targets, parts, b)
         kept, clean, leak = _keep(parts, arriving, config)
@@ -227,6 +227,7 @@ def _carries(kind: Int[Array, "R"], config: SweepConfig) -> Bool[Array, "R"]:
 def _per_row(
     influence: Float[Array, "... R"], absolute: Float[Array, "R"]
 ) -> Float[Array, "... R"]:
+    absolute = jax.lax.broadcast_to_rank(absolute, influence.ndim)
     return jnp.where(absolute > 0, influence / jnp.where(absolute > 0, absolute, 1.0), 0.0)
 
 
@@ -354,9 +355,9 @@ def _direct_rows(
     and from the bias there.
     """
     n_positions, n_slots = components.kind.shape
-    same = kept.valid & (kept.position == targets.position[:, None])
+    same = kept.valid[None] & (kept.position[None] == targets.position[:, None])
     to_kept = jnp.where(same, edges[:, kept.slot], 0.0)
-    own = jnp.arange(n_positions) == targets.position[:, None]
+    own = jnp.arange(n_positions)[None] == targets.position[:, None]
     weight = jnp.concatenate([to_kept, jnp.where(own, edges[:, n_slots - 2, None], 0.0)], axis=1)
     depends = jnp.broadcast_to(jnp.arange(weight.shape[1]) < to_kept.shape[1], weight.shape)
     chosen, strongest, carried = _strongest(weight, depends, config)

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from qkattr.config import BlockConfig
-from qkattr.model.layers import f32, rotate, softcap
+from qkattr.model.layers import f32, lifted, rotate, softcap
 from qkattr.types import BlockWeights
 
 MASKED = -1e30  # a finite stand-in for -inf: exp of it is exactly 0 in float32, and it makes no NaN
@@ -82,7 +82,11 @@ def finish_head(
 
     Linear in `raw`, so that it takes whole queries and the components of queries alike.
     """
-    return rotate(raw if gain is None else raw * f32(gain) * scale[..., None], positions, inv_freq)
+    return rotate(
+        raw if gain is None else raw * lifted(f32(gain), raw) * scale[..., None],
+        positions,
+        inv_freq,
+    )
 
 
 def project_q(
@@ -112,7 +116,7 @@ def project_k(
 
 
 def _finish_whole(raw, bias, gain, inv_freq, scale, cfg):
-    raw = raw if bias is None else raw + f32(bias)
+    raw = raw if bias is None else raw + lifted(f32(bias), raw)
     scale = head_scale(gain, raw, cfg=cfg) if scale is None else scale
     positions = jnp.arange(raw.shape[0])
     return finish_head(raw, scale, gain=gain, inv_freq=inv_freq, positions=positions), scale
@@ -122,8 +126,8 @@ def project_v(
     weights: BlockWeights, y: Float[Array, "S D"], *, precision: str
 ) -> Float[Array, "S K H"]:
     """Values."""
-    bias = 0.0 if weights.bv_KH is None else f32(weights.bv_KH)
-    return jnp.einsum("SD,DKH->SKH", y, f32(weights.wv_DKH), precision=precision) + bias
+    v_SKH = jnp.einsum("SD,DKH->SKH", y, f32(weights.wv_DKH), precision=precision)
+    return v_SKH + (0.0 if weights.bv_KH is None else lifted(f32(weights.bv_KH), v_SKH))
 
 
 def visible(n_positions: int, window: Int[Array, ""]) -> Bool[Array, "T S"]:

@@ -26,7 +26,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from qkattr.config import BlockConfig
 from qkattr.model.attention import finish_head, head_scale
-from qkattr.model.layers import f32, norm_bias, norm_linear, norm_scale
+from qkattr.model.layers import f32, lifted, norm_bias, norm_linear, norm_scale
 from qkattr.types import Activations, BlockWeights
 
 
@@ -195,25 +195,27 @@ def _edited_reads(
     else:
         w_DXH, bias_XH, gain = weights.wk_DKH, weights.bk_KH, weights.norm_k
     position, (n_edits, n_heads) = made.position_E, made.heads_EN.shape
-    together = position[:, None] == position
+    together = position[:, None] == position[None]
     factor = (made.scale_E - 1.0)[:, None] * made.heads_EN
     delta = jnp.einsum("EF,FN,FD->END", together, factor, made.vector_ED, precision="highest")
     changed = (together[..., None] & (factor != 0)).any(1)
     read = x[position][:, None] + delta
     scale, scale_head = (s[position] for s in scales)
     scale = norm_scale(weights.norm_attn, read, cfg=cfg) if live else scale[:, None]
-    y = norm_linear(weights.norm_attn, read, scale, cfg=cfg) + norm_bias(weights.norm_attn)
+    y = norm_linear(weights.norm_attn, read, scale, cfg=cfg) + lifted(
+        norm_bias(weights.norm_attn), read
+    )
     n_projections = w_DXH.shape[1]
     grouped = y.reshape(n_edits, n_projections, n_heads // n_projections, -1)
     raw = jnp.einsum("EXGD,DXH->EXGH", grouped, f32(w_DXH), precision=precision)
-    raw = raw if bias_XH is None else raw + f32(bias_XH)[:, None]
+    raw = raw if bias_XH is None else raw + lifted(f32(bias_XH)[:, None], raw)
     if not live:
         scale_head = scale_head[..., None]
     elif gain is None or gain.ndim == 1:
         scale_head = head_scale(gain, raw, cfg=cfg)
     else:  # a QK-norm of all heads: each is normalised as if all of them read what it reads
         every = jnp.einsum("EXGD,DYH->EXGYH", grouped, f32(w_DXH), precision=precision)
-        every = every if bias_XH is None else every + f32(bias_XH)
+        every = every if bias_XH is None else every + lifted(f32(bias_XH), every)
         scale_head = head_scale(gain, every, cfg=cfg)[..., 0]
     new = finish_head(
         raw,

@@ -36,7 +36,7 @@ from qkattr.model.edits import (
     edited_residual,
     edited_scores,
 )
-from qkattr.model.layers import apply_norm, f32, norm_bias, norm_linear, norm_scale, softcap
+from qkattr.model.layers import apply_norm, f32, lifted, norm_bias, norm_linear, norm_scale, softcap
 from qkattr.model.mlp import hidden, mlp_out
 from qkattr.shapes import checked
 from qkattr.sharding import on_any_mesh
@@ -65,7 +65,9 @@ def block(
 
     with jax.named_scope("attention"):
         scale_attn = scale("scale_attn_T", weights.norm_attn, x)
-        y = norm_linear(weights.norm_attn, x, scale_attn, cfg=cfg) + norm_bias(weights.norm_attn)
+        y = norm_linear(weights.norm_attn, x, scale_attn, cfg=cfg) + lifted(
+            norm_bias(weights.norm_attn), x
+        )
         q, scale_q = project_q(weights, y, held and held.scale_q_TN, cfg=cfg, precision=precision)
         k, scale_k = project_k(weights, y, held and held.scale_k_SK, cfg=cfg, precision=precision)
         how: dict[str, Any] = dict(cfg=cfg, precision=precision)
@@ -76,19 +78,21 @@ def block(
         heads = attend(pattern, project_v(weights, y, precision=precision), precision=precision)
         heads = edited_outputs(edits, heads)
         out = jnp.einsum("TNH,NHD->TD", heads, f32(weights.wo_NHD), precision=precision)
-        out = out if weights.bo_D is None else out + f32(weights.bo_D)
+        out = out if weights.bo_D is None else out + f32(weights.bo_D)[None]
         scale_attn_post = scale("scale_attn_post_T", weights.norm_attn_post, out)
         attn = norm_linear(weights.norm_attn_post, out, scale_attn_post, cfg=cfg)
-        middle = x + attn + norm_bias(weights.norm_attn_post)
+        middle = x + attn + lifted(norm_bias(weights.norm_attn_post), x)
     with jax.named_scope("mlp"):
         read = x if cfg.parallel else middle
         scale_mlp = scale("scale_mlp_T", weights.norm_mlp, read)
-        y = norm_linear(weights.norm_mlp, read, scale_mlp, cfg=cfg) + norm_bias(weights.norm_mlp)
+        y = norm_linear(weights.norm_mlp, read, scale_mlp, cfg=cfg) + lifted(
+            norm_bias(weights.norm_mlp), x
+        )
         gate, up = hidden(weights, y, precision=precision)
         out = mlp_out(weights, gate, up, cfg=cfg, precision=precision)
         scale_mlp_post = scale("scale_mlp_post_T", weights.norm_mlp_post, out)
         mlp = norm_linear(weights.norm_mlp_post, out, scale_mlp_post, cfg=cfg)
-        after = middle + mlp + norm_bias(weights.norm_mlp_post)
+        after = middle + mlp + lifted(norm_bias(weights.norm_mlp_post), x)
     return after, Activations(
         scale_attn_T=scale_attn, scale_q_TN=scale_q, scale_k_SK=scale_k, q_TNH=q, k_SKH=k,
         scores_NTS=scores, pattern_NTS=pattern, scale_attn_post_T=scale_attn_post,
@@ -114,7 +118,8 @@ def unembed(
         logits = jnp.einsum("...D,VD->...V", y, f32(params.embed_VD), precision=precision)
     else:
         logits = jnp.einsum("...D,DV->...V", y, f32(params.unembed_DV), precision=precision)
-    logits = logits if params.unembed_bias_V is None else logits + f32(params.unembed_bias_V)
+    if params.unembed_bias_V is not None:
+        logits = logits + lifted(f32(params.unembed_bias_V), logits)
     return softcap(logits, cfg.final_softcap)
 
 

@@ -31,6 +31,12 @@ def f32(x: Array) -> Float[Array, "..."]:
     return jnp.asarray(x, jnp.float32)
 
 
+def lifted(part: Array | float, x: Array) -> Array | float:
+    """What is the same along the first axes of x, such as a bias, with axes of length 1 for them,
+    so that it meets x rank by rank."""
+    return part if isinstance(part, float) else jax.lax.broadcast_to_rank(part, x.ndim)
+
+
 def softcap(x: Float[Array, "..."], cap: float | None) -> Float[Array, "..."]:
     """`cap * tanh(x / cap)`: x where it is small, never beyond the cap; x itself without a cap."""
     return x if cap is None else cap * jnp.tanh(x / cap)
@@ -48,12 +54,12 @@ def norm_scale(
 
 def norm_direction(norm: Norm | None, x: Float[Array, "... D"], *, cfg: BlockConfig) -> Array:
     """The norm's linear part before its scale: w * x, centred first for LayerNorm."""
-    return x if norm is None else _centre(x, cfg) * f32(norm.weight)
+    return x if norm is None else _centre(x, cfg) * lifted(f32(norm.weight), x)
 
 
 def norm_transpose(norm: Norm | None, g: Float[Array, "... D"], *, cfg: BlockConfig) -> Array:
     """The transpose of `norm_direction`, for covectors."""
-    return g if norm is None else _centre(g * f32(norm.weight), cfg)
+    return g if norm is None else _centre(g * lifted(f32(norm.weight), g), cfg)
 
 
 def norm_linear(
@@ -70,7 +76,7 @@ def norm_bias(norm: Norm | None) -> Array | float:
 
 def apply_norm(norm: Norm | None, x: Float[Array, "... D"], *, cfg: BlockConfig) -> Array:
     """The norm as the model computes it."""
-    return norm_linear(norm, x, norm_scale(norm, x, cfg=cfg), cfg=cfg) + norm_bias(norm)
+    return norm_linear(norm, x, norm_scale(norm, x, cfg=cfg), cfg=cfg) + lifted(norm_bias(norm), x)
 
 
 def _centre(x: Array, cfg: BlockConfig) -> Array:
@@ -86,7 +92,7 @@ def rotate(
     Linear in x, and orthogonal: `rotate(x, -positions, inv_freq)` undoes it, and is its transpose.
     """
     pairs = inv_freq.shape[-1]
-    angle = positions.astype(jnp.float32)[:, None] * inv_freq
+    angle = positions.astype(jnp.float32)[:, None] * inv_freq[None]
     angle = angle.reshape(angle.shape[0], *(1,) * (x.ndim - 2), pairs)
     cos, sin = jnp.cos(angle), jnp.sin(angle)
     first, second, rest = x[..., :pairs], x[..., pairs : 2 * pairs], x[..., 2 * pairs :]

@@ -30,7 +30,7 @@ from jaxtyping import Array, Float, Int
 from qkattr.config import BlockConfig
 from qkattr.model.attention import attend
 from qkattr.model.forward import block
-from qkattr.model.layers import f32, norm_bias, norm_direction, norm_linear, norm_transpose
+from qkattr.model.layers import f32, lifted, norm_bias, norm_direction, norm_linear, norm_transpose
 from qkattr.model.mlp import MLPSlopes, slopes
 from qkattr.shapes import checked
 from qkattr.types import Activations, BlockWeights
@@ -156,7 +156,7 @@ def pull_stream(frozen: FrozenBlock, g: Float[Array, "R T D"]) -> PulledStream:
         on_values = _einsum(frozen, "RTKGH,KGTS->RSKH", heads, pattern)
         on_normed = _einsum(frozen, "RSKH,DKH->RSD", on_values, w.wv_DKH)
         through = norm_transpose(w.norm_attn, on_normed, cfg=frozen.cfg)
-        below = pulled.residual + pulled.mlp + through * seen.scale_attn_T[:, None]
+        below = pulled.residual + pulled.mlp + through * seen.scale_attn_T[None, :, None]
     return PulledStream(below=below, heads=pulled.heads, constant=pulled.constant)
 
 
@@ -256,13 +256,14 @@ def _attn_constant(frozen: FrozenBlock) -> Float[Array, "T D"]:
     out = jnp.zeros((seen.scale_attn_T.shape[0], w.wo_NHD.shape[-1]))
     if w.norm_attn is not None and w.norm_attn.bias is not None:
         beta = _einsum(frozen, "D,DKH->KH", f32(w.norm_attn.bias), w.wv_DKH)
-        out += _einsum(frozen, "KGH,KGHD->D", _per_query_head(frozen, beta), _grouped(frozen))
+        shared = _per_query_head(frozen, beta)
+        out += _einsum(frozen, "KGH,KGHD->D", shared, _grouped(frozen))[None]
     if w.bv_KH is not None:
         bias = _per_query_head(frozen, f32(w.bv_KH))
-        out += _einsum(frozen, "KGH,KGHD->D", bias, _grouped(frozen))
+        out += _einsum(frozen, "KGH,KGHD->D", bias, _grouped(frozen))[None]
     if w.bo_D is not None:
-        out += f32(w.bo_D)
-    return _post_attn(frozen, out) + norm_bias(w.norm_attn_post)
+        out += f32(w.bo_D)[None]
+    return _post_attn(frozen, out) + lifted(norm_bias(w.norm_attn_post), out)
 
 
 def _grouped(frozen: FrozenBlock) -> Array:
@@ -286,9 +287,9 @@ def _hidden_constant(frozen: FrozenBlock) -> Float[Array, "T F"]:
     rest = mlp.rest
     if w.norm_mlp is not None and w.norm_mlp.bias is not None:
         beta = f32(w.norm_mlp.bias)
-        rest += mlp.slope_up * _einsum(frozen, "D,DF->F", beta, w.w_up_DF)
+        rest += mlp.slope_up * _einsum(frozen, "D,DF->F", beta, w.w_up_DF)[None]
         for slope_gate, w_gate_DF in _gate(frozen):
-            rest += slope_gate * _einsum(frozen, "D,DF->F", beta, w_gate_DF)
+            rest += slope_gate * _einsum(frozen, "D,DF->F", beta, w_gate_DF)[None]
     return rest
 
 
@@ -297,7 +298,7 @@ def _mlp_bias(frozen: FrozenBlock) -> Float[Array, "T D"]:
     w = frozen.weights
     bias = jnp.zeros(w.w_down_FD.shape[-1]) if w.b_down_D is None else f32(w.b_down_D)
     out = jnp.broadcast_to(bias, (frozen.seen.scale_mlp_T.shape[0], bias.shape[0]))
-    return _post_mlp(frozen, out) + norm_bias(w.norm_mlp_post)
+    return _post_mlp(frozen, out) + lifted(norm_bias(w.norm_mlp_post), out)
 
 
 def _mlp_constant(frozen: FrozenBlock) -> Float[Array, "T D"]:

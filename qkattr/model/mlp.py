@@ -42,16 +42,15 @@ class MLPSlopes:
 
 
 def _bias(b: Array | None) -> Array | float:
-    return 0.0 if b is None else f32(b)
+    return 0.0 if b is None else f32(b)[None]
 
 
 def hidden(
     weights: BlockWeights, y: Float[Array, "T D"], *, precision: str
 ) -> tuple[Float[Array, "T F"] | None, Float[Array, "T F"]]:
     """`(g, u)`: the pre-activations of the gate (None when ungated) and of the up projection."""
-    up = jnp.einsum("TD,DF->TF", y, f32(weights.w_up_DF), precision=precision) + _bias(
-        weights.b_up_F
-    )
+    up = jnp.einsum("TD,DF->TF", y, f32(weights.w_up_DF), precision=precision)
+    up = up + _bias(weights.b_up_F)
     if weights.w_gate_DF is None:
         return None, up
     gate = jnp.einsum("TD,DF->TF", y, f32(weights.w_gate_DF), precision=precision)

@@ -106,7 +106,7 @@ def marginals(
         at_k = largest(dots(parts_k[:, :last], q[first:last]), top)
         found = []
         for value, slot in (at_q, [a.swapaxes(1, 2) for a in at_k]):
-            here = pair[first:last, :last]
+            here = pair[None, first:last, :last]
             value = jnp.where(here, value, 0.0)
             slot = jnp.where(here & (value != 0), slot, -1)
             later = ((0, 0), (0, 0), (0, n_positions - last))

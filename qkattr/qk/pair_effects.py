@@ -80,7 +80,7 @@ def pair_effects(
         terms = jnp.einsum("AH,CH->AC", q, k[key], precision=precision)
         elsewhere = jax.vmap(lambda d: same_component(parts, k, d, key))(derivative_RS)
         return PairEffects(
-            here=terms * derivative_RS[:, key, None, None],
+            here=terms[None] * derivative_RS[:, key, None, None],
             over_keys=jnp.einsum("AH,RCH->RAC", q, elsewhere, precision=precision),
         )
 

@@ -151,8 +151,8 @@ def strongest(
         r, j = at // n_across, at % n_across
 
         values = jnp.einsum("UH,CH->UC", rows[r], columns, precision=precision)
-        own = jnp.arange(columns.shape[0]) // width == j[:, None]
-        values = jnp.where(own & seen(at_R[r][:, None], at_C), sign * values, 0.0)
+        own = (jnp.arange(columns.shape[0]) // width)[None] == j[:, None]
+        values = jnp.where(own & seen(at_R[r][:, None], at_C[None]), sign * values, 0.0)
         value, flat = jax.lax.top_k(values.ravel(), min(top, values.size))
         tile_at, column = flat // columns.shape[0], flat % columns.shape[0]
         return sign * jnp.maximum(value, 0.0), r[tile_at], column
@@ -177,7 +177,7 @@ def _level(rows, columns, seen, top: int, precision: str) -> Float[Array, ""]:
     values = jnp.einsum("RH,CH->RC", rows, columns, precision=precision)
     if len(rows) < top:
         return jnp.zeros(())
-    values = jnp.where(seen(r[:, None], c), values, 0.0)
+    values = jnp.where(seen(r[:, None], c[None]), values, 0.0)
     best = [jnp.sort(of_row)[-top] for of_row in (values.max(1), -values.min(1))]
     return jnp.maximum(jnp.minimum(*best), 0.0)
 

@@ -267,10 +267,10 @@ def same_component(
     """Each key component of `key`, summed over the keys with their weights:
     matched by kind and index, and 0 where it is not active.
     """
-    same = (components.kind[key][:, None, None] == components.kind) & (
-        components.index[key][:, None, None] == components.index
+    same = (components.kind[key][:, None, None] == components.kind[None]) & (
+        components.index[key][:, None, None] == components.index[None]
     )
-    matched = jnp.where(same, weight[:, None], 0.0)
+    matched = jnp.where(same, weight[None, :, None], 0.0)
     return jnp.einsum("CSX,SXH->CH", matched, k, precision="highest")
 
 

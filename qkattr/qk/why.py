@@ -159,7 +159,7 @@ def competition(
     rows = jnp.einsum("AH,SCH->ASC", q, k, precision=precision)
     shown = rows
     if listed is not None:
-        shown = jnp.where(listed[query][:, None, None] & listed, rows, 0.0)
+        shown = jnp.where(listed[query][:, None, None] & listed[None], rows, 0.0)
     flat = shown.reshape(shown.shape[0], -1).T
     net = jax.ops.segment_sum(flat, identity.ravel(), num_segments=identity.size).T
     each = jax.vmap(lambda s: used_slots(components, s, weights.bk_KH, weights.norm_attn))

@@ -170,7 +170,7 @@ def assemble(
     error = jnp.where(real[:, None], x - features - bias, 0.0)
     last = jnp.where(sink, int(Kind.SINK), error_kind)
     kind = [
-        jnp.where(active, slot_kind, int(Kind.NONE)),
+        jnp.where(active, slot_kind[None], int(Kind.NONE)),
         jnp.where(real, int(Kind.BIAS), int(Kind.NONE))[:, None],
         jnp.where(real, last, int(Kind.NONE))[:, None],
     ]

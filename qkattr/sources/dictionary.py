@@ -149,11 +149,13 @@ def activations(
         return jnp.zeros((x.shape[0], dictionary.width)).at[rows, index].set(value)
     read = _read(dictionary, y, precision)
     if dictionary.config.activation == "gated":
-        size = jax.nn.relu(read * jnp.exp(dictionary.part("r_mag_M")) + f32(dictionary.b_enc_M))
-        return jnp.where(read + dictionary.part("b_gate_M") > 0, size, 0.0)
-    pre = read + f32(dictionary.b_enc_M)
+        size = jax.nn.relu(
+            read * jnp.exp(dictionary.part("r_mag_M"))[None] + f32(dictionary.b_enc_M)[None]
+        )
+        return jnp.where(read + dictionary.part("b_gate_M")[None] > 0, size, 0.0)
+    pre = read + f32(dictionary.b_enc_M)[None]
     if dictionary.config.activation == "jumprelu":
-        jumps = _competing(dictionary, pre) > dictionary.part("threshold_M")
+        jumps = _competing(dictionary, pre) > dictionary.part("threshold_M")[None]
         return jnp.where(jumps, jax.nn.relu(pre), 0.0)
     return jax.nn.relu(pre)
 
@@ -161,7 +163,7 @@ def activations(
 def _read(dictionary: Dictionary, y: Array, precision: str) -> Float[Array, "T M"]:
     """What the encoder's directions read of the normalised input, without their biases."""
     if dictionary.config.subtract_b_dec:
-        y = y - f32(dictionary.b_dec_D)
+        y = y - f32(dictionary.b_dec_D)[None]
     return jnp.einsum("TD,DM->TM", y, f32(dictionary.w_enc_DM), precision=precision)
 
 
@@ -169,12 +171,12 @@ def _competing(dictionary: Dictionary, pre: Array) -> Float[Array, "T M"]:
     """What thresholds and the choice of the k largest look at."""
     if not dictionary.config.rescale_by_decoder_norm:
         return pre
-    return pre * jnp.linalg.norm(f32(dictionary.w_dec_MD), axis=-1)
+    return pre * jnp.linalg.norm(f32(dictionary.w_dec_MD), axis=-1)[None]
 
 
 def _k_largest(dictionary: Dictionary, y: Array, precision: str) -> tuple[Array, Array]:
     """The k activations of a topk dictionary at every position, and their features."""
-    pre = _read(dictionary, y, precision) + f32(dictionary.b_enc_M)
+    pre = _read(dictionary, y, precision) + f32(dictionary.b_enc_M)[None]
     if dictionary.config.k is None:
         raise InputError("a dictionary of activation 'topk' needs k; give DictionaryConfig(k=...)")
     _, index = jax.lax.top_k(_competing(dictionary, pre), dictionary.config.k)
@@ -207,7 +209,7 @@ def encode(
     activation, at = jax.lax.top_k(every, min(slots, every.shape[1]))
     index = at if features is None else jnp.take_along_axis(features, at, axis=1)
     left_out = 1 - activation.sum(-1) / jnp.maximum(every.sum(-1), 1e-30)
-    bias = f32(dictionary.b_dec_D) * scale[:, None] + mean[:, None]
+    bias = f32(dictionary.b_dec_D)[None] * scale[:, None] + mean[:, None]
     return Encoding(
         index=index,
         activation=activation,
@@ -225,4 +227,4 @@ def reconstruct(
     _, scale, mean = _normalise(dictionary, x)
     a = activations(dictionary, x, precision=precision)
     y = jnp.einsum("TM,MD->TD", a, f32(dictionary.w_dec_MD), precision=precision)
-    return a, (y + f32(dictionary.b_dec_D)) * scale[:, None] + mean[:, None]
+    return a, (y + f32(dictionary.b_dec_D)[None]) * scale[:, None] + mean[:, None]
