@@ -116,7 +116,7 @@ NO_STACK = Stack("", ())
 
 
 @dataclasses.dataclass(frozen=True)
-class Seen:
+class Given:
     """An array that was handed in, and what is required of it.
 
     name: of the argument, with its fields: `weights.wq_DNH`.
@@ -177,7 +177,7 @@ def _holds(assertion: Callable[..., None], *arguments: Any) -> bool:
 # What an annotation asks for ----------------------------------------------------------------------
 
 
-def _arrays(hint: Any, value: Any, name: str, stack: Stack = NO_STACK) -> Iterator[Seen]:
+def _arrays(hint: Any, value: Any, name: str, stack: Stack = NO_STACK) -> Iterator[Given]:
     """The arrays of an argument, or of a field; nothing for what is neither array nor struct."""
     if typing.get_origin(hint) is Annotated:
         hint, *axes = typing.get_args(hint)
@@ -201,7 +201,7 @@ def _arrays(hint: Any, value: Any, name: str, stack: Stack = NO_STACK) -> Iterat
         raise InputError(f"{name} is {_a(value)}, expected {what}")
 
 
-def _seen(options: list[Any], value: Any, name: str, stack: Stack) -> Seen:
+def _seen(options: list[Any], value: Any, name: str, stack: Stack) -> Given:
     prefix = name.rpartition(".")[0]
     every = [
         tuple(_axis(text, prefix) for text in (*stack.axes, *o.dim_str.split())) for o in options
@@ -214,7 +214,7 @@ def _seen(options: list[Any], value: Any, name: str, stack: Stack) -> Seen:
     kind = KINDS[options[at].dtype.__name__]
     if not prefix and kind is jnp.floating and options[at].array_type is jax.Array:
         kind = jnp.float32
-    return Seen(name, array, every[at], stack, kind)
+    return Given(name, array, every[at], stack, kind)
 
 
 @functools.cache
@@ -232,7 +232,7 @@ def _axis(text: str, prefix: str) -> Axis:
 # What the arrays are ------------------------------------------------------------------------------
 
 
-def _check(arrays: list[Seen]) -> None:
+def _check(arrays: list[Given]) -> None:
     fits = [seen for seen in arrays if seen.has_rank()]
     if len(fits) < len(arrays):
         wrong = next(seen for seen in arrays if not seen.has_rank())
@@ -251,7 +251,7 @@ def _check(arrays: list[Seen]) -> None:
     _check_groups(arrays, sizes)
 
 
-def _agreed(arrays: Iterable[Seen]) -> dict[str, int]:
+def _agreed(arrays: Iterable[Given]) -> dict[str, int]:
     """The size of every letter that most arrays have, or of those the first. The letters of most
     arrays come first, and an array that is wrong in one has no voice in the others."""
     voters, sizes = list(arrays), {}
@@ -266,7 +266,7 @@ def _agreed(arrays: Iterable[Seen]) -> dict[str, int]:
     return sizes
 
 
-def _check_groups(arrays: list[Seen], sizes: dict[str, int]) -> None:
+def _check_groups(arrays: list[Given], sizes: dict[str, int]) -> None:
     """Query heads come in groups, one a key head."""
     n_query, n_key = sizes.get("N", 0), sizes.get("K", 1)
     if n_query % max(n_key, 1):
@@ -277,7 +277,7 @@ def _check_groups(arrays: list[Seen], sizes: dict[str, int]) -> None:
         )
 
 
-def _witness(arrays: Iterable[Seen], letter: str, size: int | None = None) -> str:
+def _witness(arrays: Iterable[Given], letter: str, size: int | None = None) -> str:
     """The first array that has a letter, of some size."""
     return next(
         seen.name
@@ -287,7 +287,7 @@ def _witness(arrays: Iterable[Seen], letter: str, size: int | None = None) -> st
     )
 
 
-def _about_rank(seen: Seen, sizes: dict[str, int]) -> str:
+def _about_rank(seen: Given, sizes: dict[str, int]) -> str:
     shape, axes = seen.array.shape, seen.axes
     known = [axis.size(sizes) for axis in axes]
     if len(shape) == len(axes) + 1:
@@ -328,7 +328,7 @@ def _merges(sizes: list[int], shape: tuple[int, ...]) -> bool:
     return len(at) == len(shape) and at == sorted(set(at)) and running[-1] == math.prod(shape)
 
 
-def _about_type(seen: Seen) -> str:
+def _about_type(seen: Given) -> str:
     dtype = seen.array.dtype
     names = {jnp.floating: "floating-point", jnp.integer: "integer", bool: "bool"}
     cast = {jnp.floating: "float32", jnp.integer: "int32", bool: "bool"}
@@ -343,7 +343,7 @@ def _about_type(seen: Seen) -> str:
     )
 
 
-def _about_sizes(seen: Seen, others: list[Seen], sizes: dict[str, int]) -> str:
+def _about_sizes(seen: Given, others: list[Given], sizes: dict[str, int]) -> str:
     """Whose sizes they are, and how to turn the axes where that is all."""
     known, shape = [axis.size(sizes) for axis in seen.axes], seen.array.shape
     orders = itertools.permutations(range(len(shape))) if None not in known else ()
