@@ -111,3 +111,13 @@ def write_saes(folder, *, seed=0, boundaries=range(1, BLOCKS + 1), d=D, edit=lam
         (folder / hook / "cfg.json").write_text(json.dumps(config))
         save_file(tensors, folder / hook / "sae_weights.safetensors")
     return folder
+
+
+def write_packed(root):
+    """A model, and SAEs for it as a folder and as a packed file."""
+    from qkattr.load.dictionaries.packing import pack_saes
+
+    write_model(root / "model", tokenizer=True)
+    write_saes(root / "saes")
+    pack_saes(root / "saes", root / "packed.gguf")
+    return root

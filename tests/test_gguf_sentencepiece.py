@@ -7,7 +7,7 @@ import io
 import gguf
 import pytest
 
-from qkattr.load.models.gguf_container import parse
+from qkattr.load.tensors.gguf_container import parse
 from qkattr.load.text.gguf_tokenizer import tokenizer_from_gguf
 
 sentencepiece = pytest.importorskip("sentencepiece")

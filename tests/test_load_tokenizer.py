@@ -13,7 +13,7 @@ from qkattr.config import BlockConfig, ModelConfig, Rotary
 from qkattr.errors import InputError
 from qkattr.kinds import NO_WINDOW
 from qkattr.load.bundle import Bundle
-from qkattr.load.models.gguf_container import parse
+from qkattr.load.tensors.gguf_container import parse
 from qkattr.load.text.gguf_tokenizer import tokenizer_from_gguf
 from qkattr.load.text.tokenizer import Tokenizer
 

@@ -19,12 +19,9 @@ _MEASURED = ("unexplained_variance", "loss_recovered")
 def pack(
     context: typer.Context,
     saes: Annotated[Path, typer.Argument(help="A folder of SAELens SAEs, one after every block.")],
-    out: Annotated[Path, Option(help="The .safetensors file to write.", show_default=False)],
+    out: Annotated[Path, Option(help="The .gguf file to write.", show_default=False)],
     model: options.Model = options.Model(),
     bits: Annotated[int, Option(help="The bits of a weight, 4 or 8.")] = 4,
-    block: Annotated[
-        int, Option(help="The number of a feature's weights that share one scale.")
-    ] = 32,
     wide: Annotated[
         list[int] | None,
         Option(
@@ -44,7 +41,7 @@ def pack(
     missing: options.Missing = "error",
     json: common.Json = False,
 ) -> None:
-    """Pack a folder of SAEs into one file of blockwise integers, for --saes."""
+    """Pack a folder of SAEs into one GGUF file, for --saes."""
     if saes.is_file():
         raise InputError(f"{str(saes)!r} is a file; give the folder of SAEs to pack")
     for name in common.given(context, "rows", "bos", "bos_token") if text is None else ():
@@ -56,11 +53,11 @@ def pack(
         named = options.Saes(**vars(model), saes=str(saes), missing=missing)
         bundle = named.open()
         wanted = None if passage is None else cut_rows(bundle, passage, reading.bos, rows)
-        from qkattr.load.dictionaries.packed import pack_saes
+        from qkattr.load.dictionaries.packing import pack_saes
 
-        errors = pack_saes(saes, out, bits=bits, block=block, wide=wide or (), progress=progress)
+        errors = pack_saes(saes, out, bits=bits, wide=wide or (), progress=progress)
         boundaries = {e.boundary: dataclasses.asdict(e) for e in errors}
-        report = dict(file=str(out), bytes=out.stat().st_size, block=block)
+        report = dict(file=str(out), bytes=out.stat().st_size)
         if wanted is not None:
             report |= _measure(bundle, out, wanted, boundaries, progress)
     report["boundaries"] = list(boundaries.values())
@@ -74,8 +71,8 @@ def _check_out(out: Path) -> None:
     """Fail before the work, not after it."""
     from qkattr.files import check_writable
 
-    if out.suffix != ".safetensors" or out.is_dir():
-        raise InputError(f"--out {str(out)!r} is not a .safetensors file; give another name")
+    if out.suffix != ".gguf" or out.is_dir():
+        raise InputError(f"--out {str(out)!r} is not a .gguf file; give another name")
     check_writable(out.parent)
 
 
@@ -83,10 +80,10 @@ def _measure(bundle, packed: Path, rows: list, boundaries: dict[int, dict], prog
     """Puts what the folder and the packed file explain into `boundaries`; returns what they were
     measured on."""
     from qkattr.features.check import check_saes
-    from qkattr.load.dictionaries.packed import open_packed
+    from qkattr.load.dictionaries import load_saes
 
     before = check_saes(bundle, rows, progress=progress)
-    dictionaries = open_packed(packed, bundle.config, missing=bundle.missing)
+    dictionaries = load_saes(packed, bundle.config, missing=bundle.missing)
     changed = dataclasses.replace(
         bundle, dictionaries=dictionaries, read_params=lambda: bundle.params
     )

@@ -4,7 +4,7 @@
     hf, gguf    model folders and GGUF files -> `ModelConfig`, and a `Checkpoint` of named tensors
     weights     a checkpoint's tensors, checked and stacked -> `Params`
     mapped      safetensors files as memory-mapped arrays
-    saes        SAELens folders -> one `Dictionary` a boundary
+    saes        folders of SAEs, or a packed GGUF file of all -> one `Dictionary` a boundary
     tokenizer   text and chat messages -> ids; gguf_tokenizer builds one from a GGUF file's metadata
     smollm2     the model whose SAEs and cards are in the package
     registry    the models and SAEs known by name; named, hub: what a name stands for, as files

@@ -104,12 +104,9 @@ def _read_saes(saes: str, model: str, config: ModelConfig, missing: str) -> _Sae
     """From a packed file, or a folder of SAEs. model: as it was asked for."""
     from qkattr.load import named
     from qkattr.load.dictionaries import check_set, find_saes
-    from qkattr.load.dictionaries.packed import open_packed
 
     found = _find_saes(saes)
     path, choice = found.path, found.choice
-    if path.is_file():
-        return _Saes(open_packed(path, config, missing=missing), fingerprint(path.parent, [path]))
     on_disk = find_saes(path, called=found.called)
     check_set(on_disk.headers, saes, config, missing, on_disk.notes)
     dictionaries = on_disk.read(config.n_blocks)

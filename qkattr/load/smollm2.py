@@ -137,7 +137,7 @@ def saes_path() -> Path:
     Raises:
       InputError: the package has been taken apart.
     """
-    return _packaged("saes.safetensors")
+    return _packaged("saes.gguf")
 
 
 def cards_path() -> Path:

@@ -21,10 +21,10 @@ from qkattr.config import ModelConfig
 from qkattr.errors import InputError
 from qkattr.files import write_files
 from qkattr.load.dictionaries import CONFIG, WEIGHTS, load_saes
-from qkattr.load.dictionaries.packed import open_packed, pack_saes
+from qkattr.load.dictionaries.packing import pack_saes
 from qkattr.sources.dictionary import Dictionary, DictionaryConfig
 from qkattr.train.config import TrainConfig
-from qkattr.train.rounding import BLOCK, rounded
+from qkattr.train.rounding import rounded
 from qkattr.train.sae import SAE
 from qkattr.train.step import TrainState
 
@@ -71,7 +71,7 @@ def write_packed(folder: Path, path: Path, state: TrainState, *, cfg: TrainConfi
         }
         for b in range(n)
     }
-    pack_saes(folder, path, bits=cfg.bits, block=BLOCK, wide=cfg.wide, grids=grids)
+    pack_saes(folder, path, bits=cfg.bits, wide=cfg.wide, grids=grids)
 
 
 def write_saes(
@@ -133,8 +133,7 @@ def open_start(folder: str, *, model: ModelConfig, cfg: TrainConfig) -> tuple[Di
       InputError: they are not SAEs of this kind and width after every block, or read their input
         otherwise than the trainer does.
     """
-    opener = open_packed if Path(folder).is_file() else load_saes
-    found = cast(tuple[Dictionary, ...], opener(folder, model)[1:])
+    found = cast(tuple[Dictionary, ...], load_saes(folder, model)[1:])
     for b, d in enumerate(found, start=1):
         same = d.config.activation == cfg.activation and d.config.subtract_b_dec
         if not same or d.config.normalize != "none" or d.width != cfg.width:

@@ -2,7 +2,7 @@
 
     q = clip(round(w / (gain scale)), -h, h - 1) gain scale        h = 2^(bits - 1)
 
-From the step on at which the grid (gain and scales, see `load.blockwise`) is fitted, it stays as it
+From the step on at which the grid (gain and scales, see `quantised`) is fitted, it stays as it
 is; the gradient passes through the rounding (straight-through). What is lost by rounding a trained
 set afterwards, features learn to do without.
 Axes: L boundary, M dictionary width, D d_model, G blocks of a row.
@@ -18,12 +18,9 @@ import numpy as np
 from flax import struct
 from jaxtyping import Array, Float
 
-from qkattr.load.dictionaries.blockwise import quantise
+from qkattr.load.dictionaries.quantised import BLOCK, padded, quantise
 from qkattr.train.config import TrainConfig
 from qkattr.train.sae import SAE
-
-#: Weights that share a scale.
-BLOCK = 32
 
 
 @struct.dataclass
@@ -40,7 +37,7 @@ class Grid:
 def no_grid(saes: SAE) -> Grid:
     """The grid of stacked SAEs that rounds nothing."""
     n, m, d = saes.w_dec_MD.shape
-    scale, gain = jnp.zeros((n, m, -(-d // BLOCK))), jnp.zeros((n, d))
+    scale, gain = jnp.zeros((n, m, padded(d) // BLOCK)), jnp.zeros((n, d))
     return Grid(
         scale_enc_MG=scale,
         gain_enc_D=gain,
@@ -61,7 +58,7 @@ def fit_grid(saes: SAE, *, cfg: TrainConfig) -> Grid:
     each = []
     for b in range(len(w_enc)):
         bits = bits_of(b + 1, cfg=cfg)
-        enc, dec = (quantise(w[b], bits=bits, block=BLOCK) for w in (w_enc, w_dec))
+        enc, dec = (quantise(w[b], bits=bits) for w in (w_enc, w_dec))
         each.append(
             Grid(
                 scale_enc_MG=np.float32(enc.scales),

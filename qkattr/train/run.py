@@ -3,7 +3,7 @@ checkpoints, and resuming.
 
     OUT/checkpoints      by orbax, to go on from
     OUT/metrics.jsonl    a line every LOG steps
-    OUT/saes             the trained set, SAELens folders; with `bits` also OUT/saes.safetensors
+    OUT/saes             the trained set, SAELens folders; with `bits` also OUT/saes.gguf
     OUT/metrics.json     how good it is on the held-out rows
 """
 
@@ -98,7 +98,7 @@ def train(
         return trained
     write_saes(out / "saes", trained, model_name=bundle.model, context=cfg.row)
     if cfg.bits:
-        write_packed(out / "saes", out / "saes.safetensors", state, cfg=cfg)
+        write_packed(out / "saes", out / "saes.gguf", state, cfg=cfg)
     return trained
 
 

@@ -10,7 +10,7 @@ from layouts import CASES, D, M
 from qkattr.config import BlockConfig, ModelConfig, Rotary
 from qkattr.kinds import NO_WINDOW
 from qkattr.load.dictionaries import load_saes
-from qkattr.load.dictionaries.packed import open_packed, pack_saes
+from qkattr.load.dictionaries.packing import pack_saes
 from qkattr.sources.components import decompose
 from qkattr.sources.dictionary import (
     Dictionary,
@@ -75,9 +75,9 @@ def test_slots_sum_to_the_residual(tmp_path, name):
                                   "dictionary_learning, GatedAutoEncoder"])  # fmt: skip
 def test_any_format_can_be_packed(tmp_path, name):
     CASES[name](tmp_path, np.random.default_rng(1))
-    pack_saes(tmp_path, tmp_path / "packed.safetensors", bits=8, block=4)
+    pack_saes(tmp_path, tmp_path / "packed.gguf", bits=8)
     whole = load_saes(tmp_path, MODEL, missing="raw")[2]
-    packed = open_packed(tmp_path / "packed.safetensors", MODEL, missing="raw")[2]
+    packed = load_saes(tmp_path / "packed.gguf", MODEL, missing="raw")[2]
     assert packed.config == whole.config
     for field in ("factor", "l0", "threshold_M", "b_gate_M", "r_mag_M", "b_enc_M", "b_dec_D"):
         a, b = getattr(packed, field), getattr(whole, field)

@@ -53,9 +53,9 @@ def test_check_passes_over_it(root, monkeypatch, capsys):
 
 
 def test_the_packed_file_and_the_library_do_the_same(root, tmp_path):
-    from qkattr.load.dictionaries.packed import pack_saes
+    from qkattr.load.dictionaries.packing import pack_saes
 
-    pack_saes(root / "saes", tmp_path / "packed.safetensors")
-    for saes in (root / "saes", tmp_path / "packed.safetensors"):
+    pack_saes(root / "saes", tmp_path / "packed.gguf")
+    for saes in (root / "saes", tmp_path / "packed.gguf"):
         bundle = qkattr.load(root / "model", saes, missing="raw")
         assert [d is None for d in bundle.dictionaries] == [True, False, True, False]

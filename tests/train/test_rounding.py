@@ -8,16 +8,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from gguf import GGUFReader
 from tiny import within
 from training import SETTINGS
 
 from qkattr.load.dictionaries import load_saes
-from qkattr.load.dictionaries.blockwise import Blockwise, dequantise, on_grid, quantise
-from qkattr.load.dictionaries.packed import open_packed, pack_saes
+from qkattr.load.dictionaries.packing import pack_saes
+from qkattr.load.dictionaries.quantised import BLOCK, dequantise, on_grid, quantise
 from qkattr.sources.dictionary import reconstruct
 from qkattr.train.config import TrainConfig
-from qkattr.train.rounding import BLOCK, Grid, fit_grid, no_grid, rounded
+from qkattr.train.rounding import Grid, fit_grid, no_grid, rounded
 from qkattr.train.run import train
 from qkattr.train.sae import init_sae
 from qkattr.train.stream import Stream
@@ -56,12 +56,9 @@ def test_rounded_is_what_the_packer_writes():
         w = np.asarray(sae.w_enc_MD)
         expected = by_loop(w, np.asarray(of.scale_enc_MG), np.asarray(of.gain_enc_D), of.half)
         within("rounded", here.w_enc_MD, expected, 1e-6)
-        packed = on_grid(
-            w, np.asarray(of.scale_enc_MG), np.asarray(of.gain_enc_D), bits=bits, block=BLOCK
-        )
-        within("packed", dequantise(packed, bits=bits), expected, HALF)
-        best: Blockwise = quantise(w, bits=bits, block=BLOCK)
-        np.testing.assert_array_equal(packed.codes, best.codes)
+        packed = on_grid(w, np.asarray(of.scale_enc_MG), np.asarray(of.gain_enc_D), bits=bits)
+        within("packed", dequantise(packed), expected, HALF)
+        np.testing.assert_array_equal(packed.rows, quantise(w, bits=bits).rows)
 
 
 def test_gradients_pass_through_and_no_grid_rounds_nothing():
@@ -78,16 +75,17 @@ def test_gradients_pass_through_and_no_grid_rounds_nothing():
 def test_a_run_ends_in_a_packed_file_of_its_own_weights(small, rows, tmp_path):
     cfg = config(tokens=32 * 60, wide=[2])
     trained = train(small, rows, cfg, out=tmp_path)
-    packed = open_packed(tmp_path / "saes.safetensors", small.config)
+    packed = load_saes(tmp_path / "saes.gguf", small.config)
     folder = load_saes(tmp_path / "saes", small.config)
     for one, two, three in zip(trained, packed[1:], folder[1:], strict=True):
         for name in ("w_enc_DM", "w_dec_MD", "b_enc_M", "b_dec_D"):
             a, b, c = (np.float32(getattr(d, name)) for d in (one, two, three))
             within(name, b, a, HALF, np.abs(a).max())
             np.testing.assert_array_equal(a, c)
-    metadata = load_file(tmp_path / "saes.safetensors")
-    sizes = [metadata[f"blocks.{b}.hook_resid_post.W_enc.codes"].shape[1] for b in range(2)]
-    assert sizes == [BLOCK // 2, BLOCK]  # 4 and 8 bits of 16 weights, padded to a block
+    stored = {t.name: t for t in GGUFReader(tmp_path / "saes.gguf").tensors}
+    matrices = [stored[f"blocks.{b}.hook_resid_post.W_enc"] for b in range(2)]
+    assert [m.tensor_type.name for m in matrices] == ["Q4_0", "Q8_0"]
+    assert {m.shape[0] for m in matrices} == {BLOCK}  # 16 weights, padded to a block
 
 
 def test_training_on_the_grid_beats_rounding_afterwards(small, rows, tmp_path):
@@ -95,14 +93,14 @@ def test_training_on_the_grid_beats_rounding_afterwards(small, rows, tmp_path):
     train(small, rows, config(tokens=32 * 300, bits=0), out=tmp_path / "first")
     options = dict(start=str(tmp_path / "first" / "saes"), tokens=32 * 200, lr=2e-3, decay=0.8)
     train(small, rows, config(**options, bits=0), out=tmp_path / "after")
-    pack_saes(tmp_path / "after" / "saes", tmp_path / "after.safetensors", bits=4, block=BLOCK)
+    pack_saes(tmp_path / "after" / "saes", tmp_path / "after.gguf", bits=4)
     train(small, rows, config(**options, round_from=0.0), out=tmp_path / "on")
     stream = Stream(small.params, rows[:-4], small.config, config(**options))
     stream.measure()
     x = stream.buffer(0).x_LBD
     errors = {}
-    for name, path in (("after", "after.safetensors"), ("on", "on/saes.safetensors")):
-        saes = open_packed(tmp_path / path, small.config)[1:]
+    for name, path in (("after", "after.gguf"), ("on", "on/saes.gguf")):
+        saes = load_saes(tmp_path / path, small.config)[1:]
         errors[name] = [
             float(jnp.square(x[b] - reconstruct(sae, x[b])[1]).sum()) for b, sae in enumerate(saes)
         ]
@@ -128,17 +126,16 @@ def test_a_run_stopped_before_or_on_the_grid_goes_on_bit_for_bit(
         train(small, rows, config(), out=tmp_path / "broken")
     monkeypatch.undo()
     train(small, rows, config(), out=tmp_path / "broken")
-    one, two = (load_file(tmp_path / d / "saes.safetensors") for d in ("whole", "broken"))
-    for name, tensor in one.items():
-        np.testing.assert_array_equal(tensor, two[name], err_msg=name)
+    one, two = ((tmp_path / d / "saes.gguf").read_bytes() for d in ("whole", "broken"))
+    assert one == two
 
 
 def test_a_packed_file_is_a_start(small, rows, tmp_path):
     train(small, rows, config(), out=tmp_path / "one")
-    packed = tmp_path / "one" / "saes.safetensors"
+    packed = tmp_path / "one" / "saes.gguf"
     cfg = config(start=str(packed), tokens=32, lr=0.0, bits=0)
     again = train(small, rows, cfg, out=tmp_path / "two")
-    for mine, theirs in zip(again, open_packed(packed, small.config)[1:], strict=True):
+    for mine, theirs in zip(again, load_saes(packed, small.config)[1:], strict=True):
         a, b = np.asarray(mine.w_dec_MD), np.float32(theirs.w_dec_MD)
         b = b / np.linalg.norm(b, axis=1, keepdims=True)
         within("w_dec", a, b, 1e-5)

@@ -33,6 +33,7 @@ from qkattr.load.dictionaries.choose import (
 )
 from qkattr.load.dictionaries.header import Found, Header, Options, map_sae, stated
 from qkattr.load.dictionaries.hooks import OTHERS, boundary, counts
+from qkattr.load.dictionaries.packed import find_packed
 from qkattr.sources.dictionary import Dictionary
 
 
@@ -103,13 +104,14 @@ class SaeSet:
 
     root: Path
     headers: dict[int, Header]
-    settings: tuple[Path, ...]
+    settings: tuple[Path, ...] = ()
     notes: tuple[str, ...] = ()
 
     @property
     def files(self) -> list[Path]:
         """All files that the set is made of, for its fingerprint."""
-        return [*self.settings, *(file for h in self.headers.values() for file in h.files)]
+        files = (file for header in self.headers.values() for file in header.files)
+        return [*self.settings, *dict.fromkeys(files)]
 
     def read(self, n_blocks: int) -> tuple[Dictionary | None, ...]:
         """One dictionary a boundary, None where there is none."""
@@ -146,10 +148,13 @@ def find_saes(
 ) -> SaeSet:
     """The SAEs at or below `path`, one a boundary, their weights not yet read.
 
-    path: a folder, or `FOLDER:PATTERN`, see `choose.matching`. options: None: those of the
-    folder's qkattr.toml, if it has one. called: what the user knows the folder as, if that is
-    another name, for errors.
+    path: a packed file, a folder, or `FOLDER:PATTERN`, see `choose.matching`. options: None: those
+    of the folder's qkattr.toml, if it has one. called: what the user knows the folder as, if that
+    is another name, for errors.
     """
+    if Path(path).is_file():
+        packed = [stated(header, options or Options()) for header in find_packed(Path(path))]
+        return SaeSet(Path(path).parent, by_boundary(packed))
     root, pattern = split_pattern(path)
     name = called or str(root)
     folders = sae_folders(root, name)
@@ -211,8 +216,9 @@ def load_saes(
 ) -> tuple[Dictionary | None, ...]:
     """One dictionary a boundary, `n_blocks + 1` of them; boundary 0 may have None.
 
-    path: a folder with SAEs in or below it in any known format, or `FOLDER:PATTERN`. missing:
-    "error", or "raw": a boundary may have no SAE. options: see `find_saes`.
+    path: a packed file, or a folder with SAEs in or below it in any known format, or
+    `FOLDER:PATTERN`. missing: "error", or "raw": a boundary may have no SAE. options: see
+    `find_saes`.
 
     Raises:
       InputError: as `load_sae`; or an SAE is not on the residual stream, is not as wide as the

@@ -32,7 +32,8 @@ NORMALISATIONS: tuple[str, ...] = get_args(Normalisation)
 #: Bytes of an SAE file up to which every weight is checked at loading; beyond it, the vectors.
 _CHECKED_WHOLE = 2**28
 
-_FIELDS = {
+#: The fields of `Dictionary`, by the names of tensors in SAELens.
+FIELDS = {
     "W_enc": "w_enc_DM",
     "W_dec": "w_dec_MD",
     "b_enc": "b_enc_M",
@@ -98,8 +99,8 @@ class Header:
 
     parts: where its tensors are, by their names in SAELens; those that are left out are zeros or
     none. spare: tensors of the file that have no use here. constants: fields of `Dictionary` that
-    come from the config. scaled: inputs are multiplied by a factor that no file has. source: the
-    config, as errors call it.
+    come from the config. scaled: inputs are multiplied by a factor that no file has. finite: the
+    file checks the values of matrices where it reads them. source: the config, as errors call it.
     """
 
     folder: Path
@@ -115,6 +116,7 @@ class Header:
     spare: frozenset[str] = frozenset()
     constants: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
     scaled: bool = False
+    finite: bool = False
     source: str = "its config"
 
     @property
@@ -210,7 +212,8 @@ def map_sae(header: Header) -> Dictionary:
     """The SAE as memory-mapped arrays, its values checked."""
     file = header.file
     raw = {part.name: file.read(part.name) for part in header.parts.values()}
-    whole = sum(tensor.nbytes for tensor in raw.values()) <= _CHECKED_WHOLE
+    small = sum(tensor.nbytes for tensor in raw.values()) <= _CHECKED_WHOLE
+    whole = small and not header.finite
     for name, tensor in raw.items():
         if whole or tensor.ndim < 2:
             check_finite(tensor, name, file.where)
@@ -218,7 +221,7 @@ def map_sae(header: Header) -> Dictionary:
     fields: dict[str, Any] = {"b_enc_M": np.zeros(header.d_sae, np.float32)}
     fields["b_dec_D"] = np.zeros(header.d_in, np.float32)
     for name, part in header.parts.items():
-        fields[_FIELDS[name]] = _oriented(raw[part.name], part, header)
+        fields[FIELDS[name]] = _oriented(raw[part.name], part, header)
     return Dictionary(**fields | header.constants, config=header.config)
 
 

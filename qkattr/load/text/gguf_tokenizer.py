@@ -15,7 +15,7 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 from tokenizers import Tokenizer as Inner
 
 from qkattr.errors import InputError
-from qkattr.load.models.gguf_container import Container
+from qkattr.load.tensors.gguf_container import Container
 from qkattr.load.text.tokenizer import Tokenizer
 
 _NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4  # token types

@@ -21,11 +21,14 @@ import math
 import mmap
 import struct
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from qkattr.errors import InputError
+
+if TYPE_CHECKING:
+    from gguf import GGMLQuantizationType
 
 _MAGIC, _VERSIONS = b"GGUF", (2, 3)
 _STRING, _ARRAY = 8, 9
@@ -53,6 +56,26 @@ class Tensor:
     code: int
     offset: int
 
+    def __str__(self) -> str:
+        return f"{self.kind.name} {list(self.shape)}"
+
+    @property
+    def kind(self) -> GGMLQuantizationType:
+        """Its type; `ValueError` where the gguf package knows none of that code."""
+        import gguf
+
+        return gguf.GGMLQuantizationType(self.code)
+
+    def byte_shape(self) -> tuple[int, ...]:
+        """The shape of its bytes in the file: the last size counts the bytes of a row.
+
+        Raises:
+          ValueError: its type is not known, or its rows are not whole blocks of that type.
+        """
+        from gguf.quants import quant_shape_to_byte_shape
+
+        return quant_shape_to_byte_shape(self.shape, self.kind)
+
 
 @dataclasses.dataclass(frozen=True)
 class Container:
@@ -73,12 +96,13 @@ class Container:
         value = self._metadata.get(key, default)
         return value.tolist() if isinstance(value, np.ndarray) else value
 
-    def bytes(self, tensor: Tensor, shape: tuple[int, ...]) -> np.ndarray:
-        """The bytes of a tensor, mapped. shape: of these bytes.
+    def bytes(self, tensor: Tensor) -> np.ndarray:
+        """The bytes of a tensor, mapped, in the shape of `Tensor.byte_shape`.
 
         Raises:
           InputError: the file has been taken away or cut short since it was parsed.
         """
+        shape = tensor.byte_shape()
         start, count = self.start + tensor.offset, math.prod(shape)
         if count == 0:  # nothing cannot be mapped
             return np.empty(shape, np.uint8)
@@ -88,6 +112,25 @@ class Container:
             raise InputError(
                 f"{self.path.name} changed while it was read ({e}); start again"
             ) from e
+
+
+def open_container(path: Path) -> Container:
+    """Parse a file, and check that it holds all bytes of every tensor.
+
+    Raises:
+      InputError: it cannot be read, is not a GGUF file, or a part of it is wrong or missing.
+    """
+    try:
+        container = parse(path)
+        for tensor in container.tensors.values():
+            end = container.start + tensor.offset + math.prod(tensor.byte_shape())
+            if end > container.size:
+                raise ValueError(f"{tensor.name!r:.40} ends at byte {end:,} of {container.size:,}")
+    except (ValueError, OverflowError, OSError, MemoryError) as e:
+        raise InputError(
+            f"{path.name} is not a whole GGUF file ({e}); copy or download it again"
+        ) from e
+    return container
 
 
 def parse(path: Path) -> Container:
