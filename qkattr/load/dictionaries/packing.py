@@ -30,7 +30,7 @@ from qkattr.load.dictionaries.quantised import (
 )
 from qkattr.sources.dictionary import Dictionary
 
-Grid = tuple[np.ndarray, np.ndarray]  # scales `[M, G]` and gain `[D]` of a matrix
+_Grid = tuple[np.ndarray, np.ndarray]  # scales `[M, G]` and gain `[D]` of a matrix
 _ARCHITECTURE = "qkattr-saes"
 
 #: A matrix that comes back with a larger relative error than this is not worth writing.
@@ -53,7 +53,7 @@ def pack_saes(
     *,
     bits: int = 4,
     wide: Collection[int] = (),
-    grids: Mapping[int, Mapping[str, Grid]] | None = None,
+    grids: Mapping[int, Mapping[str, _Grid]] | None = None,
     progress: Callable[[str], None] = lambda stage: None,
 ) -> tuple[PackedError, ...]:
     """Pack a folder of SAEs into one file, whole or not at all.
@@ -94,7 +94,7 @@ def pack_saes(
 
 
 def _stored(
-    dictionary: Dictionary, bits: int, grid: Mapping[str, Grid], name: str
+    dictionary: Dictionary, bits: int, grid: Mapping[str, _Grid], name: str
 ) -> tuple[dict[str, np.ndarray | Quantised], dict[str, float]]:
     """The SAE's tensors as they are stored, and the relative errors of its two matrices."""
     fields = {name: getattr(dictionary, field) for name, field in FIELDS.items()}
