@@ -21,7 +21,8 @@ from qkattr.load.bundle import Bundle, Prompt, need_bundle
 from qkattr.options import TraceOptions, make_options
 from qkattr.qk.table import QKAttribution
 from qkattr.result import Traced
-from qkattr.subject import HasSubject, Stages, Subject, enter, quiet, subject
+from qkattr.subject import HasSubject, Stages, Subject, enter, quiet
+from qkattr.subject import subject as make_subject
 
 if TYPE_CHECKING:
     import jax
@@ -167,7 +168,7 @@ def trace(bundle: Bundle, prompt: Prompt, *, progress: Stages = quiet, **options
       InputError: the prompt or an option cannot be used.
     """
     opts = make_options(TraceOptions, options)
-    asked = subject(bundle, prompt, progress=progress, **vars(opts.subject))
+    asked = make_subject(bundle, prompt, progress=progress, **vars(opts.subject))
     return trace_subject(asked, opts)
 
 
@@ -248,12 +249,12 @@ def check_made_with(traced: Traced, bundle: Bundle) -> None:
 
 
 def qk_attribution(
-    asked: HasSubject, *, layer: int, head: int, query: int | str, key: int | str
+    subject: HasSubject, *, layer: int, head: int, query: int | str, key: int | str
 ) -> QKAttribution:
     """Why head `head` of block `layer` attended from `query` to `key`: its score, expanded.
 
     Args:
-      asked: a result or a subject.
+      subject: a result or a subject.
       query, key: positions, negative positions, or token texts.
 
     Raises:
@@ -261,13 +262,13 @@ def qk_attribution(
         window, or the result was opened without its model and does not hold this place in full.
     """
     place = dict(layer=layer, head=head, query=query, key=key)
-    if isinstance(asked, Traced):
-        stored = asked.stored(asked.place(**place))
+    if isinstance(subject, Traced):
+        stored = subject.stored(subject.place(**place))
         if stored is not None:
             return stored
     from qkattr.analyses.qk import attribution
 
-    return attribution(asked, **place)
+    return attribution(subject, **place)
 
 
 def choose_edits(result: Result, **how: Any) -> list[Edit]:

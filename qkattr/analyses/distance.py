@@ -55,7 +55,7 @@ class Distance:
 
 
 def distance(
-    asked: HasSubject,
+    subject: HasSubject,
     *,
     layer: int,
     head: int,
@@ -72,7 +72,7 @@ def distance(
     """
     if distances is not None and not 1 <= distances <= MOST:
         raise InputError(f"distances should lie in 1..{MOST}, got {distances}; give another number")
-    subject = enter(asked)
+    subject = enter(subject)
     place = subject.place(layer, head, query, key)
     layer, head, t, s = place
     subject.begin("distance")

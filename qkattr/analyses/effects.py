@@ -116,11 +116,11 @@ class TargetEffects:
         return dict(boundary=at[0], position=at[1], kind=kinds, index=self.index[at], **effects)
 
 
-def effects(asked: HasSubject, *, heads: bool = False, **options: Any) -> TargetEffects:
+def effects(subject: HasSubject, *, heads: bool = False, **options: Any) -> TargetEffects:
     """Account for all targets of a trace (DESIGN: effects).
 
     Args:
-      asked: a result, whose targets these are; or a subject, whose targets are those that `trace`
+      subject: a result, whose targets these are; or a subject, whose targets are those that `trace`
         would have.
       heads: also the effects of every head between every two positions, and the derivatives with
         respect to all scores.
@@ -130,8 +130,8 @@ def effects(asked: HasSubject, *, heads: bool = False, **options: Any) -> Target
       InputError: an option cannot be used, the result has no model, or the heads' arrays would be
         too large.
     """
-    subject = enter(asked)
-    start = _targets(asked, subject, options)
+    start = _targets(subject, options)
+    subject = start.subject
     if heads:
         _check_size(subject, len(start))
     subject.begin("effects")
@@ -159,7 +159,8 @@ def effects(asked: HasSubject, *, heads: bool = False, **options: Any) -> Target
     )
 
 
-def _targets(asked: HasSubject, subject: Subject, options: dict[str, Any]) -> Targets:
+def _targets(asked: HasSubject, options: dict[str, Any]) -> Targets:
+    subject = enter(asked)
     if isinstance(asked, Traced):
         for name in options:
             raise InputError(f"a result has its targets; leave {name} out, or give a subject")

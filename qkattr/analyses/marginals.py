@@ -43,7 +43,7 @@ class Looks:
 
 
 def all_marginals(
-    asked: HasSubject,
+    subject: HasSubject,
     *,
     layer: int | None = None,
     top: int = 5,
@@ -56,7 +56,7 @@ def all_marginals(
     Raises:
       InputError: the layer or `top` cannot be used.
     """
-    subject = enter(asked)
+    subject = enter(subject)
     check_head(layer, None, subject.facts.head_grid)
     config, n = subject.bundle.config, len(subject.ids)
     if not 1 <= top <= subject.components.n_slots:
@@ -77,7 +77,7 @@ def all_marginals(
 
 
 def marginals(
-    asked: HasSubject,
+    subject: HasSubject,
     *,
     attention: float = 0.3,
     layer: int | None = None,
@@ -98,7 +98,7 @@ def marginals(
     Raises:
       InputError: one of these cannot be used.
     """
-    subject = enter(asked)
+    subject = enter(subject)
     if not 0 <= attention <= 1:
         raise InputError(f"attention should lie in 0..1, got {attention:g}; give a share")
     check_head(layer, head, subject.facts.head_grid)

@@ -64,7 +64,7 @@ class _Side:
 
 
 def mechanisms(
-    asked: HasSubject | Sequence[HasSubject],
+    subject: HasSubject | Sequence[HasSubject],
     *,
     layer: int,
     head: int,
@@ -75,7 +75,7 @@ def mechanisms(
 ) -> MechanismTable:
     """The mechanisms of one score, or of the same score summed over several prompts.
 
-    asked: one subject, or several; positions are those of every prompt (token texts or negative
+    subject: one, or several; positions are those of every prompt (token texts or negative
     ones, where lengths differ), and tokens, query and key of the result are the first one's.
     features: decompose only the pairs of two features; the bias, which meets everything, often
     hides them.
@@ -83,16 +83,16 @@ def mechanisms(
     Raises:
       InputError: there are no prompts, or the place is not one of each of them.
     """
-    given = list(asked) if isinstance(asked, Sequence) else [asked]
+    given = list(subject) if isinstance(subject, Sequence) else [subject]
     if not given:
         raise InputError("mechanisms got no prompts; give at least one")
     subjects = [enter(each) for each in given]
-    places = [subject.place(layer, head, query, key) for subject in subjects]
+    places = [each.place(layer, head, query, key) for each in subjects]
     parts = []
-    for i, (subject, place) in enumerate(zip(subjects, places, strict=True)):
+    for i, (each, place) in enumerate(zip(subjects, places, strict=True)):
         many = len(subjects) > 1
-        subject.begin(f"prompt {i + 1} of {len(subjects)}" if many else "mechanisms")
-        parts.append(_terms(subject, place))
+        each.begin(f"prompt {i + 1} of {len(subjects)}" if many else "mechanisms")
+        parts.append(_terms(each, place))
     return _table(parts, place=places[0], tokens=subjects[0].tokens, top=top, features=features)
 
 

@@ -53,7 +53,7 @@ def check_top(top: int) -> None:
 
 
 def pairs(
-    asked: HasSubject,
+    subject: HasSubject,
     *,
     layer: int | None = None,
     head: int | None = None,
@@ -69,7 +69,7 @@ def pairs(
       InputError: there is no such block or head.
     """
     check_top(top)
-    subject = enter(asked)
+    subject = enter(subject)
     check_head(layer, head, subject.facts.head_grid)
     components = subject.components
     config, blocks = subject.bundle.config, subject.bundle.params.blocks

@@ -13,7 +13,7 @@ from qkattr.subject import HasSubject, Subject, enter
 
 
 def attribution(
-    asked: HasSubject, *, layer: int, head: int, query: int | str, key: int | str
+    subject: HasSubject, *, layer: int, head: int, query: int | str, key: int | str
 ) -> QKAttribution:
     """Why head `head` of block `layer` attended from `query` to `key`: its score, expanded.
 
@@ -23,7 +23,7 @@ def attribution(
       InputError: no such head or position, the key comes after the query or lies outside the
         window, or a result was opened without its model.
     """
-    subject = enter(asked)
+    subject = enter(subject)
     place = subject.place(layer, head, query, key)
     subject.begin("QK attribution")
     return qk_tables(subject, [place])[place]

@@ -83,7 +83,7 @@ class Why:
 
 
 def why(
-    asked: HasSubject,
+    subject: HasSubject,
     *,
     layer: int,
     head: int,
@@ -106,7 +106,7 @@ def why(
         key, so that nothing competes.
     """
     form = check_form(form, against)
-    subject = enter(asked)
+    subject = enter(subject)
     place = subject.place(layer, head, query, key)
     other = None if against is None else other_key(subject, place, against)
     subject.begin("competition")

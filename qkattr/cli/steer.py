@@ -10,13 +10,13 @@ from typer import Option
 from qkattr.cli import common
 from qkattr.cli.question import Question
 from qkattr.errors import InputError, quoted
-from qkattr.result import Traced
 
 if TYPE_CHECKING:
     from qkattr.api import Result
     from qkattr.experiments.hydra import Hydra
     from qkattr.experiments.steer import Steering
     from qkattr.kinds import Group
+    from qkattr.result import Traced
     from qkattr.subject import HasSubject, Stages, Subject
 
 
@@ -129,6 +129,7 @@ def steer(
     from qkattr.experiments.steer import check_asked, check_scales
     from qkattr.experiments.steer import steer as steer_prompt
     from qkattr.labels.groups import search_labels
+    from qkattr.result import Traced
 
     edits = [parse_edit(text) for text in edit or ()]
     ablated = parse_heads(ablate) if ablate is not None else ()

@@ -119,7 +119,7 @@ class Steering:
 
 
 def steer(
-    asked: HasSubject,
+    subject: HasSubject,
     edits: Sequence[str | Edit],
     *,
     scales: Sequence[float] = SCALES,
@@ -134,7 +134,7 @@ def steer(
     """Scale components in what chosen heads read, at every scale in one call.
 
     Args:
-      asked: a subject or a result.
+      subject: a subject or a result.
       edits: `"23:1441@6:key:23.2,23.7"`, or `Edit` (see `qkattr.experiments.edits`).
       scales: what the components are multiplied by; 1 changes nothing, 0 removes.
       freeze_others: hold the patterns of all unedited heads at the clean run's.
@@ -148,7 +148,7 @@ def steer(
     Raises:
       InputError: an edit, a head, a scale or a token cannot be used.
     """
-    subject = enter(asked)
+    subject = enter(subject)
     scales, draws = check_scales(scales), check_draws(draws)
     parsed = [parse_edit(edit) if isinstance(edit, str) else edit for edit in edits]
     if not parsed and not ablate:

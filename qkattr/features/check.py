@@ -288,7 +288,7 @@ def _fit(params, dictionary, x, tokens, boundary, mean, *, cfg):
         kept=keep.sum(),
         l0=jnp.where(keep, (a > 0).sum(-1), 0).sum(),
         error=jnp.where(keep, square, 0).sum(),
-        variance=jnp.where(keep, jnp.square(flat - mean).sum(-1), 0).sum(),
+        variance=jnp.where(keep, jnp.square(flat - mean[None]).sum(-1), 0).sum(),
         fired=((a > 0) & keep[:, None]).any(0),
         relative=jnp.where(keep, relative, jnp.nan),
         loss_sae=loss_with(rebuilt),
@@ -302,7 +302,7 @@ def _unexplained(dictionary, x, mean):
     keep = ~_sinks(x).reshape(-1)
     flat = x.reshape(-1, x.shape[-1])
     _, rebuilt = reconstruct(dictionary, flat)
-    error, variance = (jnp.square(flat - other).sum(-1) for other in (rebuilt, mean))
+    error, variance = (jnp.square(flat - other).sum(-1) for other in (rebuilt, mean[None]))
     sums = [jnp.where(keep, square, 0).sum() for square in (error, variance)]
     return sums[0] / jnp.maximum(sums[1], 1e-30)
 

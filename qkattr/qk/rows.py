@@ -34,7 +34,8 @@ def unfolded(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 def folded_share(shares: Mapping[str, Mapping[str, float]]) -> tuple[float, float]:
     """`(signed, absolute)` of all pairs with bias, error or sink on either side."""
     folded = [share for name, share in shares.items() if _FOLDED & set(name.split("-"))]
-    return sum(s["signed"] for s in folded), sum(s["absolute"] for s in folded)
+    signed, absolute = (sum((s[of] for s in folded), 0.0) for of in ("signed", "absolute"))
+    return signed, absolute
 
 
 def folded_line(shares: Mapping[str, Mapping[str, float]], what: str = "the score") -> str:

@@ -15,6 +15,9 @@ import numpy as np
 
 from qkattr.kinds import Kind, Labels
 
+#: Positions and slots come from arrays too.
+Number = int | np.integer
+
 
 class ComponentRow(TypedDict):
     """A component. index: feature id, vocabulary id of a token, position; else None. activation: of
@@ -42,7 +45,7 @@ class ComponentTable:
     tokens: list[str]
     labels: Labels
 
-    def row(self, position: int, slot: int) -> ComponentRow:
+    def row(self, position: Number, slot: Number) -> ComponentRow:
         """One component."""
         kind, index = Kind(self.kind[position, slot]), int(self.index[position, slot])
         feature = kind == Kind.FEATURE

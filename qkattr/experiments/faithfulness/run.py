@@ -47,19 +47,19 @@ class Report:
 class Between:
     """A prompt to test.
 
-    asked: a subject or a result.
+    subject: a subject or a result.
     source, target: positions to look between; None: chosen by influence, and the last.
     group: "" or the name of its paraphrases.
     """
 
-    asked: HasSubject
+    subject: HasSubject
     source: int | str | None = None
     target: int | str | None = None
     group: str = ""
 
 
 def faithfulness(
-    asked: HasSubject | Between | Sequence[HasSubject | Between],
+    subject: HasSubject | Between | Sequence[HasSubject | Between],
     *,
     measures: Sequence[str] = MEASURES,
     draws: int = 20,
@@ -69,9 +69,9 @@ def faithfulness(
     """Test attributions of some prompts against the model.
 
     Args:
-      asked: subjects, of a model with SAEs and all alike in their options; or `Between`, with
-        positions to look between and a group: prompts of one group are paraphrases, whose edges are
-        compared.
+      subject: one or several, of a model with SAEs and all alike in their options; or `Between`,
+        with positions to look between and a group: prompts of one group are paraphrases, whose
+        edges are compared.
       measures: which, of "qk", "heads", "effects", "edges", "nodes".
       draws: random heads; a quarter as many controls of features.
       seed: of all draws.
@@ -80,7 +80,7 @@ def faithfulness(
     Raises:
       InputError: there are no prompts, SAEs, draws or such measures, or a prompt cannot be used.
     """
-    every = list(asked) if isinstance(asked, Sequence) else [asked]
+    every = list(subject) if isinstance(subject, Sequence) else [subject]
     if not every:
         raise InputError("there are no prompts; give at least one")
     given = [one if isinstance(one, Between) else Between(one) for one in every]
@@ -142,7 +142,7 @@ class _Placed:
 
 def _place(given: Between, i: int, n: int) -> _Placed:
     """Prompt i of n."""
-    subject = enter(given.asked)
+    subject = enter(given.subject)
     try:
         target = subject.position(-1 if given.target is None else given.target)
         source = None if given.source is None else subject.position(given.source)
