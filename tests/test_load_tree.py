@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import families
 import flax.nnx as nnx
 import folders
 import jax
@@ -138,9 +139,9 @@ def test_gemma_with_post_norms_and_qk_norm(model):
     for table, whole in ((GEMMA_2, second), (GEMMA_3, third)):
         tree = gemma_tree(whole, transposed=True, flat=True)
         close(from_tree(tree, config, table), whole)
-    with pytest.raises(InputError, match="layer_0/attn/_key_norm/scale, .* which no field of the"):
+    with pytest.raises(InputError, match="layer_0/attn/_key_norm/scale, .* the table has no use"):
         from_tree(tree, config, GEMMA_2)
-    with pytest.raises(InputError, match="the tree has no transformer/layer_0/attn/_query_norm"):
+    with pytest.raises(InputError, match="the tree lacks transformer/layer_0/attn/_query_norm"):
         from_tree(gemma_tree(second, transposed=True, flat=True), config, GEMMA_3)
 
 
@@ -156,6 +157,76 @@ def test_blocks_stacked_in_one_leaf(model):
     tree["wq_DNH"] = b.wq_DNH.reshape(*b.wq_DNH.shape[:2], -1)
     tree |= {"norm_attn": b.norm_attn.weight, "norm_mlp": b.norm_mlp.weight}
     tree = dict(blocks=tree, embed=params.embed_VD, norm=params.norm_final.weight)
+    same(from_tree(tree, config, table), params)
+
+
+def own_layout(params: Params, *, stacked: bool):
+    """A tree with every field as it is, a leaf a block or all blocks in one, and its table."""
+    tree, table = {}, {}
+    fields = {
+        n: getattr(params, n) for n in ("embed_VD", "unembed_DV", "position_PD", "norm_final")
+    }
+    fields |= {n: getattr(params.blocks, n) for n in params.blocks.__dataclass_fields__}
+    norms = {n: norm for n, norm in fields.items() if hasattr(norm, "weight")}
+    fields |= {n: norm.weight for n, norm in norms.items()}
+    fields |= {f"{n}.bias": norm.bias for n, norm in norms.items()}
+    for name, value in fields.items():
+        if value is None or name in ("inv_freq", "window"):
+            continue
+        suffix = name.rpartition("_")[2]
+        head_norm = {"norm_q": "N H", "norm_k": "K H"}.get(name, "D")
+        axes = " ".join(suffix) if suffix.isupper() else head_norm
+        if not hasattr(params.blocks, name.split(".")[0]):
+            tree[name], table[name] = value, Leaf(name, axes)
+        elif stacked:
+            first, *rest = axes.split()
+            tree[name] = np.moveaxis(np.asarray(value), 0, 1)
+            table[name] = Leaf(name, " ".join([first, "L", *rest]))
+        else:
+            tree |= {
+                f"block{b}": tree.get(f"block{b}", {}) | {name: v} for b, v in enumerate(value)
+            }
+            table[name] = Leaf(f"block{{}}/{name}", axes)
+    return tree, table
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+@pytest.mark.parametrize("name", ["gpt2", "pythia", "gemma2", "olmo2-grouped", "qwen2", "phi3"])
+def test_every_family_reads_from_a_tree_what_its_folder_gives(name, stacked):
+    """LayerNorms, biases, the embedding's factor and norms over all heads included."""
+    config, params = load_hf(families.saved(name))
+    tree, table = own_layout(params, stacked=stacked)
+    for dtype in ("float32", "bfloat16"):
+        expected = load_hf(families.saved(name), dtype=dtype)[1]
+        read = from_tree(tree, config, table, dtype=dtype)
+        same(read, expected)
+        assert jax.tree.map(lambda a: a.dtype, read) == jax.tree.map(lambda a: a.dtype, expected)
+
+
+def test_queries_are_divided_by_depth_where_the_config_says_so():
+    config, params = load_hf(families.saved("gpt2-by-depth"))
+    tree, table = own_layout(params, stacked=False)
+    for b in range(config.n_blocks):
+        for name in ("wq_DNH", "bq_NH"):
+            tree[f"block{b}"][name] = np.asarray(tree[f"block{b}"][name]) * np.float32(b + 1)
+    read = from_tree(tree, config, table)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), read, params)
+
+
+def test_leaves_of_several_fields(model):
+    """Side by side along any axis, with heads merged or within each."""
+    config, params = load_hf(families.saved("gpt2"))
+    tree, table = own_layout(params, stacked=False)
+    for block in (tree[f"block{b}"] for b in range(config.n_blocks)):
+        q, k, v = (np.asarray(block.pop(n)) for n in ("wq_DNH", "wk_DKH", "wv_DKH"))
+        flat = [a.reshape(config.d_model, -1) for a in (q, k, v)]
+        block["qkv"] = np.concatenate(flat, 1)
+        biases = [np.asarray(block.pop(n)) for n in ("bq_NH", "bk_KH", "bv_KH")]
+        block["bias"] = np.stack(biases, 1).reshape(-1)
+    for name in ("wq_DNH", "wk_DKH", "wv_DKH", "bq_NH", "bk_KH", "bv_KH"):
+        del table[name]
+    table["wq_DNH wk_DKH wv_DKH"] = Leaf("block{}/qkv", "D (N H)+(K H)+(K H)")
+    table["bq_NH bk_KH bv_KH"] = Leaf("block{}/bias", "N3H")
     same(from_tree(tree, config, table), params)
 
 
@@ -227,11 +298,23 @@ def spoiled(tree, path, value):
 @pytest.mark.parametrize(
     "path, value, message",
     [
-        ("model/norm/weight", np.ones(9), r"norm_final calls for \[D\] with D=16"),
-        ("model/layers/1/mlp/up_proj/kernel", np.ones((24, 16)), r"w_up_DF calls for \[D F\]"),
+        ("model/norm/weight", np.ones(9), r"calls for \[16\] \(norm_final.weight as \[D\]\)"),
+        (
+            "model/layers/1/mlp/up_proj/kernel",
+            np.ones((24, 16)),
+            r"calls for \[16, 24\] \(w_up_DF as \[D F\]\)",
+        ),
         ("model/layers/0/mlp/up_proj/kernel", np.full((16, 24), np.nan), "holds NaN"),
-        ("model/layers/0/mlp/extra", np.ones(3), "the tree holds model/layers/0/mlp/extra, which"),
-        ("model/layers/1/mlp/up_proj", {}, "the tree has no model/layers/1/mlp/up_proj/kernel"),
+        (
+            "model/layers/0/mlp/extra",
+            np.ones(3),
+            "the tree holds model/layers/0/mlp/extra, for which",
+        ),
+        (
+            "model/layers/1/mlp/up_proj",
+            {},
+            "lacks model/layers/1/mlp/up_proj/kernel, .* \\(w_up_DF",
+        ),
         ("model/embed_tokens", {}, "the tree has 0 leaves model/embed_tokens/embedding, expected"),
     ],
 )
@@ -245,5 +328,41 @@ def test_misspelt_fields_and_dtypes(model):
     config, _, tensors = model
     with pytest.raises(InputError, match="'wq_DHN', which is no field"):
         from_tree(llama_tree(tensors), config, LLAMA | {"wq_DHN": Leaf("x", "D")})
+    with pytest.raises(InputError, match="'wq_DNH.bias', which is no field"):
+        from_tree(llama_tree(tensors), config, LLAMA | {"wq_DNH.bias": Leaf("x", "D")})
+    with pytest.raises(InputError, match="'norm_mlp_post.bias', which is no field|no norm"):
+        from_tree(llama_tree(tensors), config, LLAMA | {"norm_mlp_post.bias": Leaf("x", "D")})
     with pytest.raises(InputError, match="dtype is 'int8', expected one of"):
         from_tree(llama_tree(tensors), config, LLAMA, dtype="int8")
+
+
+@pytest.mark.parametrize("axes", ["D N", "X D", "D (N K)", "N D H F", "D N+K H", "", "D (N H"])
+def test_axes_of_other_letters(model, axes):
+    config, _, tensors = model
+    table = LLAMA | {"wq_DNH": Leaf("model/layers/{}/self_attn/q_proj/kernel", axes)}
+    with pytest.raises(InputError, match="the table reads wq_DNH from .* write them as in"):
+        from_tree(llama_tree(tensors), config, table)
+
+
+def test_tables_that_lack_a_field(model):
+    config, _, tensors = model
+    for name in ("wo_NHD", "embed_VD", "w_up_DF"):
+        with pytest.raises(InputError, match=f"the table lacks {name}; give a leaf for each"):
+            from_tree(llama_tree(tensors), config, {n: LLAMA[n] for n in LLAMA if n != name})
+
+
+@pytest.mark.parametrize("shape", [(3, 16, 4, 4), (1, 16, 4, 4), (2, 16, 4), (16, 2, 4, 4)])
+def test_all_blocks_are_as_many_as_the_config_says(model, shape):
+    config, _, tensors = model
+    tree = llama_tree(tensors) | {"q": np.ones(shape)}
+    for layer in tree["model"]["layers"].values():
+        del layer["self_attn"]["q_proj"]
+    with pytest.raises(InputError, match=r"q has shape .* calls for \[2, 16, 4, 4\]"):
+        from_tree(tree, config, LLAMA | {"wq_DNH": Leaf("q", "L D N H")})
+
+
+def test_a_leaf_of_integers_is_no_weight(model):
+    config, _, tensors = model
+    tree = spoiled(llama_tree(tensors), "model/norm/weight", np.ones(16, np.int32))
+    with pytest.raises(InputError, match="model/norm/weight is int32, expected"):
+        from_tree(tree, config, LLAMA)

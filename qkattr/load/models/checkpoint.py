@@ -1,12 +1,13 @@
 """What a checkpoint is, whatever its format, and whether it is the one that its config describes.
 
-A `Checkpoint` gives tensors under Hugging Face names and in Hugging Face layout; the tables of the
-family say which is which (`load.models.families.tables`). All names and shapes are checked before
-any data is read, and before JAX is imported.
+A `Checkpoint` gives tensors by name, and a `Layout` says which is which: the tables of the model's
+family, for what has Hugging Face's names and shapes, or the table of a tree. All names and shapes
+are checked before any data is read, and before JAX is imported.
 """
 
 from __future__ import annotations
 
+import re
 from typing import Protocol
 
 import ml_dtypes
@@ -15,7 +16,7 @@ import numpy as np
 from qkattr.config import ModelConfig
 from qkattr.errors import InputError, some
 from qkattr.load.models.families import FAMILIES
-from qkattr.load.models.families.tables import sizes_of
+from qkattr.load.models.families.tables import Layout, sizes_of
 from qkattr.load.tensors.mapped import FLOATS, not_floats
 
 #: The types that weights may be read as.
@@ -35,36 +36,41 @@ class Checkpoint(Protocol):
     def read(self, name: str) -> np.ndarray: ...
 
 
-def check_tensors(checkpoint: Checkpoint, config: ModelConfig) -> None:
+def check_tensors(
+    checkpoint: Checkpoint, config: ModelConfig, layout: Layout | None = None
+) -> None:
     """Compare names, types and shapes with what the config calls for; reads no data. Of tensors
-    that the family knows and does not read (causal masks, say) nothing is asked.
+    that the layout knows and does not read (causal masks, say) nothing is asked.
+
+    layout: None: that of the config's family.
 
     Raises:
       InputError: a tensor is missing, is not used, is not of floats, or has another shape.
     """
-    family, sizes = FAMILIES[config.family], sizes_of(config)
-    found = checkpoint.shapes()
-    inside, outside = family.rows(config, found)
-    expected = {row.tensor: row.shape(sizes) for row in outside}
-    for row in inside:
-        shape = row.shape(sizes)
-        expected |= {row.tensor.format(block): shape for block in range(config.n_blocks)}
-    remedy = "the weights and the config must belong to one checkpoint"
+    found, where, sizes = checkpoint.shapes(), checkpoint.where, sizes_of(config)
+    layout = layout or FAMILIES[config.family].layout(config, found)
+    rows = layout.rows(config.n_blocks)
+    expected = {row.tensor: row.fields for row in rows}
+    extra = [n for n in found if n not in expected and not _matches(n, layout.unused)]
+    holds = f"holds {some(extra)}, for which {layout.source} has no use" if extra else ""
     if missing := [name for name in expected if name not in found]:
         raise InputError(
-            f"{checkpoint.where} lacks {some(missing)}, which its config calls for; {remedy}"
+            f"{where} lacks {some(missing)}, which {layout.source} calls for "
+            f"({expected[missing[0]]}){holds and f', and {holds}'}; {layout.remedy}"
         )
-    if extra := [
-        name for name in found if name not in expected and not family.is_unused(name, config)
-    ]:
-        raise InputError(
-            f"{checkpoint.where} holds {some(extra)}, for which its config has no use; {remedy}"
-        )
-    for name, shape in expected.items():
+    if extra:
+        raise InputError(f"{where} {holds}; {layout.remedy}")
+    for row in rows:
+        name, shape = row.tensor, tuple(found[row.tensor])
         if checkpoint.type(name) not in FLOATS:
-            raise not_floats(checkpoint.where, name, checkpoint.type(name))
-        if tuple(found[name]) != shape:
-            got, want = list(found[name]), list(shape)
+            raise not_floats(where, name, checkpoint.type(name))
+        if not row.fits(shape, sizes):
+            want = ", ".join("any" if n is None else str(n) for n in row.shape(sizes))
             raise InputError(
-                f"{checkpoint.where}: {name} has shape {got}, its config calls for {want}; {remedy}"
+                f"{where}: {name} has shape {list(shape)}, its config calls for [{want}] "
+                f"({row.fields} as [{row.axes}]); {layout.remedy}"
             )
+
+
+def _matches(name: str, patterns: tuple[str, ...]) -> bool:
+    return any(re.fullmatch(pattern, name) for pattern in patterns)

@@ -1,39 +1,39 @@
 """Weights of JAX programs: a parameter tree of Flax or an orbax checkpoint -> `Params`.
 
-A table says, for every field of `BlockWeights` and `Params`, where its leaf lies and what axes the
-leaf has:
+A tree is a `Checkpoint` whose tensors are its leaves, named by their paths. A table says, for every
+field of `BlockWeights` and `Params`, where its leaf lies and what axes the leaf has, in the
+language of `families.tables`:
 
     "wq_DNH": Leaf("layer_{}/attn/q_einsum/w", "N D H")         axes in another order
     "wk_DKH": Leaf("layer_{}/attn/kv_einsum/w", "0 K D H")      the first of two stacked matrices
     "wo_NHD": Leaf("layers/{}/o_proj/kernel", "(N H) D")        merged axes
     "w_up_DF": Leaf("blocks/up", "L D F")                       all blocks in one leaf
+    "w_gate_DF w_up_DF": Leaf("block_{}/in/kernel", "D F+F")    two fields side by side in one leaf
     "norm_attn": Leaf("layer_{}/pre_attention_norm/scale", "D", plus=1.0)
 
-`{}` is the block's number. Axes are the letters of `types`, so that every shape follows from the
-model's config and is checked before anything is copied; a leaf that no field takes is refused. What
-is above the leaves (`params/transformer/...`) is found out. Nothing else of a model is read from a
-tree: scales, activation, windows and rotary are the config's.
+`{}` is the block's number. Every shape follows from the model's config and is checked before
+anything is copied; a leaf that no field takes is refused. What is above the leaves
+(`params/transformer/...`) is found out. A tree holds weights alone: scales, activation, windows,
+rotary and the embedding's factor are those of the config and its family.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from qkattr.config import ModelConfig
 from qkattr.errors import InputError, some
-from qkattr.load.models.checkpoint import DTYPES
-from qkattr.load.models.weights import per_block
-from qkattr.load.tensors.mapped import check_finite
-from qkattr.types import BlockWeights, Norm, Params
+from qkattr.load.models.families import FAMILIES
+from qkattr.load.models.families.tables import Layout, Row, sizes_of
+from qkattr.load.models.weights import read_params
+from qkattr.load.tensors.mapped import FLOATS
+from qkattr.types import BlockWeights, Params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,78 +50,60 @@ class Leaf:
 Table = Mapping[str, "Leaf | tuple[Leaf, ...]"]
 
 
-def _llama(block: str) -> dict[str, Leaf]:
-    """Flax's Llama: Hugging Face's names with transposed matrices."""
-    attention, mlp = f"{block}/self_attn", f"{block}/mlp"
-    return {
-        "norm_attn": Leaf(f"{block}/input_layernorm/weight", "D"),
-        "norm_mlp": Leaf(f"{block}/post_attention_layernorm/weight", "D"),
-        "wq_DNH": Leaf(f"{attention}/q_proj/kernel", "D (N H)"),
-        "wk_DKH": Leaf(f"{attention}/k_proj/kernel", "D (K H)"),
-        "wv_DKH": Leaf(f"{attention}/v_proj/kernel", "D (K H)"),
-        "wo_NHD": Leaf(f"{attention}/o_proj/kernel", "(N H) D"),
-        "w_gate_DF": Leaf(f"{mlp}/gate_proj/kernel", "D F"),
-        "w_up_DF": Leaf(f"{mlp}/up_proj/kernel", "D F"),
-        "w_down_FD": Leaf(f"{mlp}/down_proj/kernel", "F D"),
-    }
-
-
-#: The Flax Llama of transformers, and what has its layout.
+#: The Flax Llama of transformers: Hugging Face's names with transposed matrices.
 LLAMA: Table = {
-    **_llama("model/layers/{}"),
+    "norm_attn": Leaf("model/layers/{}/input_layernorm/weight", "D"),
+    "norm_mlp": Leaf("model/layers/{}/post_attention_layernorm/weight", "D"),
+    "wq_DNH": Leaf("model/layers/{}/self_attn/q_proj/kernel", "D (N H)"),
+    "wk_DKH": Leaf("model/layers/{}/self_attn/k_proj/kernel", "D (K H)"),
+    "wv_DKH": Leaf("model/layers/{}/self_attn/v_proj/kernel", "D (K H)"),
+    "wo_NHD": Leaf("model/layers/{}/self_attn/o_proj/kernel", "(N H) D"),
+    "w_gate_DF": Leaf("model/layers/{}/mlp/gate_proj/kernel", "D F"),
+    "w_up_DF": Leaf("model/layers/{}/mlp/up_proj/kernel", "D F"),
+    "w_down_FD": Leaf("model/layers/{}/mlp/down_proj/kernel", "F D"),
     "embed_VD": Leaf("model/embed_tokens/embedding", "V D"),
     "norm_final": Leaf("model/norm/weight", "D"),
     "unembed_DV": Leaf("lm_head/kernel", "D V"),
 }
 
 
-def _gemma() -> dict[str, Leaf | tuple[Leaf, ...]]:
-    """Einsum weights; gate and up stacked, either way round; gains stored less one."""
-    block, attention = "layer_{}", "layer_{}/attn"
-    gating = [
-        Leaf(f"{block}/mlp/gating_einsum{w}", axes) for w in ("/w", "") for axes in ("FD", "DF")
-    ]
+def _alternatives(*leaves: tuple[str, str]) -> tuple[Leaf, ...]:
+    return tuple(Leaf(f"layer_{{}}/{path}", axes) for path, axes in leaves)
 
-    def stacked(number: int) -> tuple[Leaf, ...]:
-        return tuple(dataclasses.replace(g, axes=f"{number} {' '.join(g.axes)}") for g in gating)
 
-    return {
-        "norm_attn": Leaf(f"{block}/pre_attention_norm/scale", "D", plus=1.0),
-        "norm_mlp": Leaf(f"{block}/pre_ffw_norm/scale", "D", plus=1.0),
-        "wq_DNH": (
-            Leaf(f"{attention}/q_einsum/w", "N D H"),
-            Leaf(f"{attention}/qkv_einsum/w", "0 N D H"),
-        ),
-        "wk_DKH": (
-            Leaf(f"{attention}/kv_einsum/w", "0 K D H"),
-            Leaf(f"{attention}/qkv_einsum/w", "1 K D H"),
-        ),
-        "wv_DKH": (
-            Leaf(f"{attention}/kv_einsum/w", "1 K D H"),
-            Leaf(f"{attention}/qkv_einsum/w", "2 K D H"),
-        ),
-        "wo_NHD": Leaf(f"{attention}/attn_vec_einsum/w", "N H D"),
-        "w_gate_DF": stacked(0),
-        "w_up_DF": stacked(1),
-        "w_down_FD": (Leaf(f"{block}/mlp/linear/w", "F D"), Leaf(f"{block}/mlp/linear", "F D")),
-        "embed_VD": Leaf("embedder/input_embedding", "V D"),
-        "norm_final": Leaf("final_norm/scale", "D", plus=1.0),
-    }
+def _gating(number: int) -> tuple[Leaf, ...]:
+    """Gate and up, stacked, either way round."""
+    paths, axes = ("mlp/gating_einsum/w", "mlp/gating_einsum"), ("F D", "D F")
+    return _alternatives(*((path, f"{number} {a}") for path in paths for a in axes))
+
+
+def _gain(path: str, axes: str = "D") -> Leaf:
+    """Stored less one."""
+    return Leaf(f"{path}/scale", axes, plus=1.0)
 
 
 #: DeepMind's Gemma: the first generation, and with post-norms and QK-norm the later ones.
-GEMMA: Table = _gemma()
+GEMMA: Table = {
+    "norm_attn": _gain("layer_{}/pre_attention_norm"),
+    "norm_mlp": _gain("layer_{}/pre_ffw_norm"),
+    "wq_DNH": _alternatives(("attn/q_einsum/w", "N D H"), ("attn/qkv_einsum/w", "0 N D H")),
+    "wk_DKH": _alternatives(("attn/kv_einsum/w", "0 K D H"), ("attn/qkv_einsum/w", "1 K D H")),
+    "wv_DKH": _alternatives(("attn/kv_einsum/w", "1 K D H"), ("attn/qkv_einsum/w", "2 K D H")),
+    "wo_NHD": Leaf("layer_{}/attn/attn_vec_einsum/w", "N H D"),
+    "w_gate_DF": _gating(0),
+    "w_up_DF": _gating(1),
+    "w_down_FD": _alternatives(("mlp/linear/w", "F D"), ("mlp/linear", "F D")),
+    "embed_VD": Leaf("embedder/input_embedding", "V D"),
+    "norm_final": _gain("final_norm"),
+}
 GEMMA_2: Table = GEMMA | {
-    "norm_attn_post": Leaf("layer_{}/post_attention_norm/scale", "D", plus=1.0),
-    "norm_mlp_post": Leaf("layer_{}/post_ffw_norm/scale", "D", plus=1.0),
+    "norm_attn_post": _gain("layer_{}/post_attention_norm"),
+    "norm_mlp_post": _gain("layer_{}/post_ffw_norm"),
 }
 GEMMA_3: Table = GEMMA_2 | {
-    "norm_q": Leaf("layer_{}/attn/_query_norm/scale", "H", plus=1.0),
-    "norm_k": Leaf("layer_{}/attn/_key_norm/scale", "H", plus=1.0),
+    "norm_q": _gain("layer_{}/attn/_query_norm", "H"),
+    "norm_k": _gain("layer_{}/attn/_key_norm", "H"),
 }
-
-_TOKEN = re.compile(r"\d|[A-Z]|\([A-Z ]+\)")
-_NORMS = ("norm_attn", "norm_mlp", "norm_attn_post", "norm_mlp_post", "norm_final")
 
 
 def from_tree(tree: Any, config: ModelConfig, table: Table, *, dtype: str = "float32") -> Params:
@@ -134,21 +116,11 @@ def from_tree(tree: Any, config: ModelConfig, table: Table, *, dtype: str = "flo
       dtype: of matrices, "float32" or "bfloat16".
 
     Raises:
-      InputError: a leaf is missing, has another shape, is taken by no field, or is not finite.
+      InputError: a leaf is missing, has another shape, is taken by no field, or is not finite; or
+        the table has a field that is none, lacks one, or spells axes that are none.
     """
-    if dtype not in DTYPES:
-        raise InputError(f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}")
-    leaves = _Leaves(tree, config, table)
-    fields: dict[str, Any] = {}
-    for name in _needed(table, config):
-        array = leaves.field(name)
-        small = array.ndim - (name in _OF_BLOCKS or name.split(".")[0] in _OF_BLOCKS) < 2
-        fields[name] = jnp.asarray(array, jnp.float32 if small else DTYPES[dtype])
-    leaves.refuse_the_rest()
-    for name in [n for n in fields if n in _NORMS]:
-        fields[name] = Norm(weight=fields[name], bias=fields.pop(f"{name}.bias", None))
-    blocks = {name: fields.pop(name) for name in list(fields) if name in _OF_BLOCKS}
-    return Params(blocks=BlockWeights(**blocks, **per_block(config)), **fields)
+    leaves = _Tree(_flat(tree))
+    return read_params(leaves, config, dtype=dtype, layout=_layout(table, config, leaves.shapes()))
 
 
 def load_orbax(
@@ -181,129 +153,92 @@ def load_orbax(
     return from_tree(tree, config, table, dtype=dtype)
 
 
+@dataclasses.dataclass(frozen=True)
+class _Tree:
+    """The leaves of a tree, by path, as a `Checkpoint`."""
+
+    leaves: Mapping[str, Any]
+    where: str = "the tree"
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {path: tuple(leaf.shape) for path, leaf in self.leaves.items()}
+
+    def type(self, name: str) -> str:
+        kind = str(self.leaves[name].dtype)
+        return _TYPES.get(kind, kind)
+
+    def read(self, name: str) -> np.ndarray:
+        return np.asarray(self.leaves[name])
+
+
+_TYPES = {str(dtype): name for name, dtype in FLOATS.items()}
+_NORMS = {"norm_attn", "norm_mlp", "norm_attn_post", "norm_mlp_post", "norm_final"}
 _OF_BLOCKS = frozenset(BlockWeights.__dataclass_fields__)
+#: What a table may have, and whether it must; the rest follows from the config.
+_FIELDS = {
+    field.name: field.default is dataclasses.MISSING
+    for kind in (BlockWeights, Params)
+    for field in dataclasses.fields(kind)
+    if field.name not in ("inv_freq", "window", "blocks", "embed_scale")
+} | dict.fromkeys((f"{norm}.bias" for norm in _NORMS), False)
 
 
-def _needed(table: Table, config: ModelConfig) -> list[str]:
-    """The fields to fill, in which a misspelt one is refused."""
-    known = _OF_BLOCKS | set(Params.__dataclass_fields__) - {"blocks"}
-    for name in table:
-        if name.removesuffix(".bias") not in known:
-            raise InputError(f"the table has {name!r}, which is no field of BlockWeights or Params")
-    return [name for name in table if not (config.tied and name == "unembed_DV")]
+def _layout(table: Table, config: ModelConfig, found: Mapping[str, tuple[int, ...]]) -> Layout:
+    """Of alternatives the first that is there and fits; else the first that is there."""
+    options, sizes = {key: _rows(key, entry) for key, entry in table.items()}, sizes_of(config)
+    _check(options, sizes)
+    above = _above([row.tensor for row in options["embed_VD"]], found)
+    block, outside = [], []
+    for key, rows in options.items():
+        rows = [row.below(above) for row in rows]
+        there = [row for row in rows if row.at(0).tensor in found]
+        fits = (row for row in there if row.fits(found[row.at(0).tensor], sizes))
+        of_block = key.split()[0].split(".")[0] in _OF_BLOCKS
+        if not (config.tied and key == "unembed_DV"):
+            (block if of_block else outside).append(next(fits, (there or rows)[0]))
+    scaled = config.family in FAMILIES and FAMILIES[config.family].scaled_embedding
+    return Layout(
+        tuple(block),
+        tuple(outside),
+        scaled_embedding=scaled,
+        source="the table",
+        remedy="give the table of the tree's layout and the config of its model",
+    )
 
 
-class _Leaves:
-    """The leaves of a tree by path, and which of them have been used."""
+def _rows(key: str, entry: Leaf | tuple[Leaf, ...]) -> list[Row]:
+    """The rows of an entry's leaves."""
+    fields = " ".join(f"{f}.weight" if f in _NORMS else f for f in key.split())
+    leaves = (entry,) if isinstance(entry, Leaf) else entry
+    return [Row(leaf.path, leaf.axes, fields, leaf.plus) for leaf in leaves]
 
-    def __init__(self, tree: Any, config: ModelConfig, table: Table):
-        self.leaves, self.table, self.config = _flat(tree), table, config
-        self.unused = set(self.leaves)
-        self.prefix = self._prefix()
-        self.sizes = dict(
-            D=config.d_model, N=config.n_heads, K=config.n_kv_heads, H=config.head_dim,
-            F=config.d_mlp, V=config.vocab, P=config.context, L=config.n_blocks,
-        )  # fmt: skip
 
-    def _prefix(self) -> str:
-        """What is above the embedding in the tree but not in the table."""
-        asked = [leaf.path for leaf in _options(self.table["embed_VD"])]
-        found = {
-            path.removesuffix(end)
-            for path in self.leaves
-            for end in asked
-            if path == end or path.endswith("/" + end)
-        }
-        if len(found) != 1:
+def _check(options: Mapping[str, list[Row]], sizes: Mapping[str, int]) -> None:
+    """Raise `InputError` unless a table's fields and axes are those that there are."""
+    given = [field for key in options for field in key.split()]
+    if wrong := [f for f in given if f not in _FIELDS or f.removesuffix(".bias") not in given]:
+        raise InputError(f"the table has {wrong[0]!r}, which is no field of BlockWeights or Params")
+    if absent := [f for f, needed in _FIELDS.items() if needed and f not in given]:
+        raise InputError(f"the table lacks {some(absent)}; give a leaf for each")
+    for row in (row for rows in options.values() for row in rows):
+        try:
+            _ = row.shapes(sizes), row.shape(sizes)
+        except (KeyError, ValueError) as e:
             raise InputError(
-                f"the tree has {len(found)} leaves {asked[0]}, expected one; it holds "
-                f"{some(sorted(self.leaves), 6)}; give the table of its layout"
-            )
-        return found.pop()
+                f"the table reads {row.fields} from [{row.axes}], which is not made of its axes; "
+                'write them as in "D (N H)" for wq_DNH'
+            ) from e
 
-    def field(self, name: str) -> np.ndarray:
-        """One field, of all blocks stacked if it is of a block."""
-        blocks = self.config.n_blocks if name.split(".")[0] in _OF_BLOCKS else None
-        leaf = self._choose(name)
-        if blocks is None or "L" in leaf.axes:
-            return self._read(name, leaf, leaf.path)
-        return np.stack([self._read(name, leaf, leaf.path.format(i)) for i in range(blocks)])
 
-    def _choose(self, name: str) -> Leaf:
-        """The first leaf that is there and fits; else the first that is there."""
-        options = _options(self.table[name])
-        there = [leaf for leaf in options if self.prefix + leaf.path.format(0) in self.leaves]
-        fitting = (
-            leaf
-            for leaf in there
-            if self._fits(self.leaves[self.prefix + leaf.path.format(0)].shape, leaf)
+def _above(asked: list[str], found: Mapping[str, Any]) -> str:
+    """What is above the embedding in the tree but not in the table."""
+    above = {p.removesuffix(end) for p in found for end in asked if f"/{p}".endswith(f"/{end}")}
+    if len(above) != 1:
+        raise InputError(
+            f"the tree has {len(above)} leaves {asked[0]}, expected one; it holds "
+            f"{some(sorted(found), 6)}; give the table of its layout"
         )
-        return next(fitting, (there or list(options))[0])
-
-    def _axes(self, leaf: Leaf) -> list[str]:
-        return _TOKEN.findall(leaf.axes)
-
-    def _size(self, token: str) -> int | None:
-        """An axis's size; None for one that is indexed."""
-        if token.isdigit():
-            return None
-        return math.prod(self.sizes[letter] for letter in re.findall(r"[A-Z]", token))
-
-    def _fits(self, shape: tuple[int, ...], leaf: Leaf) -> bool:
-        axes = self._axes(leaf)
-        return len(shape) == len(axes) and all(
-            size > int(token) if token.isdigit() else size == self._size(token)
-            for size, token in zip(shape, axes, strict=True)
-        )
-
-    def _read(self, name: str, leaf: Leaf, path: str) -> np.ndarray:
-        path = self.prefix + path
-        if path not in self.leaves:
-            raise InputError(
-                f"the tree has no {path}, which {name} is read from; it holds "
-                f"{some(sorted(self.unused), 6)}; give the table of its layout"
-            )
-        array = self.leaves[path]
-        if not self._fits(array.shape, leaf):
-            sizes = ", ".join(
-                f"{k}={self.sizes[k]}" for k in sorted(set(leaf.axes) & set("DNKHFVPL"))
-            )
-            raise InputError(
-                f"{path} has shape {list(array.shape)}, {name} calls for [{leaf.axes}] with "
-                f"{sizes}; the tree and the config must belong to one model"
-            )
-        self.unused.discard(path)
-        array = np.asarray(array)
-        check_finite(array, path, "the tree")
-        array = self._arranged(array, leaf, name)
-        # In bfloat16 1 + w would round to steps of 1/128.
-        return array.astype(np.float32) + np.float32(leaf.plus) if leaf.plus else array
-
-    def _arranged(self, array: np.ndarray, leaf: Leaf, name: str) -> np.ndarray:
-        """Indexed, unmerged, and in the order of the field's own axes."""
-        axes = self._axes(leaf)
-        array = array[tuple(int(t) if t.isdigit() else slice(None) for t in axes)]
-        letters = [letter for t in axes for letter in re.findall(r"[A-Z]", t)]
-        array = array.reshape([self.sizes[letter] for letter in letters])
-        order = [letter for letter in ("L", *_field_axes(name, letters)) if letter in letters]
-        return array.transpose([letters.index(letter) for letter in order])
-
-    def refuse_the_rest(self) -> None:
-        if self.unused:
-            raise InputError(
-                f"the tree holds {some(sorted(self.unused), 6)}, which no field of the table "
-                f"takes; give the table of its layout"
-            )
-
-
-def _field_axes(name: str, letters: list[str]) -> str:
-    """The axes of a field: the letters after the underscore; a norm's are its leaf's own."""
-    suffix = name.rpartition("_")[2]
-    return suffix if suffix.isupper() else "".join(letter for letter in letters if letter != "L")
-
-
-def _options(entry: Leaf | tuple[Leaf, ...]) -> tuple[Leaf, ...]:
-    return (entry,) if isinstance(entry, Leaf) else entry
+    return above.pop()
 
 
 def _flat(tree: Any) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""From a checkpoint's tensors to `Params`: one assembling path for every family and file format.
+"""From a checkpoint's tensors to `Params`: one assembling path for every family, file and tree.
 
 `qkattr.load.models.checkpoint` checks names and shapes first. Blocks are copied a
 few tensors at a time into arrays that already have the target type, which JAX takes over where it
@@ -7,7 +7,6 @@ computes on the host: the host never holds two models.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -22,23 +21,24 @@ from qkattr.config import ModelConfig
 from qkattr.errors import InputError
 from qkattr.load.models.checkpoint import DTYPES, Checkpoint, check_tensors
 from qkattr.load.models.families import FAMILIES
-from qkattr.load.models.families.tables import Row, sizes_of
+from qkattr.load.models.families.tables import Layout, Row, sizes_of
 from qkattr.load.tensors.mapped import check_finite
 from qkattr.types import BlockWeights, Norm, Params
 
 #: Blocks that are read at a time: checking and copying run without Python's lock.
 READERS = 4
 _ALIGNMENT = 64  # bytes, of XLA's buffers on the host
+#: How the names of gains and biases begin. They stay float32: they are small, and rounding them
+#: would buy nothing.
+_SMALL = ("norm", "b", "unembed_bias")
 
 
 def _read(checkpoint: Checkpoint, row: Row, sizes: dict[str, int], out: dict[str, Any]) -> None:
     """Read one tensor into the arrays of its fields, which have our shapes and types."""
-    tensor = checkpoint.read(row.tensor)
+    tensor = row.taken(checkpoint.read(row.tensor))
     check_finite(tensor, row.tensor, checkpoint.where)
     for field, piece in row.pieces(tensor, sizes):
         out[field][...] = piece
-        if row.plus:
-            out[field][...] += np.asarray(row.plus, out[field].dtype)
 
 
 def _read_block(
@@ -46,17 +46,14 @@ def _read_block(
 ) -> None:
     """`_read` of one block's tensor into its place in the stacks."""
     here = {field: stack[block] for field, stack in stacks.items()}
-    _read(checkpoint, dataclasses.replace(row, tensor=row.tensor.format(block)), sizes, here)
+    _read(checkpoint, row.at(block), sizes, here)
 
 
 def _allocate(row: Row, sizes: dict[str, int], dtype: Any, *leading: int) -> dict[str, Any]:
-    """An array for each field of a row.
-
-    Norm gains and biases stay float32: they are small, and rounding them would buy nothing.
-    """
-    dtype = np.float32 if len(row.shape(sizes)) == 1 else dtype
+    """An array for each field of a row."""
+    types = {f: np.dtype(np.float32 if f.startswith(_SMALL) else dtype) for f in row.fields.split()}
     shapes = row.shapes(sizes).items()
-    return {field: _aligned((*leading, *shape), np.dtype(dtype)) for field, shape in shapes}
+    return {field: _aligned((*leading, *shape), types[field]) for field, shape in shapes}
 
 
 def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
@@ -98,7 +95,7 @@ def _nested(fields: dict[str, Array]) -> dict[str, Any]:
     return nested
 
 
-def per_block(config: ModelConfig) -> dict[str, Array]:
+def _per_block(config: ModelConfig) -> dict[str, Array]:
     """What blocks have of the config alone, stacked on L."""
     return dict(
         inv_freq=jnp.asarray(config.inv_freq()),
@@ -106,8 +103,16 @@ def per_block(config: ModelConfig) -> dict[str, Array]:
     )
 
 
-def read_params(checkpoint: Checkpoint, config: ModelConfig, *, dtype: str = "float32") -> Params:
+def read_params(
+    checkpoint: Checkpoint,
+    config: ModelConfig,
+    *,
+    dtype: str = "float32",
+    layout: Layout | None = None,
+) -> Params:
     """Assemble the model: matrices in `dtype`, "float32" or "bfloat16", the rest in float32.
+
+    layout: None: that of the config's family.
 
     Raises:
       InputError: the dtype is neither, the tensors do not fit the config, or one holds NaN or
@@ -115,18 +120,18 @@ def read_params(checkpoint: Checkpoint, config: ModelConfig, *, dtype: str = "fl
     """
     if dtype not in DTYPES:
         raise InputError(f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}")
-    check_tensors(checkpoint, config)
-    target, family, sizes = DTYPES[dtype], FAMILIES[config.family], sizes_of(config)
-    inside, outside = family.rows(config, checkpoint.shapes())
+    layout = layout or FAMILIES[config.family].layout(config, checkpoint.shapes())
+    check_tensors(checkpoint, config, layout)
+    target, sizes = DTYPES[dtype], sizes_of(config)
     blocks = BlockWeights(
-        **per_block(config),
-        **_nested(_read_blocks(checkpoint, inside, config, target)),
+        **_per_block(config),
+        **_nested(_read_blocks(checkpoint, layout.block, config, target)),
     )
     rest: dict[str, Any] = {}
-    for row in outside:
+    for row in layout.outside:
         arrays = _allocate(row, sizes, target)
         _read(checkpoint, row, sizes, arrays)
         rest |= jax.device_put(arrays)
     # Rounded to the type of the weights, as the family's own code has it.
-    scale = jnp.asarray(config.d_model**0.5, target) if family.scaled_embedding else None
+    scale = jnp.asarray(config.d_model**0.5, target) if layout.scaled_embedding else None
     return Params(blocks=blocks, embed_scale=scale, **_nested(rest))
