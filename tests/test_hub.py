@@ -15,6 +15,8 @@ from huggingface_hub import constants, errors
 import qkattr
 from qkattr.errors import InputError
 from qkattr.load import hub, named, registry
+from qkattr.load.dictionaries import find_saes
+from qkattr.load.fingerprint import fingerprint
 
 
 def test_a_cached_model_needs_no_network(cache, small):
@@ -97,15 +99,21 @@ def test_variants_lie_in_one_snapshot(cache, small, tmp_path):
     assert again.saes_hash == bundle.saes_hash != qkattr.load("small", "small-res").saes_hash
 
 
-def test_links_follow_a_cache_that_moved(cache, small, tmp_path, monkeypatch):
+def test_only_the_files_of_the_set_count(cache, small, tmp_path):
+    """Whatever else a snapshot holds, in the same folders too; and nothing is written."""
     choice = registry.find_saes("small-res")
-    write_set(snapshot(cache, "user/saes"), choice)
-    first = named.sae_source("small-res").path
-    moved = tmp_path / "moved"
-    cache.rename(moved)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(moved))
-    again = named.sae_source("small-res").path
-    assert again == first and all(p.is_file() for p in first.rglob("*.safetensors"))
+    root = snapshot(cache, "user/saes")
+    write_set(root, choice)
+    before = find_saes(named.sae_source("small-res").path)
+    write_set(root, registry.find_saes("small-res:snap"), seed=1)
+    (root / "cfg.json").write_text("{}")
+    (root / "qkattr.toml").write_text("centre = true")
+    for name in ("plain/blocks.0/layer1.sae.pt", "plain/blocks.0/sae.safetensors"):
+        (root / name).write_bytes(b"of something else")
+    after = find_saes(named.sae_source("small-res").path)
+    assert after.files == before.files and after.hash == before.hash
+    assert [h.config.centre for h in after.headers.values()] == [False, False]
+    assert not (tmp_path / "qkattr").exists()
 
 
 @pytest.mark.parametrize(
@@ -113,16 +121,38 @@ def test_links_follow_a_cache_that_moved(cache, small, tmp_path, monkeypatch):
     [
         (dict(centred=True), "centre = true\n"),
         (dict(format="qwen-scope", repo="user/saes-L0_50"), "k = 50\n"),
+        (
+            dict(format="qwen-scope", repo="user/saes-L0_50", centred=True),
+            "centre = true\nk = 50\n",
+        ),
         ({}, None),
     ],
 )
-def test_what_files_do_not_say_lies_beside_them(cache, small, monkeypatch, change, said):
+def test_a_set_is_what_its_files_are_in_a_folder(cache, small, tmp_path, monkeypatch, change, said):
+    """With what they do not say in a qkattr.toml beside them: the same SAEs and fingerprint."""
     entry = msgspec.structs.replace(small, **change)
     made = registry.Registry(registry.registry().models, {"small-res": entry})
     monkeypatch.setattr(registry, "registry", lambda: made)
-    write_set(snapshot(cache, entry.repo), registry.find_saes("small-res"))
-    path = named.sae_source("small-res").path / "qkattr.toml"
-    assert (path.read_text() if path.exists() else None) == said
+    choice = registry.find_saes("small-res")
+    for root in (snapshot(cache, entry.repo), tmp_path / "copy"):
+        write_set(root, choice)
+    if said is not None:
+        (tmp_path / "copy" / "qkattr.toml").write_text(said)
+    one, other = find_saes(named.sae_source("small-res").path), find_saes(tmp_path / "copy")
+    assert one.hash == other.hash == fingerprint(other.root, other.files)
+    configs = [[h.config for h in found.headers.values()] for found in (one, other)]
+    assert configs[0] == configs[1] and configs[0][0].centre == bool(change.get("centred"))
+
+
+def test_errors_call_an_sae_by_its_repository(cache):
+    """At its root, not by the commit that the folder is named after."""
+    root = folders.write_saes(snapshot(cache, "user/one"), boundaries=[1])
+    for path in [*root.glob("*/*")]:
+        path.rename(root / path.name)
+    config = json.loads((root / "cfg.json").read_text())
+    (root / "cfg.json").write_text(json.dumps(config | dict(d_in=-1)))
+    with pytest.raises(InputError, match="^SAE one: d_in should lie in"):
+        find_saes(named.sae_source("user/one").path)
 
 
 def test_saes_of_a_repository_that_is_not_in_the_registry(cache):

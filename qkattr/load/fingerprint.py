@@ -9,7 +9,8 @@ large file that keeps its size goes unseen.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+import io
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from qkattr.load.tensors.mapped import header_bytes
@@ -17,14 +18,18 @@ from qkattr.load.tensors.mapped import header_bytes
 _ENDS = 2**16
 
 
-def fingerprint(root: Path, files: Iterable[Path]) -> str:
-    """64 hexadecimal digits; the same wherever the folder `root` lies."""
-    digest = hashlib.sha256()
-    for path in sorted(files):
-        size = path.stat().st_size
+def fingerprint(root: Path, files: Iterable[Path], texts: Mapping[str, bytes] | None = None) -> str:
+    """64 hexadecimal digits; the same wherever the folder `root` lies.
+
+    texts: of files that would be part of it and are not on disk, by their paths below the root.
+    """
+    digest, contents = hashlib.sha256(), {root / name: text for name, text in (texts or {}).items()}
+    for path in sorted([*files, *contents]):
+        text = contents.get(path)
+        size = path.stat().st_size if text is None else len(text)
         head = max(_ENDS, header_bytes(path)) if path.suffix == ".safetensors" else _ENDS
         digest.update(f"{path.relative_to(root).as_posix()}\0{size}\0".encode())
-        with path.open("rb") as file:
+        with path.open("rb") if text is None else io.BytesIO(text) as file:
             digest.update(file.read(head))
             file.seek(max(0, size - _ENDS))
             digest.update(file.read())

@@ -1,27 +1,22 @@
 """What is asked for by name, as local files: models and SAEs of the registry or of the hub.
 
-The SAEs that were chosen lie among others in a repository's snapshot, and a loader reads all that
-it finds in a folder. So they are linked into a folder of their own below the cache folder, under
-the paths that they have in the repository.
+The SAEs of a set of the registry lie among others in a repository's snapshot: of its files only
+those of the set count.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import os
 import re
-from collections.abc import Iterable
 from pathlib import Path
 
 from qkattr.errors import InputError
-from qkattr.files import replacing
 from qkattr.load import hub
-from qkattr.load.dictionaries import hub_saes
+from qkattr.load.dictionaries import Options, SaeFiles, hub_saes
 from qkattr.load.dictionaries.choose import split_pattern
 from qkattr.load.models import hf
 from qkattr.load.registry import SaeChoice, find_model, find_saes, is_choice
-from qkattr.load.smollm2 import cache_folder
 from qkattr.load.text import vocabulary
 from qkattr.sources.dictionary import Dictionary
 
@@ -31,7 +26,7 @@ class SaeSource:
     """SAEs on disk, and the registry's entry if it has one. called: what the user knows the folder
     as, where that is not its path."""
 
-    path: Path
+    path: Path | SaeFiles
     choice: SaeChoice | None = None
     called: str | None = None
 
@@ -97,8 +92,8 @@ def _with_saes(folder: Path, name: str) -> Path:
     return folder
 
 
-def _chosen(choice: SaeChoice, revision: str | None) -> Path:
-    """The folder of links to a set's files, which are downloaded if they are not there."""
+def _chosen(choice: SaeChoice, revision: str | None) -> SaeFiles:
+    """A set's files, which are downloaded if they are not there."""
     needed = [name for files in choice.files().values() for name in files]
     wished = [name for files in choice.files(optional=True).values() for name in files]
     snapshot = hub.fetch(
@@ -116,39 +111,11 @@ def _chosen(choice: SaeChoice, revision: str | None) -> Path:
             f"{choice.repo} has no {missing[0]}, which {choice.name} needs, {why}, or give the "
             "SAEs as a local folder"
         )
-    variant = "-".join(choice.chosen.values()) or "all"
-    folder = cache_folder() / "saes" / choice.repo.replace("/", "--") / snapshot.name / variant
-    try:
-        linked = _linked(snapshot, [*needed, *wished], folder / choice.name)
-        _say_settings(linked, choice)
-        return linked
-    except OSError as e:
-        raise InputError(
-            f"cannot write {folder} ({e}); set QKATTR_CACHE to a folder that can be written"
-        ) from e
-
-
-def _linked(snapshot: Path, names: Iterable[str], folder: Path) -> Path:
-    for name in names:
-        target, link = snapshot / name, folder / name
-        if not target.is_file() or (link.is_symlink() and os.readlink(link) == str(target)):
-            continue
-        link.parent.mkdir(parents=True, exist_ok=True)
-        link.unlink(missing_ok=True)
-        with contextlib.suppress(FileExistsError):  # another process was first
-            link.symlink_to(target)
-    return folder
-
-
-def _say_settings(folder: Path, choice: SaeChoice) -> None:
-    """What the files do not say, in a `qkattr.toml` beside them."""
-    lines = ["centre = true"] if choice.entry.centred else []
-    if choice.entry.format == "qwen-scope" and (k := re.search(r"-L0_(\d+)$", choice.repo)):
-        lines.append(f"k = {k[1]}")
-    path, text = folder / "qkattr.toml", "".join(f"{line}\n" for line in lines)
-    if lines and (not path.is_file() or path.read_text(encoding="utf-8") != text):
-        with replacing(path) as temporary:
-            temporary.write_text(text, encoding="utf-8")
+    k = re.search(r"-L0_(\d+)$", choice.repo) if choice.entry.format == "qwen-scope" else None
+    options = Options(centre=choice.entry.centred or None, k=k and int(k[1]))
+    said = {"centre = true": options.centre, f"k = {options.k}": options.k}
+    settings = "".join(f"{line}\n" for line, value in said.items() if value is not None)
+    return SaeFiles(snapshot, None, (*needed, *wished), options, settings)
 
 
 def of_other_model(model: str, choice: SaeChoice) -> tuple[str, ...]:

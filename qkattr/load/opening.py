@@ -110,7 +110,7 @@ def _read_saes(saes: str, model: str, config: ModelConfig, missing: str) -> _Sae
     on_disk = find_saes(path, called=found.called)
     check_set(on_disk.headers, saes, config, missing, on_disk.notes)
     dictionaries = on_disk.read(config.n_blocks)
-    read = _Saes(dictionaries, fingerprint(on_disk.root, on_disk.files), notes=on_disk.notes)
+    read = _Saes(dictionaries, on_disk.hash, notes=on_disk.notes)
     if choice is None:
         return read
     return dataclasses.replace(

@@ -1,6 +1,7 @@
 """Folders of SAEs in the formats that people publish them in; `docs/saes.md` lists them."""
 
 from qkattr.load.dictionaries.find import (
+    SaeFiles,
     SaeSet,
     by_boundary,
     check_saes,
@@ -9,7 +10,6 @@ from qkattr.load.dictionaries.find import (
     load_sae,
     load_saes,
     recognise,
-    sae_folders,
     sae_model_names,
     split_pattern,
 )
@@ -20,6 +20,7 @@ __all__ = [
     "CONFIG",
     "Header",
     "Options",
+    "SaeFiles",
     "SaeSet",
     "WEIGHTS",
     "by_boundary",
@@ -30,7 +31,6 @@ __all__ = [
     "load_saes",
     "map_sae",
     "recognise",
-    "sae_folders",
     "sae_model_names",
     "split_pattern",
 ]

@@ -1,14 +1,17 @@
 """A tree of SAEs, in any of the formats, to one `Dictionary` a boundary.
 
-`recognise` says what a folder holds by the files in it; SAEs of other hooks are left out; `choose`
-has what takes one of several SAEs of a boundary; `check_set` compares the set with the model.
+`recognise` says what a folder holds by the files in it, all of them or those that were chosen; SAEs
+of other hooks are left out; `choose` has what takes one of several SAEs of a boundary; `check_set`
+compares the set with the model. Dictionaries that are no SAEs are recognised too, so that they can
+be refused by what they are.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 
 from qkattr.config import ModelConfig
@@ -16,7 +19,6 @@ from qkattr.errors import InputError, clipped
 from qkattr.load.dictionaries import (
     gemma_scope,
     llama_scope,
-    others,
     saelens,
     single_files,
     sparsify,
@@ -24,6 +26,7 @@ from qkattr.load.dictionaries import (
 )
 from qkattr.load.dictionaries.boundaries import by_boundary, check_set
 from qkattr.load.dictionaries.choose import (
+    SETTINGS,
     check_factors,
     matching,
     nearest,
@@ -31,9 +34,10 @@ from qkattr.load.dictionaries.choose import (
     read_options,
     split_pattern,
 )
-from qkattr.load.dictionaries.header import Found, Header, Options, map_sae, stated
-from qkattr.load.dictionaries.hooks import OTHERS, boundary, counts
+from qkattr.load.dictionaries.header import Folder, Found, Header, Options, map_sae, stated
+from qkattr.load.dictionaries.hooks import OTHERS, boundary, counts, other_by_names
 from qkattr.load.dictionaries.packed import find_packed
+from qkattr.load.fingerprint import fingerprint
 from qkattr.sources.dictionary import Dictionary
 
 
@@ -42,12 +46,40 @@ class Reader:
     """One format: whether a folder is of it, and what finds its SAEs."""
 
     name: str
-    here: Callable[[Path], object]
-    find: Callable[[Path, Options], list[Found]]
+    here: Callable[[Folder], object]
+    find: Callable[[Folder, Options], list[Found]]
 
 
-def _files(*names: str) -> Callable[[Path], bool]:
-    return lambda folder: all((folder / name).is_file() for name in names)
+def _files(*names: str) -> Callable[[Folder], bool]:
+    return lambda folder: folder.has(*names)
+
+
+_GEMMA_SCOPE_2 = ("params_layer_0.safetensors",)  # below clt/ or crosscoder/
+#: The files of a folder of dictionaries that are no SAEs, and what it holds then.
+_NO_SAES = (
+    (("config.yaml", "layer_0.safetensors"), "transcoder"),  # of circuit-tracer
+    (("W_enc_0.safetensors",), "cross-layer transcoder"),  # of circuit-tracer
+    (_GEMMA_SCOPE_2, "cross-layer transcoder"),
+    (("conf.yaml", "latest_ckpt.safetensors"), "temporal SAE"),
+)
+
+
+def _other(folder: Folder) -> str | None:
+    """The word of `hooks.OTHERS` for what a folder holds; None where it holds none of these."""
+    for files, kind in _NO_SAES:
+        if folder.has(*files):
+            return (other_by_names(folder.path) or kind) if files == _GEMMA_SCOPE_2 else kind
+    return None
+
+
+def _find_other(folder: Folder, options: Options) -> list[Found]:
+    """What lies in a folder; it cannot be read."""
+    kind = _other(folder) or ""
+    return [Found(folder.path, kind, partial(_refuse, folder.path, kind))]
+
+
+def _refuse(folder: Path, kind: str) -> Header:
+    raise InputError(f"{folder} holds a {kind}; load SAEs, which reconstruct what they read")
 
 
 #: The first that a folder is of reads it.
@@ -61,13 +93,18 @@ READERS = (
     Reader("Gemma Scope 2", _files(gemma_scope.SAFETENSORS), gemma_scope.find_2),
     Reader("Qwen Scope", single_files.qwen_files, single_files.find_qwen),
     Reader("Goodfire or qresearch", single_files.linear_files, single_files.find_linear),
-    Reader("no SAEs", others.kind_of, others.find),
+    Reader("no SAEs", _other, _find_other),
 )
 
 
-def recognise(folder: Path) -> Reader | None:
+def recognise(folder: Path | Folder) -> Reader | None:
     """What reads the SAEs that lie in a folder itself; None where there are none."""
-    return next((reader for reader in READERS if reader.here(folder)), None)
+    at = folder if isinstance(folder, Folder) else _folder(folder, os.listdir(folder))
+    return next((reader for reader in READERS if reader.here(at)), None)
+
+
+def _folder(path: Path, names: Iterable[str]) -> Folder:
+    return Folder(path, frozenset(name for name in names if (path / name).is_file()))
 
 
 def load_sae(folder: str | Path, options: Options | None = None) -> Dictionary:
@@ -79,39 +116,66 @@ def load_sae(folder: str | Path, options: Options | None = None) -> Dictionary:
       InputError: files are missing or damaged, the tensors do not fit the config or are not finite,
         or the SAE computes something that qkattr does not implement.
     """
-    folder = Path(folder)
-    reader = recognise(folder) if folder.is_dir() else None
+    at = _folder(Path(folder), os.listdir(folder) if Path(folder).is_dir() else ())
+    reader = recognise(at)
     if reader is None:
         raise InputError(
             f"{folder} has no {saelens.CONFIG} and is of no other known format; give "
             "the folder of an SAE"
         )
     options = options or Options()
-    found = reader.find(folder, options)
+    found = reader.find(at, options)
     if len(found) != 1:
         raise InputError(f"{folder} holds {len(found)} SAEs, expected one; see load_saes")
     if found[0].hook in OTHERS:
-        raise InputError(
-            f"{folder} holds a {found[0].hook}; load SAEs, which reconstruct what they read"
-        )
+        _refuse(at.path, found[0].hook)
     return map_sae(stated(found[0].read(), options))
 
 
 @dataclasses.dataclass(frozen=True)
+class SaeFiles:
+    """Where SAEs are looked for. pattern: see `choose.matching`. names: the files that count, as
+    paths below the root; None: all. options: None: those of the root's qkattr.toml, if it has one.
+    settings: the text of a qkattr.toml that says the options given, for the fingerprint."""
+
+    root: Path
+    pattern: str | None = None
+    names: tuple[str, ...] | None = None
+    options: Options | None = None
+    settings: str = ""
+
+    def folders(self) -> list[Folder]:
+        """The root and the folders below it, but for hidden ones: what other programs keep."""
+        if self.names is None:
+            return [_folder(folder, names) for folder, names in _walk(self.root)]
+        there: dict[Path, list[str]] = {}
+        for path in (self.root / name for name in self.names):
+            there.setdefault(path.parent, []).append(path.name)
+        return [_folder(folder, names) for folder, names in there.items()]
+
+
+def _walk(root: Path) -> Iterator[tuple[Path, list[str]]]:
+    for folder, below, names in os.walk(root):
+        below[:] = [name for name in below if not name.startswith(".")]
+        yield Path(folder), names
+
+
+@dataclasses.dataclass(frozen=True)
 class SaeSet:
-    """The SAEs of a tree that were chosen, by boundary, their weights not yet read. notes: what was
-    left out."""
+    """The SAEs of a tree that were chosen, by boundary, their weights not yet read. files: all that
+    the set is made of; texts: a qkattr.toml that is no file; both for its fingerprint. notes: what
+    was left out."""
 
     root: Path
     headers: dict[int, Header]
-    settings: tuple[Path, ...] = ()
+    files: tuple[Path, ...]
     notes: tuple[str, ...] = ()
+    texts: Mapping[str, bytes] = dataclasses.field(default_factory=dict)
 
     @property
-    def files(self) -> list[Path]:
-        """All files that the set is made of, for its fingerprint."""
-        files = (file for header in self.headers.values() for file in header.files)
-        return [*self.settings, *dict.fromkeys(files)]
+    def hash(self) -> str:
+        """See `fingerprint`."""
+        return fingerprint(self.root, self.files, self.texts)
 
     def read(self, n_blocks: int) -> tuple[Dictionary | None, ...]:
         """One dictionary a boundary, None where there is none."""
@@ -119,55 +183,57 @@ class SaeSet:
         return tuple(map_sae(headers[b]) if b in headers else None for b in range(n_blocks + 1))
 
 
-def sae_folders(path: str | Path, called: str | None = None) -> tuple[Path, ...]:
-    """The folders at or below `path` that hold SAEs. called: see `find_saes`."""
-    path = Path(path)
-    if not path.is_dir():
-        raise InputError(
-            f"no such folder: {path}; give a folder of SAEs, one after every block, or a packed "
-            "file"
-        )
-    folders = tuple(folder for folder in sorted(_below(path)) if recognise(folder) is not None)
-    if not folders:
-        raise InputError(
-            f"{called or path} holds no SAE (no {saelens.CONFIG} in it or below it, nor any other "
-            "format's files); give a folder of SAEs, see docs/saes.md"
-        )
-    return folders
-
-
-def _below(path: Path) -> Iterator[Path]:
-    """A folder and those below it, but for hidden ones: what other programs keep."""
-    for folder, below, _ in os.walk(path):
-        below[:] = [name for name in below if not name.startswith(".")]
-        yield Path(folder)
-
-
 def find_saes(
-    path: str | Path, options: Options | None = None, called: str | None = None
+    path: str | Path | SaeFiles, options: Options | None = None, called: str | None = None
 ) -> SaeSet:
     """The SAEs at or below `path`, one a boundary, their weights not yet read.
 
-    path: a packed file, a folder, or `FOLDER:PATTERN`, see `choose.matching`. options: None: those
+    path: a packed file, a folder, `FOLDER:PATTERN`, or files that were chosen. options: None: those
     of the folder's qkattr.toml, if it has one. called: what the user knows the folder as, if that
     is another name, for errors.
     """
-    if Path(path).is_file():
+    if not isinstance(path, SaeFiles) and Path(path).is_file():
         packed = [stated(header, options or Options()) for header in find_packed(Path(path))]
-        return SaeSet(Path(path).parent, by_boundary(packed))
-    root, pattern = split_pattern(path)
+        return SaeSet(Path(path).parent, by_boundary(packed), (Path(path),))
+    files = path if isinstance(path, SaeFiles) else SaeFiles(*split_pattern(path), options=options)
+    root, options, settings = files.root, files.options, ()
     name = called or str(root)
-    folders = sae_folders(root, name)
-    options, settings = read_options(root) if options is None else (options, ())
-    pattern = pattern or options.pattern
-    every = [f for folder in folders for f in _recognised(folder).find(folder, options)]
+    readers = _readers(files, name)
+    if options is None:
+        options, settings = read_options(root)
+    pattern = files.pattern or options.pattern
+    every = [f for at, reader in readers for f in reader.find(at, options)]
     check_factors(options, every)
     where = f"{name}:{pattern}" if pattern else name
     found, notes = _on_the_stream(matching(every, root, pattern, name), where)
     chosen = nearest([stated(f.read(), options) for f in found], pattern)
     example = path_below(root, chosen[-1].folder)
     choice = f"choose with a pattern, as in '{clipped(name, 80)}:{clipped(example, 80)}'"
-    return SaeSet(root, by_boundary(chosen, choice), settings, notes)
+    texts = {SETTINGS: files.settings.encode()} if files.settings else {}
+    headers = by_boundary(chosen, choice)
+    made_of = (*settings, *(file for header in headers.values() for file in header.files))
+    return SaeSet(root, headers, made_of, notes, texts)
+
+
+def _readers(files: SaeFiles, name: str) -> list[tuple[Folder, Reader]]:
+    """The folders that hold SAEs, and what reads them. name: the root, as errors call it.
+
+    Raises:
+      InputError: there are none.
+    """
+    if not files.root.is_dir():
+        raise InputError(
+            f"no such folder: {files.root}; give a folder of SAEs, one after every block, or a "
+            "packed file"
+        )
+    folders = sorted(files.folders(), key=lambda at: at.path)
+    found = [(at, reader) for at in folders if (reader := recognise(at)) is not None]
+    if not found:
+        raise InputError(
+            f"{name} holds no SAE (no {saelens.CONFIG} in it or below it, nor any other "
+            "format's files); give a folder of SAEs, see docs/saes.md"
+        )
+    return found
 
 
 def _on_the_stream(found: list[Found], where: str) -> tuple[list[Found], tuple[str, ...]]:
@@ -187,13 +253,6 @@ def _on_the_stream(found: list[Found], where: str) -> tuple[list[Found], tuple[s
     saes = "1 SAE" if len(others) == 1 else f"{len(others)} SAEs"
     said = f"{saes} of other hooks left out: {counts(others)}"
     return kept, (said,) if others else ()
-
-
-def _recognised(folder: Path) -> Reader:
-    reader = recognise(folder)
-    if reader is None:
-        raise InputError(f"{folder} has changed while it was read; try again")
-    return reader
 
 
 def sae_model_names(path: str | Path) -> set[str]:

@@ -21,6 +21,7 @@ import numpy as np
 from qkattr.errors import InputError
 from qkattr.load.dictionaries.header import (
     Fields,
+    Folder,
     Found,
     Header,
     Options,
@@ -29,7 +30,7 @@ from qkattr.load.dictionaries.header import (
     check_tensors,
     release_l0,
 )
-from qkattr.load.dictionaries.hooks import by_names, canonical
+from qkattr.load.dictionaries.hooks import by_names, canonical, own_name
 from qkattr.load.tensors.mapped import open_mapped
 from qkattr.load.tensors.npz import open_npz
 from qkattr.sources.dictionary import DictionaryConfig
@@ -55,7 +56,7 @@ def _parts(file: Tensors) -> dict[str, Part]:
 
 
 def _header(folder: Path, file: Tensors, hook: str, files: tuple[Path, ...], **rest: Any) -> Header:
-    name, parts = f"SAE {'/'.join(folder.absolute().parts[-3:])}", _parts(file)
+    name, parts = f"SAE {own_name(folder, 3)}", _parts(file)
     d_in, d_sae = _sizes(file, parts, name)
     return Header(
         folder=folder,
@@ -80,8 +81,9 @@ def _layer(folder: Path) -> int | None:
     return int(found[-1][1]) if found else None
 
 
-def find_1(folder: Path, options: Options) -> list[Found]:
+def find_1(at: Folder, options: Options) -> list[Found]:
     """Gemma Scope 1: the same layout at every hook, which only the repository's name tells."""
+    folder = at.path
     if "embedding" in folder.absolute().parts[-3:]:
         hook = "hook_embed"
     else:
@@ -103,9 +105,10 @@ def _read_1(folder: Path, hook: str) -> Header:
     return check_tensors(header)
 
 
-def find_2(folder: Path, options: Options) -> list[Found]:
+def find_2(at: Folder, options: Options) -> list[Found]:
     """Gemma Scope 2: the hook is in config.json, or else in the folders' names."""
-    fields = Fields(folder, CONFIG) if (folder / CONFIG).is_file() else None
+    folder = at.path
+    fields = Fields(folder, CONFIG) if at.has(CONFIG) else None
     hook = (fields and _hook(fields)) or by_names(folder, _layer(folder), stated=options.hook)
     return [Found(folder, hook, partial(_read_2, folder, fields, hook))]
 

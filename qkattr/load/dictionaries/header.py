@@ -16,7 +16,7 @@ import numpy as np
 
 from qkattr.errors import InputError, clipped, some
 from qkattr.files import read_json_object
-from qkattr.load.dictionaries.hooks import EMBEDDING, canonical
+from qkattr.load.dictionaries.hooks import EMBEDDING, canonical, own_name
 from qkattr.load.models.families.fields import as_float
 from qkattr.load.tensors.mapped import check_finite
 from qkattr.sources.dictionary import Dictionary, DictionaryConfig
@@ -124,6 +124,17 @@ class Header:
         """Features active at a position, as its makers say."""
         said = self.constants.get("l0", self.config.k)
         return None if said is None else float(said)
+
+
+@dataclasses.dataclass(frozen=True)
+class Folder:
+    """A folder, and the names of the files in it that count."""
+
+    path: Path
+    names: frozenset[str]
+
+    def has(self, *names: str) -> bool:
+        return self.names.issuperset(names)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -259,7 +270,7 @@ class Fields:
         return default
 
     def refuse(self, message: str) -> InputError:
-        return InputError(f"SAE {self.folder.name}: {message}")
+        return InputError(f"SAE {own_name(self.folder)}: {message}")
 
     def typed(self, kind: type, *names: str, default: Any = ...) -> Any:
         value = self.get(*names, default=default)

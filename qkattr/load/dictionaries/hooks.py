@@ -147,6 +147,15 @@ def names(path: Path) -> Iterator[str]:
     yield from (match[1] for part in parts[:-_DEPTH] if (match := _CACHED.fullmatch(part)))
 
 
+def own_name(folder: Path, depth: int = 1) -> str:
+    """A folder's last names; in the hub's cache, the repository's name in place of a commit."""
+    parts = list(folder.absolute().parts)
+    for i, part in enumerate(parts[:-2]):
+        if cached := _CACHED.fullmatch(part):
+            parts[i + 2] = cached[1]  # after "snapshots"
+    return "/".join(parts[-depth:])
+
+
 def _meant(name: str) -> str | None:
     return next((hook for words, hook in _MEANINGS if words.search(name.lower())), None)
 

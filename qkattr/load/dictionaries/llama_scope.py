@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import math
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,6 +26,7 @@ import numpy as np
 from qkattr.errors import InputError, clipped
 from qkattr.load.dictionaries.header import (
     Fields,
+    Folder,
     Found,
     Header,
     Options,
@@ -130,16 +130,16 @@ def _norm_factor(fields: Fields, norm: Any, options: Options) -> dict[str, Any]:
     return {"factor": np.float32(factor)}
 
 
-def find_1(folder: Path, options: Options) -> list[Found]:
+def find_1(at: Folder, options: Options) -> list[Found]:
     """Llama Scope, one scalar threshold for all features."""
-    fields = Fields(folder, HYPERPARAMS)
-    return [Found(folder, canonical(_hook(fields)), partial(_read_1, fields, options))]
+    fields = Fields(at.path, HYPERPARAMS)
+    return [Found(at.path, canonical(_hook(fields)), partial(_read_1, fields, options))]
 
 
-def find_2(folder: Path, options: Options) -> list[Found]:
+def find_2(at: Folder, options: Options) -> list[Found]:
     """R1-distill and llamascopium: a threshold for each feature, in logarithms."""
-    fields = Fields(folder, CONFIG)
-    return [Found(folder, canonical(_hook(fields)), partial(_read_2, fields, options))]
+    fields = Fields(at.path, CONFIG)
+    return [Found(at.path, canonical(_hook(fields)), partial(_read_2, fields, options))]
 
 
 def _read_1(fields: Fields, options: Options) -> Header:

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from functools import partial
-from pathlib import Path
 
 from qkattr.errors import InputError, clipped
 from qkattr.load.dictionaries.header import (
     AVERAGE,
     NORMALISATIONS,
     Fields,
+    Folder,
     Found,
     Header,
     Options,
@@ -122,14 +122,14 @@ def _parts(activation: str, found: Collection[str]) -> dict[str, Part]:
     return parts
 
 
-def find(folder: Path, options: Options) -> list[Found]:
+def find(at: Folder, options: Options) -> list[Found]:
     """The SAE of a folder, its config looked at."""
     for name in (CONFIG, WEIGHTS):
-        if not (folder / name).is_file():
-            raise InputError(f"{folder} has no {name}; give a folder that SAELens saved an SAE to")
-    fields = Fields(folder, CONFIG, nested="metadata")
+        if not at.has(name):
+            raise InputError(f"{at.path} has no {name}; give a folder that SAELens saved an SAE to")
+    fields = Fields(at.path, CONFIG, nested="metadata")
     hook = _hook(fields)
-    return [Found(folder, hook, partial(_read, fields, hook, options))]
+    return [Found(at.path, hook, partial(_read, fields, hook, options))]
 
 
 def _hook(fields: Fields) -> str:

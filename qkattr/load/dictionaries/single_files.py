@@ -16,7 +16,15 @@ from functools import partial
 from pathlib import Path
 
 from qkattr.errors import InputError
-from qkattr.load.dictionaries.header import Fields, Found, Header, Options, Part, check_tensors
+from qkattr.load.dictionaries.header import (
+    Fields,
+    Folder,
+    Found,
+    Header,
+    Options,
+    Part,
+    check_tensors,
+)
 from qkattr.load.dictionaries.hooks import by_name, by_names
 from qkattr.load.tensors.archive import Archive
 from qkattr.load.tensors.torch_file import open_torch
@@ -34,34 +42,34 @@ _QWEN_PARTS = {
 }
 
 
-def qwen_files(folder: Path) -> list[tuple[int, Path]]:
+def qwen_files(at: Folder) -> list[tuple[int, Path]]:
     """Qwen Scope's layers in a folder, and their files."""
-    return _files(folder, _QWEN)
+    return _files(at, _QWEN)
 
 
-def linear_files(folder: Path) -> list[tuple[int, Path]]:
+def linear_files(at: Folder) -> list[tuple[int, Path]]:
     """The layers of Goodfire's or qresearch's SAEs in a folder, and their files."""
-    return _files(folder, _LINEAR)
+    return _files(at, _LINEAR)
 
 
-def _files(folder: Path, name: re.Pattern) -> list[tuple[int, Path]]:
-    return sorted((int(m[1]), p) for p in folder.iterdir() if (m := name.fullmatch(p.name)))
+def _files(at: Folder, pattern: re.Pattern) -> list[tuple[int, Path]]:
+    return sorted((int(m[1]), at.path / n) for n in at.names if (m := pattern.fullmatch(n)))
 
 
-def find_qwen(folder: Path, options: Options) -> list[Found]:
+def find_qwen(at: Folder, options: Options) -> list[Found]:
     """All of Qwen Scope's SAEs in a folder, its config looked at."""
-    fields, found = _config(folder), []
-    for layer, path in qwen_files(folder):
+    fields, found = _config(at), []
+    for layer, path in qwen_files(at):
         hook = _qwen_hook(fields, path, layer, options)
         found.append(Found(path, hook, partial(_read_qwen, path, hook, layer, fields, options)))
     return found
 
 
-def _config(folder: Path) -> Fields | None:
+def _config(at: Folder) -> Fields | None:
     """The config of the set; None where there is none, or it is of something else."""
-    if not (folder / CONFIG).is_file():
+    if not at.has(CONFIG):
         return None
-    fields = Fields(folder, CONFIG)
+    fields = Fields(at.path, CONFIG)
     return None if fields.get("k", "d_sae", "hook_point") is None else fields
 
 
@@ -134,11 +142,11 @@ def _shape(file: Archive, name: str) -> tuple[int, int]:
     return shape[0], shape[1]
 
 
-def find_linear(folder: Path, options: Options) -> list[Found]:
+def find_linear(at: Folder, options: Options) -> list[Found]:
     """The SAEs of a folder that are two linear layers each."""
     return [
         Found(path, f"blocks.{layer}.hook_resid_post", partial(_read_linear, path, layer))
-        for layer, path in linear_files(folder)
+        for layer, path in linear_files(at)
     ]
 
 

@@ -17,8 +17,16 @@ from functools import partial
 from pathlib import Path
 
 from qkattr.errors import clipped
-from qkattr.load.dictionaries.header import Fields, Found, Header, Options, Part, check_tensors
-from qkattr.load.dictionaries.hooks import by_names, canonical, layer_in, names, other_by_names
+from qkattr.load.dictionaries.header import (
+    Fields,
+    Folder,
+    Found,
+    Header,
+    Options,
+    Part,
+    check_tensors,
+)
+from qkattr.load.dictionaries.hooks import by_names, canonical, layer_in, other_by_names, own_name
 from qkattr.load.tensors.mapped import open_mapped
 from qkattr.sources.dictionary import DictionaryConfig
 
@@ -35,21 +43,19 @@ _BEFORE_HOOKPOINTS = re.compile(r"layer_(\d{1,4})")
 _REFUSED = ("transcode", "skip_connection", "embed_skip", "gram_lookup", "signed")
 
 
-def find(folder: Path, options: Options) -> list[Found]:
+def find(at: Folder, options: Options) -> list[Found]:
     """The SAE of a hookpoint, its config and names looked at."""
-    fields = Fields(folder, CONFIG)
-    hook = _other(fields, options) or _hook(folder, options)
-    return [Found(folder, hook, partial(_read, fields, hook, options))]
+    fields = Fields(at.path, CONFIG)
+    hook = _other(fields, options) or _hook(at.path, options)
+    return [Found(at.path, hook, partial(_read, fields, hook, options))]
 
 
 def _hook(folder: Path, options: Options) -> str:
     """The hookpoint that the folder is named after; or else what its name, or that of the
     repository whose root it is, says."""
-    name = folder.absolute().name
+    name = own_name(folder)
     if match := _BEFORE_HOOKPOINTS.fullmatch(name):
         return f"blocks.{int(match[1])}.hook_resid_pre"
-    if folder.absolute().parent.name == "snapshots":
-        name = list(names(folder))[2]  # commit, "snapshots", repository
     layer = None if _HOOKPOINT.fullmatch(name) else layer_in(name)
     if layer is None:
         return canonical(name)

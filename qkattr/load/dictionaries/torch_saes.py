@@ -10,11 +10,11 @@ names.
 from __future__ import annotations
 
 from functools import partial
-from pathlib import Path
 
 from qkattr.errors import clipped
 from qkattr.load.dictionaries.header import (
     Fields,
+    Folder,
     Found,
     Header,
     Options,
@@ -22,7 +22,7 @@ from qkattr.load.dictionaries.header import (
     check_tensors,
     release_l0,
 )
-from qkattr.load.dictionaries.hooks import by_name, by_names, layer_of
+from qkattr.load.dictionaries.hooks import by_name, by_names, layer_of, own_name
 from qkattr.load.tensors.archive import Archive
 from qkattr.load.tensors.torch_file import open_torch
 from qkattr.sources.dictionary import DictionaryConfig
@@ -66,11 +66,11 @@ _TRAINERS = {
 }
 
 
-def find(folder: Path, options: Options) -> list[Found]:
+def find(at: Folder, options: Options) -> list[Found]:
     """The SAE of a folder, its config and the names of its folders looked at."""
-    fields = Fields(folder, CONFIG, nested="trainer")
+    fields = Fields(at.path, CONFIG, nested="trainer")
     hook = _hook(fields, options)
-    return [Found(folder, hook, partial(_read, fields, hook, options))]
+    return [Found(at.path, hook, partial(_read, fields, hook, options))]
 
 
 def _hook(fields: Fields, options: Options) -> str:
@@ -111,7 +111,7 @@ def _read(fields: Fields, hook: str, options: Options) -> Header:
     )
     header = Header(
         folder=folder,
-        name=f"SAE {'/'.join(folder.absolute().parts[-2:])}",
+        name=f"SAE {own_name(folder, 2)}",
         hook=hook,
         model_name=fields.typed(str, "lm_name", default=None),
         d_in=d_in,
