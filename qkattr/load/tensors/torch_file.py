@@ -4,7 +4,9 @@ The file is a zip: `data.pkl`, a pickle that describes containers and tensors, a
 storage. A pickle is a program; here `pickletools` splits it into instructions and the few that
 build plain containers and tensors are carried out on plain values. A name that it would import is
 looked up in a small table, never imported, and anything else is refused before it means
-anything. Storages stay in the mapped file.
+anything. Storages stay in the mapped file. (Python's own unpickler would not do, however few
+classes it may find: `}` and the tuples that every tensor has suffice for a key that takes for ever
+to hash, or that crashes the interpreter.)
 """
 
 from __future__ import annotations
@@ -25,6 +27,8 @@ from qkattr.load.tensors.archive import Archive, Lazy, Member, damaged, open_mem
 
 _PICKLE = 2**20  # bytes: a state dict of an SAE has a thousand
 _VALUES = 10_000  # in all dicts
+_PATH = 1000  # characters of a tensor's name, with those of the dicts that it lies in
+_AXES = 32  # of a tensor
 _STORAGES = {
     "FloatStorage": ("F32", np.dtype("<f4")),
     "HalfStorage": ("F16", np.dtype("<f2")),
@@ -89,6 +93,8 @@ def _flat(value: Any) -> Iterator[tuple[str, Lazy]]:
     waiting, seen = [("", value)], 0
     while waiting:
         path, value = waiting.pop()
+        if len(path) > _PATH:  # one long key may be in another many times
+            raise ValueError(f"a name of more than {_PATH} characters")
         if isinstance(value, Lazy):
             yield path, value
         elif isinstance(value, dict):
@@ -215,7 +221,7 @@ def _plain(value: Any, kind: type) -> Any:
 
 def _tensor(storage, offset, shape, strides, *_: Any) -> Lazy:
     """A strided view of a storage, no larger than it: a shape may not stretch one number."""
-    whole = isinstance(storage, _Storage) and len(shape) == len(strides)
+    whole = isinstance(storage, _Storage) and len(shape) == len(strides) <= _AXES
     if not whole or not all(type(n) is int and n >= 0 for n in (offset, *shape, *strides)):
         raise ValueError("a tensor that is none")
     count, last, n = 1, offset, storage.data.size // storage.dtype.itemsize
