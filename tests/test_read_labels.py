@@ -15,8 +15,7 @@ from qkattr.cli.main import main
 from qkattr.errors import InputError
 from qkattr.export.graph_json import graph_json
 from qkattr.export.viewers import cantor
-from qkattr.labels import explanations, neuronpedia
-from qkattr.labels import read as labels
+from qkattr.labels import forms, neuronpedia
 from qkattr.labels.read import labelled, read_given, read_labels
 from qkattr.load.registry import Source
 
@@ -106,10 +105,10 @@ def test_of_two_labels_the_last_counts(tmp_path):
     "name, content, message",
     [
         ("a.json", "{", "is not JSON"),
-        ("a.json", "[1]", "has no layer, index and description"),
+        ("a.json", "[1]", "item 0 is '1', expected an object with a layer"),
         ("a.json", '{"x": "y"}', "'x' names no feature; write boundary:feature"),
         ("a.json", '{"3": "y"}', "say of which boundary all are, as in"),
-        ("a.json", '{"1:3": 4}', "the label of '1:3' is not text"),
+        ("a.json", '{"1:3": 4}', "'1:3': its label is 4, which is not text"),
         ("a.json", '{"1:32": "x"}', "is for feature '32'; boundary 1 has 0..31; give the labels"),
         ("a.json", '{"7:1": "x"}', "is for boundary 7; expected boundaries 1..2"),
         ("a.json", '{"nodes": [{"kind": "feature", "index": 3}]}', "has no boundary"),
@@ -121,7 +120,7 @@ def test_of_two_labels_the_last_counts(tmp_path):
         ("a.csv", "boundary,index,label\n1,x,y\n", "row 2 is for feature 'x'"),
         ("a.csv", "boundary,index,label\nx,1,y\n", "is for boundary 'x'; give a number"),
         ("a.csv", "layer,index,label\n3-att-x,1,y\n", "not a set of SAEs over the residual"),
-        ("a.csv", "boundary,index,label\n1,1\n", "its description is None"),
+        ("a.csv", "boundary,index,label\n1,1\n", "its label is None, which is not text"),
         ("a.csv", 'boundary,index,label\n1,1,"x\n', "is not CSV"),
         ("a.csv", b"\xff\xfe\x00", "is not a whole UTF-8 or gzip file"),
         ("a.gz", gzip.compress(b"x" * 9999, mtime=0)[:-9], "is not a whole UTF-8 or gzip file"),
@@ -137,15 +136,15 @@ def test_what_is_refused(tmp_path, name, content, message):
 
 
 def test_what_unpacks_to_too_much_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(labels, "WHOLE", 1000)
-    monkeypatch.setattr(explanations, "LINE", 1000)
+    monkeypatch.setattr(forms, "WHOLE", 1000)
+    monkeypatch.setattr(forms, "LINE", 1000)
     (tmp_path / "a.json.gz").write_bytes(gzip.compress(b" " * 2000))
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(b" " * 2000))
     with pytest.raises(InputError, match="has more than 1000 bytes"):
         read_labels(tmp_path / "a.json.gz")
     with pytest.raises(InputError, match="a line has at most 1000 bytes"):
         read_labels(tmp_path / "a.jsonl.gz")
-    monkeypatch.setattr(explanations, "WHOLE", 1500)
+    monkeypatch.setattr(forms, "LINES", 1500)
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress((b" " * 900 + b"\n") * 2))
     with pytest.raises(InputError, match="and a file 1500"):
         read_labels(tmp_path / "a.jsonl.gz")

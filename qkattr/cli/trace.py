@@ -191,7 +191,7 @@ def trace(
 def _named(bundle: Bundle, cards: Path | None, labels: list[str] | None, progress) -> Bundle:
     """The bundle with what --cards and --labels call its features."""
     if cards is not None:
-        from qkattr.labels.cards import with_cards
+        from qkattr.labels.read import with_cards
 
         bundle = with_cards(bundle, cards)
     if labels:

@@ -9,6 +9,6 @@ from qkattr.cards.card import Card, Example
 from qkattr.cards.columns import Cards
 from qkattr.features.build import make_cards
 from qkattr.features.seen import ScanConfig
-from qkattr.labels.cards import with_cards
+from qkattr.labels.read import with_cards
 
 __all__ = ["Card", "Cards", "Example", "ScanConfig", "make_cards", "with_cards"]

@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Mapping
 from pathlib import Path
 
 from qkattr.errors import InputError, quoted, some
 from qkattr.files import read_toml
-from qkattr.kinds import Group
+from qkattr.kinds import Group, Labels
 
 _NAME = re.compile(r"([0-9]{1,5}):([0-9]{1,9})")
 
@@ -58,7 +57,7 @@ def _features(table: object, name: str, path: str | Path) -> Group:
     return _by_boundary(_feature(str(feature), path) for feature in features)
 
 
-def search_labels(labels: Mapping[tuple[int, int], str], text: str) -> Group:
+def search_labels(labels: Labels, text: str) -> Group:
     """The features whose label contains a text, whatever its case.
 
     Raises:

@@ -17,7 +17,7 @@ from typing import IO, Any
 
 from qkattr.errors import InputError
 from qkattr.files import replacing
-from qkattr.labels.explanations import read_explanations
+from qkattr.labels.forms import read_labels
 from qkattr.load import hub
 from qkattr.load.registry import Source, find_saes, near_saes
 from qkattr.load.smollm2 import cache_folder
@@ -75,7 +75,7 @@ def fetch_labels(
         progress(f"labels, {number} of {len(source.sources)}")
         for file in _files(source.scan, name):
             found += 1
-            labels |= read_explanations(file, widths, pre=source.pre, boundary=boundary)
+            labels |= read_labels(file, widths, pre=source.pre, boundary=boundary)
     if not found:
         raise InputError(
             f"Neuronpedia has no labels of {source.scan}/{source.source_set}; give a file of labels"

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from qkattr.config import ModelConfig, ModelFacts
 from qkattr.errors import InputError
+from qkattr.kinds import Labels
 from qkattr.load.registry import Source
 from qkattr.load.text.tokenizer import Message, Tokenizer
 from qkattr.positions import INDEX
@@ -55,7 +56,7 @@ class Bundle:
     dtype: str = "float32"
     missing: str = "error"
     read_cards: Callable[[], Cards] | None = dataclasses.field(default=None, repr=False)
-    labels: Mapping[tuple[int, int], str] = dataclasses.field(default_factory=dict, repr=False)
+    labels: Labels = dataclasses.field(default_factory=dict, repr=False)
     source: Source | None = None
     notes: tuple[str, ...] = ()
 
