@@ -8,6 +8,11 @@ import numpy as np
 from safetensors.numpy import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
+from qkattr.load.dictionaries import Options, SaeFiles, check_set, find_saes, map_sae, recognise
+from qkattr.load.dictionaries.header import stated
+from qkattr.load.models.hf import open_checkpoint, read_config
+from qkattr.load.models.weights import read_params
+
 BLOCKS, D, HEADS, KV_HEADS, HEAD_DIM, MLP, WIDTH, CONTEXT = 2, 16, 4, 2, 4, 24, 32, 64
 BOS = "<s>"
 #: Tokens that a page or a terminal must not act on.
@@ -121,3 +126,27 @@ def write_packed(root):
     write_saes(root / "saes")
     pack_saes(root / "saes", root / "packed.gguf")
     return root
+
+
+def load_hf(folder, dtype="float32"):
+    """The config and the weights of a model folder."""
+    config = read_config(folder)
+    return config, read_params(open_checkpoint(folder), config, dtype=dtype)
+
+
+def listed(folder):
+    """A folder with the names of its files, as readers of SAEs see it."""
+    return next(at for at in SaeFiles(folder).folders() if at.path == folder)
+
+
+def load_sae(folder, options=None):
+    """The SAE of one folder, whatever hook it was trained on."""
+    at = listed(folder)
+    (found,) = recognise(at).find(at, options or Options())
+    return map_sae(stated(found.read(), options or Options()))
+
+
+def check_saes(path, config, *, missing="error"):
+    """What `load_saes` checks before it reads weights."""
+    found = find_saes(path)
+    check_set(found.headers, path, config, missing, found.notes)

@@ -311,7 +311,7 @@ class PretrainedConfig:
 
 def test_the_script_knows_all_of_the_installed_release(script):
     found = [script.Release((99, 0, 0), PACKAGE)]
-    made = msgspec.toml.decode(script.write(found), type=attributes.Table)
+    made = msgspec.toml.decode(script.write(found), type=attributes.AttributeTable)
     assert made.families["llama"].used["hidden_act"].versions == "99.0"
     assert made.families["llama"].used["hidden_act"].default == '"silu"'
 

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 
+import folders
 import jax
 import numpy as np
 import pytest
@@ -18,7 +19,6 @@ from qkattr.errors import InputError
 from qkattr.load.models import converted
 from qkattr.load.models.converted import open_converted
 from qkattr.load.models.gguf import open_gguf
-from qkattr.load.models.hf import load_hf
 from qkattr.load.models.weights import read_params
 from qkattr.load.text.gguf_tokenizer import tokenizer_from_gguf
 
@@ -95,7 +95,7 @@ def test_equals_the_gguf_file(gguf, tmp_path):
 
 def test_the_folder_is_a_hugging_face_model(gguf, folder):
     file = open_gguf(gguf)
-    config, params = load_hf(folder)
+    config, params = folders.load_hf(folder)
     expected = read_params(file, file.config)
     assert config == file.config
     for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(expected), strict=True):

@@ -8,6 +8,7 @@ import shutil
 import tracemalloc
 
 import families
+import folders
 import jax
 import numpy as np
 import pytest
@@ -25,7 +26,6 @@ from qkattr.export.html import page
 from qkattr.kinds import NO_WINDOW
 from qkattr.load.models.families import FAMILIES, from_hf
 from qkattr.load.models.families.refused import REFUSED
-from qkattr.load.models.hf import load_hf
 from qkattr.load.opening import load
 from qkattr.model.forward import forward
 
@@ -155,7 +155,9 @@ def renamed(folder, target, rename, extra=()):
 
 
 def assert_equal(folder, other):
-    for ours, theirs in zip(*map(jax.tree.leaves, (load_hf(folder), load_hf(other))), strict=True):
+    for ours, theirs in zip(
+        *map(jax.tree.leaves, (folders.load_hf(folder), folders.load_hf(other))), strict=True
+    ):
         np.testing.assert_array_equal(ours, theirs)
 
 
@@ -197,7 +199,7 @@ def test_text_and_multimodal_gemma_are_one_model(tmp_path):
     text = {"model." + n.removeprefix(stem): w for n, w in names.items() if n.startswith(stem)}
     (tmp_path / "config.json").write_text(json.dumps(raw("gemma3")["text_config"]))
     save_file(text, tmp_path / "model.safetensors")
-    config, params = load_hf(tmp_path)
+    config, params = folders.load_hf(tmp_path)
     logits, _ = forward(params, families.PROMPT, cfg=config, capture=())
     within("text of gemma3", logits, families.reference("gemma3").logits, LOGITS)
 
@@ -206,12 +208,12 @@ def test_a_tensor_that_the_family_does_not_have_is_named(tmp_path):
     folder = families.saved("qwen2")
     extra = {"model.layers.0.self_attn.o_proj.bias": np.ones(36, np.float32)}
     with pytest.raises(InputError, match=r"holds model\.layers\.0\.self_attn\.o_proj\.bias"):
-        load_hf(renamed(folder, tmp_path / "m", lambda n: n, extra.items()))
+        folders.load_hf(renamed(folder, tmp_path / "m", lambda n: n, extra.items()))
 
 
 def test_the_scale_of_gemmas_embedding_is_rounded_to_the_type_of_the_weights():
     for dtype, kind in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
-        scale = load_hf(families.saved("gemma2"), dtype)[1].embed_scale
+        scale = folders.load_hf(families.saved("gemma2"), dtype)[1].embed_scale
         assert float(scale) == torch.tensor(40**0.5).to(kind).item()
 
 

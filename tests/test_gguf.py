@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 
 import families
+import folders
 import gguf
 import jax
 import numpy as np
@@ -18,7 +19,7 @@ from tiny import within
 
 from qkattr.errors import InputError
 from qkattr.load.models.gguf import half_split, open_gguf
-from qkattr.load.models.hf import load_hf, read_config
+from qkattr.load.models.hf import read_config
 from qkattr.load.models.weights import read_params
 from qkattr.load.opening import load
 from qkattr.load.text.gguf_tokenizer import tokenizer_from_gguf
@@ -124,7 +125,7 @@ def write_gguf(path, model, kind="llama", edit=lambda writer: None):
 
 
 def test_equals_the_hf_folder(folder):
-    config, params = load_hf(folder)
+    config, params = folders.load_hf(folder)
     bundle = load(folder / "m.gguf")
     assert bundle.tokenizer is None
     assert bundle.config == config

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 
+import folders
 import ml_dtypes
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from safetensors.numpy import save_file
 from qkattr.config import BlockConfig, ModelConfig, Rotary
 from qkattr.errors import InputError
 from qkattr.kinds import NO_WINDOW
-from qkattr.load.dictionaries import check_saes, load_sae, load_saes, sae_model_names
+from qkattr.load.dictionaries import find_saes, load_saes
 from qkattr.load.fingerprint import fingerprint
 from qkattr.sources.dictionary import activations, encode
 
@@ -107,14 +108,14 @@ def test_version_6_formats(tmp_path, architecture, kind, normalise):
     config = v6(
         architecture=architecture, normalize_activations=normalise, apply_b_dec_to_input=False
     )
-    dictionary = load_sae(write(tmp_path, config, weights))
+    dictionary = folders.load_sae(write(tmp_path, config, weights))
     check_against_reference(
         dictionary, weights, kind=kind, k=3, subtract=False, normalise=normalise
     )
 
 
 def test_topk_with_decoder_norms(tmp_path):
-    dictionary = load_sae(
+    dictionary = folders.load_sae(
         write(tmp_path, v6(architecture="topk", rescale_acts_by_decoder_norm=True))
     )
     check_against_reference(dictionary, tensors(), kind="topk", k=3, rescale=True)
@@ -128,11 +129,11 @@ def test_flat_configs_from_before_version_6(tmp_path, activation):
         "d_sae": M,
         "normalize_activations": False,
     }
-    relu = load_sae(write(tmp_path / "relu", flat | {activation: "relu"}))
+    relu = folders.load_sae(write(tmp_path / "relu", flat | {activation: "relu"}))
     check_against_reference(relu, tensors(), kind="relu")
     assert relu.config.prepend_bos is True  # SAELens's default of that time
     kwargs = {"activation_fn_kwargs": {"k": 2}}
-    topk = load_sae(
+    topk = folders.load_sae(
         write(tmp_path / "topk", flat | kwargs | {activation: "topk", "prepend_bos": False})
     )
     check_against_reference(topk, tensors(), kind="topk", k=2)
@@ -142,7 +143,7 @@ def test_flat_configs_from_before_version_6(tmp_path, activation):
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
 def test_half_precision_stays_in_the_file(tmp_path, dtype):
     weights = tensors(dtype=dtype)
-    dictionary = load_sae(write(tmp_path, v6(dtype="float16"), weights))
+    dictionary = folders.load_sae(write(tmp_path, v6(dtype="float16"), weights))
     assert dictionary.w_enc_DM.dtype == dtype
     base = dictionary.w_enc_DM
     while isinstance(base, np.ndarray):
@@ -153,7 +154,9 @@ def test_half_precision_stays_in_the_file(tmp_path, dtype):
 
 def test_prepend_bos_is_read(tmp_path):
     said = [
-        load_sae(write(tmp_path / str(b), v6(metadata={"prepend_bos": b}))).config.prepend_bos
+        folders.load_sae(
+            write(tmp_path / str(b), v6(metadata={"prepend_bos": b}))
+        ).config.prepend_bos
         for b in (True, None)
     ]
     assert said == [True, None]
@@ -167,12 +170,12 @@ def test_prepend_bos_is_read(tmp_path):
             "architecture 'abstopk' is not implemented; known are standard, topk, jumprelu, gated",
         ),
         (v6(architecture="matching_pursuit"), "architecture 'matching_pursuit' is not implemented"),
-        (v6(architecture="temporal"), "holds a temporal SAE; load SAEs, which reconstruct"),
-        (v6(architecture="skip_transcoder"), "holds a transcoder; load SAEs, which reconstruct"),
-        (v6(architecture="jumprelu_transcoder"), "holds a transcoder; load SAEs"),
+        (v6(architecture="temporal"), "no SAE of the residual stream, but 1 temporal SAE;"),
+        (v6(architecture="skip_transcoder"), "no SAE of the residual stream, but 1 transcoder;"),
+        (v6(architecture="jumprelu_transcoder"), "but 1 transcoder;"),
         (
             v6(metadata={"hook_name_out": "blocks.0.hook_mlp_out"}),
-            "holds a transcoder; load SAEs",
+            "but 1 transcoder;",
         ),
         (
             v6(normalize_activations="constant_scalar_rescale"),
@@ -193,12 +196,12 @@ def test_prepend_bos_is_read(tmp_path):
             r"W_enc has shape \[6, 16\], cfg.json \(d_in=6, d_sae=17\) calls for \[6, 17\]",
         ),
         (v6(apply_b_dec_to_input="yes"), "apply_b_dec_to_input should be bool"),
-        ({"architecture": "standard"}, "cfg.json has no d_in"),
+        ({"architecture": "standard", "hook_name": "hook_embed"}, "cfg.json has no d_in"),
     ],
 )
 def test_configs_that_are_refused(tmp_path, config, message):
     with pytest.raises(InputError, match=message):
-        load_sae(write(tmp_path, config, tensors()))
+        load_saes(write(tmp_path, config, tensors()), MODEL, missing="raw")
 
 
 @pytest.mark.parametrize(
@@ -222,11 +225,11 @@ def test_tensors_that_are_refused(tmp_path, edit, message):
     weights = tensors()
     edit(weights)
     with pytest.raises(InputError, match=message):
-        load_sae(write(tmp_path, v6(), weights))
+        folders.load_sae(write(tmp_path, v6(), weights))
 
 
 def test_scaling_factors_of_one_are_nothing(tmp_path):
-    load_sae(write(tmp_path, v6(), tensors() | {"scaling_factor": np.ones(M, np.float32)}))
+    folders.load_sae(write(tmp_path, v6(), tensors() | {"scaling_factor": np.ones(M, np.float32)}))
 
 
 @pytest.mark.parametrize("keep", [0, 5, 60, -4])
@@ -234,7 +237,7 @@ def test_truncated_weights(tmp_path, keep):
     path = write(tmp_path) / "sae_weights.safetensors"
     path.write_bytes(path.read_bytes()[:keep])
     with pytest.raises(InputError, match="is not a whole safetensors file"):
-        load_sae(tmp_path)
+        folders.load_sae(tmp_path)
 
 
 def test_absurd_headers(tmp_path):
@@ -244,15 +247,13 @@ def test_absurd_headers(tmp_path):
     for bad in ((2**62).to_bytes(8, "little") + whole[8:], beyond, whole + b"more"):
         path.write_bytes(bad)
         with pytest.raises(InputError, match="is not a whole safetensors file"):
-            load_sae(tmp_path)
+            folders.load_sae(tmp_path)
 
 
 def test_incomplete_folders(tmp_path):
-    with pytest.raises(InputError, match="has no cfg.json"):
-        load_sae(tmp_path)
     (write(tmp_path) / "sae_weights.safetensors").unlink()
     with pytest.raises(InputError, match="has no sae_weights.safetensors"):
-        load_sae(tmp_path)
+        folders.load_sae(tmp_path)
     with pytest.raises(InputError, match="no such folder"):
         load_saes(tmp_path / "absent", MODEL)
     (tmp_path / "empty").mkdir()
@@ -272,7 +273,7 @@ def test_boundaries_follow_from_the_hooks(tmp_path):
     assert len(saes) == 3
     for boundary, seed in ((2, 0), (0, 1), (1, 2)):
         np.testing.assert_array_equal(saes[boundary].w_enc_DM, tensors(seed=seed)["W_enc"])
-    assert sae_model_names(root) == {"tiny"}
+    assert {h.model_name for h in find_saes(root).headers.values()} == {"tiny"}
 
 
 def test_boundary_0_may_be_missing(tmp_path):
@@ -307,7 +308,7 @@ def test_one_folder_is_a_set(tmp_path):
 )
 def test_sets_that_are_refused(tmp_path, hooks, message):
     write_set(tmp_path, *hooks)
-    for function in (load_saes, check_saes):
+    for function in (load_saes, folders.check_saes):
         with pytest.raises(InputError, match=message):
             function(tmp_path, MODEL)
 
@@ -318,14 +319,14 @@ def test_width_of_another_model(tmp_path):
         InputError,
         match="SAE at boundary 1 has d_in=6, the model has d_model=8; load the SAEs trained",
     ):
-        check_saes(root, dataclasses.replace(MODEL, d_model=8))
+        folders.check_saes(root, dataclasses.replace(MODEL, d_model=8))
 
 
 def test_checking_reads_no_weights(tmp_path):
     weights = tensors()
     weights["W_enc"][0, 0] = np.nan
     write(tmp_path, v6(), weights)
-    check_saes(tmp_path, dataclasses.replace(MODEL, n_blocks=1))
+    folders.check_saes(tmp_path, dataclasses.replace(MODEL, n_blocks=1))
 
 
 def test_fingerprint(tmp_path):

@@ -12,7 +12,6 @@ import orbax.checkpoint as ocp
 import pytest
 
 from qkattr.errors import InputError
-from qkattr.load.models.hf import load_hf
 from qkattr.load.models.tree import GEMMA, GEMMA_2, GEMMA_3, LLAMA, Leaf, from_tree, load_orbax
 from qkattr.model.forward import forward
 from qkattr.types import Params
@@ -26,7 +25,7 @@ def model(tmp_path_factory):
     tensors = {}
     folder = tmp_path_factory.mktemp("tree") / "model"
     folders.write_model(folder, edit=tensors.update)
-    return *load_hf(folder), tensors
+    return *folders.load_hf(folder), tensors
 
 
 def llama_tree(tensors):
@@ -194,17 +193,17 @@ def own_layout(params: Params, *, stacked: bool):
 @pytest.mark.parametrize("name", ["gpt2", "pythia", "gemma2", "olmo2-grouped", "qwen2", "phi3"])
 def test_every_family_reads_from_a_tree_what_its_folder_gives(name, stacked):
     """LayerNorms, biases, the embedding's factor and norms over all heads included."""
-    config, params = load_hf(families.saved(name))
+    config, params = folders.load_hf(families.saved(name))
     tree, table = own_layout(params, stacked=stacked)
     for dtype in ("float32", "bfloat16"):
-        expected = load_hf(families.saved(name), dtype=dtype)[1]
+        expected = folders.load_hf(families.saved(name), dtype=dtype)[1]
         read = from_tree(tree, config, table, dtype=dtype)
         same(read, expected)
         assert jax.tree.map(lambda a: a.dtype, read) == jax.tree.map(lambda a: a.dtype, expected)
 
 
 def test_queries_are_divided_by_depth_where_the_config_says_so():
-    config, params = load_hf(families.saved("gpt2-by-depth"))
+    config, params = folders.load_hf(families.saved("gpt2-by-depth"))
     tree, table = own_layout(params, stacked=False)
     for b in range(config.n_blocks):
         for name in ("wq_DNH", "bq_NH"):
@@ -215,7 +214,7 @@ def test_queries_are_divided_by_depth_where_the_config_says_so():
 
 def test_leaves_of_several_fields(model):
     """Side by side along any axis, with heads merged or within each."""
-    config, params = load_hf(families.saved("gpt2"))
+    config, params = folders.load_hf(families.saved("gpt2"))
     tree, table = own_layout(params, stacked=False)
     for block in (tree[f"block{b}"] for b in range(config.n_blocks)):
         q, k, v = (np.asarray(block.pop(n)) for n in ("wq_DNH", "wk_DKH", "wv_DKH"))

@@ -5,6 +5,7 @@ import json
 import shutil
 
 import families
+import folders
 import gguf
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,7 @@ from safetensors.numpy import load_file, save_file
 from qkattr.errors import InputError
 from qkattr.load import smollm2
 from qkattr.load.models.gguf import open_gguf
-from qkattr.load.models.hf import load_hf, read_config
+from qkattr.load.models.hf import read_config
 from qkattr.load.opening import load
 from qkattr.load.text.gguf_tokenizer import tokenizer_from_gguf
 
@@ -84,7 +85,7 @@ def assert_same(params, tensors):
 def test_hf_folder_round_trips(tmp_path, shard):
     tensors = write_folder(tmp_path, shard, tie_word_embeddings=False)
     assert (tmp_path / "model.safetensors.index.json").exists() == (shard == "8KB")
-    config, params = load_hf(tmp_path)
+    config, params = folders.load_hf(tmp_path)
     assert_same(params, tensors)
     np.testing.assert_array_equal(params.unembed_DV, tensors["lm_head.weight"].T)
     assert params.blocks.bq_NH is None and params.blocks.b_up_F is None
@@ -96,7 +97,7 @@ def test_hf_folder_round_trips(tmp_path, shard):
 
 def test_biases_and_tied_embedding(tmp_path):
     tensors = write_folder(tmp_path, attention_bias=True, mlp_bias=True, tie_word_embeddings=True)
-    _, params = load_hf(tmp_path)
+    _, params = folders.load_hf(tmp_path)
     assert_same(params, tensors)
     b = params.blocks
     np.testing.assert_array_equal(b.bq_NH, block(tensors, "self_attn.q_proj.bias").reshape(L, N, H))
@@ -114,8 +115,8 @@ def test_half_precision_files(tmp_path, kind):
     model = make_model().to(kind)
     model.save_pretrained(tmp_path)
     tensors = {name: tensor.float().numpy() for name, tensor in model.state_dict().items()}
-    assert_same(load_hf(tmp_path)[1], tensors)
-    _, half = load_hf(tmp_path, "bfloat16")
+    assert_same(folders.load_hf(tmp_path)[1], tensors)
+    _, half = folders.load_hf(tmp_path, "bfloat16")
     assert half.blocks.wq_DNH.dtype == half.embed_VD.dtype == jnp.bfloat16
     assert half.blocks.norm_attn.weight.dtype == jnp.float32
     np.testing.assert_array_equal(
@@ -153,7 +154,7 @@ def test_tensors_that_do_not_fit(tmp_path, edit, message):
     write_folder(tmp_path)
     change(tmp_path, edit)
     with pytest.raises(InputError, match=message):
-        load_hf(tmp_path)
+        folders.load_hf(tmp_path)
 
 
 def test_tensors_that_follow_from_others_are_ignored(tmp_path):
@@ -163,7 +164,7 @@ def test_tensors_that_follow_from_others_are_ignored(tmp_path):
         "model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(H // 2),
     }
     change(tmp_path, lambda t: t.update({name: w.astype(np.float32) for name, w in rest.items()}))
-    assert_same(load_hf(tmp_path)[1], tensors)
+    assert_same(folders.load_hf(tmp_path)[1], tensors)
 
 
 #: What published checkpoints hold beside the weights, by the family whose files hold it.
@@ -191,9 +192,9 @@ UNREAD = {
 def test_nothing_is_asked_of_tensors_that_are_not_read(tmp_path, name):
     """Neither their types, nor their shapes, nor that they are finite."""
     folder = shutil.copytree(families.saved(name), tmp_path / name)
-    before = load_hf(folder)
+    before = folders.load_hf(folder)
     change(folder, lambda t: t.update(UNREAD[name]))
-    jax.tree.map(np.testing.assert_array_equal, load_hf(folder)[1], before[1])
+    jax.tree.map(np.testing.assert_array_equal, folders.load_hf(folder)[1], before[1])
 
 
 @pytest.mark.parametrize("kind", [np.float64, np.float16])
@@ -201,7 +202,9 @@ def test_all_float_types_are_read(tmp_path, kind):
     write_folder(tmp_path)
     change(tmp_path, lambda t: t.update({Q: t[Q].astype(kind)}))
     q = load_file(tmp_path / "model.safetensors")[Q].astype(np.float32)
-    np.testing.assert_array_equal(load_hf(tmp_path)[1].blocks.wq_DNH[1, :, 1], q[H : 2 * H].T)
+    np.testing.assert_array_equal(
+        folders.load_hf(tmp_path)[1].blocks.wq_DNH[1, :, 1], q[H : 2 * H].T
+    )
 
 
 def test_large_finite_weights_pass(tmp_path):
@@ -209,7 +212,7 @@ def test_large_finite_weights_pass(tmp_path):
     change(
         tmp_path, lambda t: t[Q].__setitem__((0, slice(2)), 3e38)
     )  # their sum overflows, they do not
-    assert load_hf(tmp_path)[1].blocks.wq_DNH[1].max() > 2e38
+    assert folders.load_hf(tmp_path)[1].blocks.wq_DNH[1].max() > 2e38
 
 
 @pytest.mark.parametrize("keep", [0, 4, 100, -10])
@@ -218,13 +221,13 @@ def test_truncated_file(tmp_path, keep):
     path = tmp_path / "model.safetensors"
     path.write_bytes(path.read_bytes()[:keep])
     with pytest.raises(InputError, match="model.safetensors is not a whole safetensors file"):
-        load_hf(tmp_path)
+        folders.load_hf(tmp_path)
 
 
 def test_dtype_is_checked(tmp_path):
     write_folder(tmp_path)
     with pytest.raises(InputError, match="dtype is 'int8', expected one of float32, bfloat16"):
-        load_hf(tmp_path, "int8")
+        folders.load_hf(tmp_path, "int8")
 
 
 @pytest.mark.parametrize(
@@ -236,7 +239,7 @@ def test_shards_stay_inside_the_folder(tmp_path, name):
     (folder / "model.safetensors").rename(tmp_path / "model.safetensors")
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {Q: name}}))
     with pytest.raises(InputError, match="expected a plain file name inside"):
-        load_hf(folder)
+        folders.load_hf(folder)
 
 
 @pytest.mark.parametrize(
@@ -250,10 +253,10 @@ def test_broken_index(tmp_path, index, message):
     write_folder(tmp_path)
     (tmp_path / "model.safetensors").unlink()
     with pytest.raises(InputError, match="neither model.safetensors nor"):
-        load_hf(tmp_path)
+        folders.load_hf(tmp_path)
     (tmp_path / "model.safetensors.index.json").write_text(index)
     with pytest.raises(InputError, match=message):
-        load_hf(tmp_path)
+        folders.load_hf(tmp_path)
 
 
 def test_folders_without_a_config(tmp_path):

@@ -5,6 +5,7 @@ import json
 import os
 import re
 
+import folders
 import gguf
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from qkattr.cli.main import main
 from qkattr.errors import InputError
 from qkattr.load import opening as bundle_module
 from qkattr.load import smollm2
-from qkattr.load.dictionaries import check_saes, load_saes
+from qkattr.load.dictionaries import load_saes
 from qkattr.load.dictionaries.packing import pack_saes
 from qkattr.load.dictionaries.quantised import relative_error
 
@@ -51,7 +52,7 @@ def test_a_packed_set_is_the_folder(tmp_path, architecture, bits, most):
     )  # fmt: skip
     path = tmp_path / "new" / "saes.gguf"
     errors = pack_saes(root, path, bits=bits)
-    check_saes(path, MODEL)
+    folders.check_saes(path, MODEL)
     ours, theirs = load_saes(path, MODEL), load_saes(root, MODEL)
     stored = read(path)
     assert ours[0] is None and theirs[0] is None and len(ours) == 3

@@ -13,7 +13,7 @@ from test_gguf_container import DAMAGED
 
 import qkattr
 from qkattr.errors import InputError
-from qkattr.load.dictionaries import check_saes, load_saes
+from qkattr.load.dictionaries import load_saes
 from qkattr.load.dictionaries.packed import METADATA
 
 HOOKS = ("blocks.0.hook_resid_post", "blocks.1.hook_resid_post")
@@ -181,7 +181,7 @@ def test_damaged_containers(case, root, tmp_path):
     path.write_bytes(DAMAGED[case][0])
     message = "not a packed set" if case == "not a GGUF file" else DAMAGED[case][1]
     with pytest.raises(InputError) as e:
-        check_saes(path, config)
+        folders.check_saes(path, config)
     assert message in str(e.value) and len(str(e.value)) < 400
 
 
@@ -254,7 +254,7 @@ def test_matrices_without_gains(root, tmp_path, dtype, kind):
     np.testing.assert_array_equal(found.w_enc_DM.T, w)
     w[3, 4] = np.nan
     edited(root, path, edit)
-    check_saes(path, config)
+    folders.check_saes(path, config)
     with pytest.raises(InputError, match="W_enc holds NaN"):
         load_saes(path, config)
 
@@ -262,6 +262,6 @@ def test_matrices_without_gains(root, tmp_path, dtype, kind):
 def test_the_header_is_checked_without_the_values(root, tmp_path):
     path = edited(root, tmp_path / "damaged.gguf", scale("W_dec", np.nan))
     config = qkattr.load(root / "model").config
-    check_saes(path, config)
+    folders.check_saes(path, config)
     with pytest.raises(InputError, match="W_dec holds NaN"):
         load_saes(path, config)

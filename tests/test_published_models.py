@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+import folders
 import jax
 import numpy as np
 import published_models
@@ -16,7 +17,6 @@ from tiny import within
 
 from qkattr.errors import InputError
 from qkattr.load.models.families import FAMILIES, from_hf
-from qkattr.load.models.hf import load_hf
 from qkattr.load.text.tokenizer import Tokenizer
 from qkattr.model.forward import forward
 
@@ -51,7 +51,7 @@ def test_logits_equal_those_of_transformers(tmp_path, name):
     model = published_models.write_model(tmp_path, published_models.shrunk(config_of(name)))
     with torch.no_grad():
         expected = model(torch.tensor(PROMPT)[None].long()).logits[0].numpy()
-    config, params = load_hf(tmp_path)
+    config, params = folders.load_hf(tmp_path)
     with jax.disable_jit():  # every model would be compiled for its own constants
         logits, _ = forward(params, jax.numpy.asarray(PROMPT), cfg=config, capture=())
     within(f"{name}: logits", logits, expected, LOGITS)

@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import logging
 
+import folders
 import jax
 import numpy as np
 import torch
@@ -15,7 +16,6 @@ import transformers
 
 from qkattr.config import BlockConfig, ModelConfig, Rotary
 from qkattr.kinds import NO_WINDOW
-from qkattr.load.models.hf import load_hf
 from qkattr.model.forward import forward
 from qkattr.sources.components import Components
 from qkattr.sources.dictionary import Dictionary, DictionaryConfig
@@ -90,7 +90,7 @@ def hf_params(name: str, folder) -> tuple[torch.nn.Module, ModelConfig, Params]:
     """The model, and what the library's loader makes of it."""
     model = hf_model(name)
     model.save_pretrained(folder)
-    return model, *load_hf(folder)
+    return model, *folders.load_hf(folder)
 
 
 @dataclasses.dataclass(frozen=True)

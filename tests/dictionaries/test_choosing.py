@@ -2,13 +2,14 @@
 
 import json
 
+import folders
 import layouts
 import numpy as np
 import pytest
 from test_formats import MODEL
 
 from qkattr.errors import InputError
-from qkattr.load.dictionaries import Options, check_saes, find_saes, load_sae, load_saes, recognise
+from qkattr.load.dictionaries import Options, find_saes, load_saes, recognise
 from qkattr.load.fingerprint import fingerprint
 
 RNG = np.random.default_rng
@@ -37,8 +38,9 @@ def test_a_folder_is_recognised_by_its_files(tmp_path, case, name):
     layouts.CASES[case](tmp_path, RNG(0))
     (header,) = find_saes(tmp_path).headers.values()
     folder = header.folder if header.folder.is_dir() else header.folder.parent
-    assert recognise(folder).name == name and recognise(tmp_path.parent) is None
-    load_sae(folder)
+    assert recognise(folders.listed(folder)).name == name
+    assert recognise(folders.listed(tmp_path)) is None
+    folders.load_sae(folder)
 
 
 def test_formats_may_be_mixed(tmp_path):
@@ -136,7 +138,7 @@ def test_the_fingerprint_is_of_what_was_chosen(tmp_path):
 
 def test_boundaries_without_an_sae(tmp_path):
     gemma(tmp_path, TREE[0])
-    for function in (load_saes, check_saes):
+    for function in (load_saes, folders.check_saes):
         with pytest.raises(InputError, match=r"no SAE for boundary 2; .*--missing raw"):
             function(tmp_path, MODEL)
         with pytest.raises(InputError, match="missing is 'zero', expected error or raw"):
@@ -171,8 +173,8 @@ def test_centre_and_k_may_be_given(tmp_path):
     w = layouts.weights(RNG(0))
     w.pop("threshold")
     layouts.put(tmp_path / "sae", "sae_weights.safetensors", w)
-    assert load_sae(tmp_path / "sae").config.centre is True
-    assert load_sae(tmp_path / "sae", Options(centre=False)).config.centre is False
+    assert folders.load_sae(tmp_path / "sae").config.centre is True
+    assert folders.load_sae(tmp_path / "sae", Options(centre=False)).config.centre is False
     at = tmp_path / "qwen"
     layouts.qwen_scope(at, RNG(0))
     next(at.rglob("SAE-Res*")).rename(at / "here")

@@ -2,13 +2,14 @@
 
 import json
 
+import folders
 import layouts
 import numpy as np
 import pytest
 from test_formats import MODEL, near, stream
 
 from qkattr.errors import InputError
-from qkattr.load.dictionaries import find_saes, load_sae, load_saes
+from qkattr.load.dictionaries import find_saes, load_saes
 from qkattr.sources.dictionary import reconstruct
 
 RNG = np.random.default_rng
@@ -340,6 +341,6 @@ def test_what_is_no_sae_is_called_by_its_name(tmp_path, files, kind):
         (tmp_path / file).write_bytes(b"")
     refused(tmp_path, f"holds no SAE of the residual stream, but 1 {kind};")
     with pytest.raises(InputError, match=f"holds a {kind}; load SAEs"):
-        load_sae((tmp_path / files[0]).parent)
+        folders.load_sae((tmp_path / files[0]).parent)
     layouts.saelens(tmp_path, RNG(0))
     assert find_saes(tmp_path).notes == (f"1 SAE of other hooks left out: 1 {kind}",)

@@ -4,13 +4,10 @@ from qkattr.load.dictionaries.find import (
     SaeFiles,
     SaeSet,
     by_boundary,
-    check_saes,
     check_set,
     find_saes,
-    load_sae,
     load_saes,
     recognise,
-    sae_model_names,
     split_pattern,
 )
 from qkattr.load.dictionaries.header import Header, Options, map_sae
@@ -24,13 +21,10 @@ __all__ = [
     "SaeSet",
     "WEIGHTS",
     "by_boundary",
-    "check_saes",
     "check_set",
     "find_saes",
-    "load_sae",
     "load_saes",
     "map_sae",
     "recognise",
-    "sae_model_names",
     "split_pattern",
 ]

@@ -35,7 +35,7 @@ from qkattr.load.dictionaries.choose import (
     split_pattern,
 )
 from qkattr.load.dictionaries.header import Folder, Found, Header, Options, map_sae, stated
-from qkattr.load.dictionaries.hooks import OTHERS, boundary, counts, other_by_names
+from qkattr.load.dictionaries.hooks import boundary, counts, other_by_names
 from qkattr.load.dictionaries.packed import find_packed
 from qkattr.load.fingerprint import fingerprint
 from qkattr.sources.dictionary import Dictionary
@@ -97,39 +97,13 @@ READERS = (
 )
 
 
-def recognise(folder: Path | Folder) -> Reader | None:
+def recognise(at: Folder) -> Reader | None:
     """What reads the SAEs that lie in a folder itself; None where there are none."""
-    at = folder if isinstance(folder, Folder) else _folder(folder, os.listdir(folder))
     return next((reader for reader in READERS if reader.here(at)), None)
 
 
 def _folder(path: Path, names: Iterable[str]) -> Folder:
     return Folder(path, frozenset(name for name in names if (path / name).is_file()))
-
-
-def load_sae(folder: str | Path, options: Options | None = None) -> Dictionary:
-    """Read the SAE of one folder, whatever hook it was trained on.
-
-    options: None: none.
-
-    Raises:
-      InputError: files are missing or damaged, the tensors do not fit the config or are not finite,
-        or the SAE computes something that qkattr does not implement.
-    """
-    at = _folder(Path(folder), os.listdir(folder) if Path(folder).is_dir() else ())
-    reader = recognise(at)
-    if reader is None:
-        raise InputError(
-            f"{folder} has no {saelens.CONFIG} and is of no other known format; give "
-            "the folder of an SAE"
-        )
-    options = options or Options()
-    found = reader.find(at, options)
-    if len(found) != 1:
-        raise InputError(f"{folder} holds {len(found)} SAEs, expected one; see load_saes")
-    if found[0].hook in OTHERS:
-        _refuse(at.path, found[0].hook)
-    return map_sae(stated(found[0].read(), options))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -255,17 +229,6 @@ def _on_the_stream(found: list[Found], where: str) -> tuple[list[Found], tuple[s
     return kept, (said,) if others else ()
 
 
-def sae_model_names(path: str | Path) -> set[str]:
-    """The models that the SAEs at `path` say they were trained on; empty when they do not say."""
-    return {h.model_name for h in find_saes(path).headers.values() if h.model_name}
-
-
-def check_saes(path: str | Path, config: ModelConfig, *, missing: str = "error") -> None:
-    """Everything that `load_saes` checks, but for the values of the weights; reads only headers."""
-    found = find_saes(path)
-    check_set(found.headers, path, config, missing, found.notes)
-
-
 def load_saes(
     path: str | Path,
     config: ModelConfig,
@@ -280,8 +243,10 @@ def load_saes(
     `find_saes`.
 
     Raises:
-      InputError: as `load_sae`; or an SAE is not on the residual stream, is not as wide as the
-        model, shares its boundary with another; or a boundary after a block has none.
+      InputError: files are missing or damaged, the tensors do not fit the config or are not finite,
+        or an SAE computes something that qkattr does not implement, is not on the residual stream,
+        is not as wide as the model, shares its boundary with another; or a boundary after a block
+        has none.
     """
     found = find_saes(path, options)
     check_set(found.headers, path, config, missing, found.notes)

@@ -20,12 +20,12 @@ import numpy as np
 
 from qkattr.errors import InputError
 from qkattr.load.dictionaries.header import (
-    Fields,
     Folder,
     Found,
     Header,
     Options,
     Part,
+    SaeFields,
     Tensors,
     check_tensors,
     release_l0,
@@ -108,12 +108,12 @@ def _read_1(folder: Path, hook: str) -> Header:
 def find_2(at: Folder, options: Options) -> list[Found]:
     """Gemma Scope 2: the hook is in config.json, or else in the folders' names."""
     folder = at.path
-    fields = Fields(folder, CONFIG) if at.has(CONFIG) else None
+    fields = SaeFields(folder, CONFIG) if at.has(CONFIG) else None
     hook = (fields and _hook(fields)) or by_names(folder, _layer(folder), stated=options.hook)
     return [Found(folder, hook, partial(_read_2, folder, fields, hook))]
 
 
-def _hook(fields: Fields) -> str | None:
+def _hook(fields: SaeFields) -> str | None:
     """What the config says of the hook, if it says anything."""
     kind = fields.typed(str, "type", default="sae")
     if kind != "sae":
@@ -124,7 +124,7 @@ def _hook(fields: Fields) -> str | None:
     return None if point is None else canonical(point)
 
 
-def _read_2(folder: Path, fields: Fields | None, hook: str) -> Header:
+def _read_2(folder: Path, fields: SaeFields | None, hook: str) -> Header:
     path, files, rest = folder / SAFETENSORS, (), {}
     if fields is not None:
         files = (folder / CONFIG,)

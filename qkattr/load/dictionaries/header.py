@@ -253,7 +253,7 @@ def _oriented(tensor: np.ndarray, part: Part, header: Header) -> np.ndarray:
     return np.broadcast_to(tensor, (header.d_sae,)) if part.scalar else tensor
 
 
-class Fields:
+class SaeFields:
     """A config in JSON, looked up flat, then in its nested part, under every name of a field."""
 
     def __init__(self, folder: Path, config: str, nested: str | None = None):

@@ -25,12 +25,12 @@ import numpy as np
 
 from qkattr.errors import InputError, clipped
 from qkattr.load.dictionaries.header import (
-    Fields,
     Folder,
     Found,
     Header,
     Options,
     Part,
+    SaeFields,
     check_tensors,
     exponential,
     release_l0,
@@ -57,7 +57,7 @@ _LOG_THRESHOLDS = ("log_jumprelu_threshold", "activation_function.log_jumprelu_t
 _OTHERS = {"clt": "cross-layer transcoder", "lorsa": "Lorsa", "crosscoder": "crosscoder"}
 
 
-def _hook(fields: Fields) -> str:
+def _hook(fields: SaeFields) -> str:
     """Where it was trained, as the config says; or what it is instead of an SAE."""
     kind = fields.typed(str, "sae_type", default="sae")
     if kind in _OTHERS:
@@ -66,7 +66,7 @@ def _hook(fields: Fields) -> str:
     return "transcoder" if fields.typed(str, "hook_point_out", default=point) != point else point
 
 
-def _activation(fields: Fields) -> str:
+def _activation(fields: SaeFields) -> str:
     """The activation; refuses by name what computes something else."""
     if (kind := fields.get("sae_type", default="sae")) != "sae":
         raise fields.refuse(f"sae_type {clipped(repr(kind), 40)} is not implemented; known is sae")
@@ -81,7 +81,7 @@ def _activation(fields: Fields) -> str:
     return activation
 
 
-def _normalisation(fields: Fields) -> str:
+def _normalisation(fields: SaeFields) -> str:
     kind = fields.typed(str, "norm_activation", default="dataset-wise")
     if kind not in ("token-wise", "dataset-wise", "inference"):
         raise fields.refuse(
@@ -92,7 +92,7 @@ def _normalisation(fields: Fields) -> str:
 
 
 def _config(
-    fields: Fields, *, subtract: bool, by_norm: bool, prepend_bos: bool | None
+    fields: SaeFields, *, subtract: bool, by_norm: bool, prepend_bos: bool | None
 ) -> DictionaryConfig:
     activation = _activation(fields)
     k = None
@@ -108,7 +108,7 @@ def _config(
     )
 
 
-def _width(fields: Fields) -> int:
+def _width(fields: SaeFields) -> int:
     """d_sae, said or by the expansion factor."""
     if fields.get("d_sae") is not None:
         return fields.size("d_sae")
@@ -116,7 +116,7 @@ def _width(fields: Fields) -> int:
     return round(fields.within("d_model * expansion_factor", width))
 
 
-def _norm_factor(fields: Fields, norm: Any, options: Options) -> dict[str, Any]:
+def _norm_factor(fields: SaeFields, norm: Any, options: Options) -> dict[str, Any]:
     """sqrt(d) / norm as a constant, where the SAE has a data set's average norm."""
     if _normalisation(fields) != "dataset-wise":
         return {}
@@ -132,17 +132,17 @@ def _norm_factor(fields: Fields, norm: Any, options: Options) -> dict[str, Any]:
 
 def find_1(at: Folder, options: Options) -> list[Found]:
     """Llama Scope, one scalar threshold for all features."""
-    fields = Fields(at.path, HYPERPARAMS)
+    fields = SaeFields(at.path, HYPERPARAMS)
     return [Found(at.path, canonical(_hook(fields)), partial(_read_1, fields, options))]
 
 
 def find_2(at: Folder, options: Options) -> list[Found]:
     """R1-distill and llamascopium: a threshold for each feature, in logarithms."""
-    fields = Fields(at.path, CONFIG)
+    fields = SaeFields(at.path, CONFIG)
     return [Found(at.path, canonical(_hook(fields)), partial(_read_2, fields, options))]
 
 
-def _read_1(fields: Fields, options: Options) -> Header:
+def _read_1(fields: SaeFields, options: Options) -> Header:
     folder = fields.folder
     if not (folder / FINAL).is_file():
         raise InputError(f"{folder} has no {FINAL}; copy it whole")
@@ -174,7 +174,7 @@ def _read_1(fields: Fields, options: Options) -> Header:
     return _header(fields, config, file, HYPERPARAMS, FINAL, dict(_LINEAR), constants)
 
 
-def _read_2(fields: Fields, options: Options) -> Header:
+def _read_2(fields: SaeFields, options: Options) -> Header:
     folder = fields.folder
     file = open_mapped(folder / WEIGHTS, where=f"SAE {folder.name}: {WEIGHTS}")
     found = file.shapes()
@@ -194,7 +194,7 @@ def _read_2(fields: Fields, options: Options) -> Header:
     return _header(fields, config, file, CONFIG, WEIGHTS, parts, constants)
 
 
-def _stored_norm(fields: Fields, file: MappedTensors) -> float | None:
+def _stored_norm(fields: SaeFields, file: MappedTensors) -> float | None:
     """The average norm at the input's hook: a tensor of the file, or in the config."""
     hook = fields.typed(str, "hook_point_in", default="")
     for name in (f"{_NORM}.{hook}", f"{_NORM}.in"):

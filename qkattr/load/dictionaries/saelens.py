@@ -15,12 +15,12 @@ from qkattr.errors import InputError, clipped
 from qkattr.load.dictionaries.header import (
     AVERAGE,
     NORMALISATIONS,
-    Fields,
     Folder,
     Found,
     Header,
     Options,
     Part,
+    SaeFields,
     check_tensors,
     exponential,
 )
@@ -40,7 +40,7 @@ _OTHERS = {
 }
 
 
-def _architecture(fields: Fields) -> str:
+def _architecture(fields: SaeFields) -> str:
     """Before version 6 a TopK SAE was a "standard" one whose activation function is "topk"."""
     architecture = fields.typed(str, "architecture", default="standard")
     activation = fields.get("activation_fn_str", "activation_fn", default="relu")
@@ -60,13 +60,13 @@ def _architecture(fields: Fields) -> str:
     return architecture
 
 
-def _k(fields: Fields) -> int:
+def _k(fields: SaeFields) -> int:
     arguments = fields.get("activation_fn_kwargs", default={})
     k = fields.get("k", default=arguments.get("k") if isinstance(arguments, dict) else None)
     return fields.k(k, fields.size("d_sae"))
 
 
-def _normalisation(fields: Fields, options: Options) -> str:
+def _normalisation(fields: SaeFields, options: Options) -> str:
     if options.normalize_activations is not None:
         return options.normalize_activations
     kind = fields.get("normalize_activations", default="none")
@@ -80,13 +80,13 @@ def _normalisation(fields: Fields, options: Options) -> str:
     return kind
 
 
-def _centred(fields: Fields) -> bool:
+def _centred(fields: SaeFields) -> bool:
     """Whether it was trained on a model that TransformerLens had centred."""
     loaded = fields.get("model_from_pretrained_kwargs", default={})
     return isinstance(loaded, dict) and loaded.get("center_writing_weights") is True
 
 
-def _dictionary_config(fields: Fields, kind: str) -> DictionaryConfig:
+def _dictionary_config(fields: SaeFields, kind: str) -> DictionaryConfig:
     if (reshape := fields.get("reshape_activations", default="none")) != "none":
         raise fields.refuse(
             f"reshape_activations is {clipped(repr(reshape), 40)}; only SAEs over the residual "
@@ -127,12 +127,12 @@ def find(at: Folder, options: Options) -> list[Found]:
     for name in (CONFIG, WEIGHTS):
         if not at.has(name):
             raise InputError(f"{at.path} has no {name}; give a folder that SAELens saved an SAE to")
-    fields = Fields(at.path, CONFIG, nested="metadata")
+    fields = SaeFields(at.path, CONFIG, nested="metadata")
     hook = _hook(fields)
     return [Found(at.path, hook, partial(_read, fields, hook, options))]
 
 
-def _hook(fields: Fields) -> str:
+def _hook(fields: SaeFields) -> str:
     """The hook that the config names; where it names none, that of the folder's name."""
     if other := _OTHERS.get(fields.typed(str, "architecture", default="standard")):
         return other
@@ -143,7 +143,7 @@ def _hook(fields: Fields) -> str:
     return canonical(hook) or (folder if boundary(folder) is not None else "")
 
 
-def _read(fields: Fields, hook: str, options: Options) -> Header:
+def _read(fields: SaeFields, hook: str, options: Options) -> Header:
     """Everything but the weights, checked."""
     folder, kind = fields.folder, _normalisation(fields, options)
     config = _dictionary_config(fields, kind)

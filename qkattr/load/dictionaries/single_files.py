@@ -17,12 +17,12 @@ from pathlib import Path
 
 from qkattr.errors import InputError
 from qkattr.load.dictionaries.header import (
-    Fields,
     Folder,
     Found,
     Header,
     Options,
     Part,
+    SaeFields,
     check_tensors,
 )
 from qkattr.load.dictionaries.hooks import by_name, by_names
@@ -65,15 +65,15 @@ def find_qwen(at: Folder, options: Options) -> list[Found]:
     return found
 
 
-def _config(at: Folder) -> Fields | None:
+def _config(at: Folder) -> SaeFields | None:
     """The config of the set; None where there is none, or it is of something else."""
     if not at.has(CONFIG):
         return None
-    fields = Fields(at.path, CONFIG)
+    fields = SaeFields(at.path, CONFIG)
     return None if fields.get("k", "d_sae", "hook_point") is None else fields
 
 
-def _qwen_hook(fields: Fields | None, path: Path, layer: int, options: Options) -> str:
+def _qwen_hook(fields: SaeFields | None, path: Path, layer: int, options: Options) -> str:
     point = fields and fields.typed(str, "hook_point", default=None)
     if not point:
         return by_names(path, layer, stated=options.hook) or ""
@@ -81,7 +81,7 @@ def _qwen_hook(fields: Fields | None, path: Path, layer: int, options: Options) 
 
 
 def _read_qwen(
-    path: Path, hook: str, layer: int, fields: Fields | None, options: Options
+    path: Path, hook: str, layer: int, fields: SaeFields | None, options: Options
 ) -> Header:
     file, name = open_torch(path, f"SAE {path.name}"), f"SAE {path.name}"
     d_sae, d_in = _shape(file, "W_enc")
@@ -106,7 +106,7 @@ def _read_qwen(
     )
 
 
-def _check(fields: Fields, layer: int, sizes: Mapping[str, int]) -> None:
+def _check(fields: SaeFields, layer: int, sizes: Mapping[str, int]) -> None:
     """The config, which is one for all layers, against a file."""
     if (kind := fields.typed(str, "model_type", default="topk_sae")) != "topk_sae":
         raise fields.refuse(f"model_type {kind!r:.40} is not implemented; known is topk_sae")
@@ -120,7 +120,7 @@ def _check(fields: Fields, layer: int, sizes: Mapping[str, int]) -> None:
             )
 
 
-def _k(path: Path, d_sae: int, fields: Fields | None, options: Options) -> int:
+def _k(path: Path, d_sae: int, fields: SaeFields | None, options: Options) -> int:
     """k as the config says, or else the user, or else the name of the repository."""
     if fields is not None and fields.get("k") is not None:
         return fields.k(fields.get("k"), d_sae, options)

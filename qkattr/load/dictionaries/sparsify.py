@@ -18,12 +18,12 @@ from pathlib import Path
 
 from qkattr.errors import clipped
 from qkattr.load.dictionaries.header import (
-    Fields,
     Folder,
     Found,
     Header,
     Options,
     Part,
+    SaeFields,
     check_tensors,
 )
 from qkattr.load.dictionaries.hooks import by_names, canonical, layer_in, other_by_names, own_name
@@ -45,7 +45,7 @@ _REFUSED = ("transcode", "skip_connection", "embed_skip", "gram_lookup", "signed
 
 def find(at: Folder, options: Options) -> list[Found]:
     """The SAE of a hookpoint, its config and names looked at."""
-    fields = Fields(at.path, CONFIG)
+    fields = SaeFields(at.path, CONFIG)
     hook = _other(fields, options) or _hook(at.path, options)
     return [Found(at.path, hook, partial(_read, fields, hook, options))]
 
@@ -62,7 +62,7 @@ def _hook(folder: Path, options: Options) -> str:
     return by_names(folder, layer, stated=options.hook) or canonical(name)
 
 
-def _other(fields: Fields, options: Options) -> str | None:
+def _other(fields: SaeFields, options: Options) -> str | None:
     """What it is instead of an SAE; configs before `transcode` leave that to the set's name."""
     said = [fields.get(name) for name in ("transcode", "skip_connection")]
     if any(value is True for value in said):
@@ -71,7 +71,7 @@ def _other(fields: Fields, options: Options) -> str | None:
     return None if known else other_by_names(fields.folder)
 
 
-def _read(fields: Fields, hook: str, options: Options) -> Header:
+def _read(fields: SaeFields, hook: str, options: Options) -> Header:
     """Everything but the weights, checked."""
     folder = fields.folder
     activation = fields.get("activation", default="topk")

@@ -13,12 +13,12 @@ from functools import partial
 
 from qkattr.errors import clipped
 from qkattr.load.dictionaries.header import (
-    Fields,
     Folder,
     Found,
     Header,
     Options,
     Part,
+    SaeFields,
     check_tensors,
     release_l0,
 )
@@ -68,12 +68,12 @@ _TRAINERS = {
 
 def find(at: Folder, options: Options) -> list[Found]:
     """The SAE of a folder, its config and the names of its folders looked at."""
-    fields = Fields(at.path, CONFIG, nested="trainer")
+    fields = SaeFields(at.path, CONFIG, nested="trainer")
     hook = _hook(fields, options)
     return [Found(at.path, hook, partial(_read, fields, hook, options))]
 
 
-def _hook(fields: Fields, options: Options) -> str:
+def _hook(fields: SaeFields, options: Options) -> str:
     """What the config's submodule means; where it names none, what the folders' names mean."""
     kind = fields.typed(str, "dict_class", "trainer_class", default="")
     if "crosscoder" in kind.lower():
@@ -95,7 +95,7 @@ def _hook(fields: Fields, options: Options) -> str:
     return module or "" if hook is None else hook
 
 
-def _read(fields: Fields, hook: str, options: Options) -> Header:
+def _read(fields: SaeFields, hook: str, options: Options) -> Header:
     """Everything but the weights, checked."""
     folder = fields.folder
     file = open_torch(folder / WEIGHTS, f"SAE {folder.name}: {WEIGHTS}")
@@ -127,7 +127,7 @@ def _read(fields: Fields, hook: str, options: Options) -> Header:
     return check_tensors(header)
 
 
-def _sizes(fields: Fields, file: Archive, encoder: Part) -> tuple[int, int]:
+def _sizes(fields: SaeFields, file: Archive, encoder: Part) -> tuple[int, int]:
     """d_in and d_sae: as the config says, or else as the encoder's shape does."""
     shape = file.shapes().get(encoder.name, ())
     whole = len(shape) == 2
@@ -137,7 +137,7 @@ def _sizes(fields: Fields, file: Archive, encoder: Part) -> tuple[int, int]:
     return fields.within("activation_dim", d_in), fields.within("dict_size", d_sae)
 
 
-def _class(fields: Fields, found: dict[str, tuple[int, ...]], options: Options) -> str:
+def _class(fields: SaeFields, found: dict[str, tuple[int, ...]], options: Options) -> str:
     """The class: as the config or the user says, or as the trainer's name or the tensors mean."""
     trainer = fields.typed(str, "trainer_class", default="")
     meant = next((name for part, name in _TRAINERS.items() if part in trainer), None)

@@ -17,7 +17,7 @@ from qkattr.load.models.families import from_hf
 from qkattr.load.tensors.mapped import MappedTensors, open_mapped
 
 if TYPE_CHECKING:
-    from qkattr.types import Params
+    pass
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -103,11 +103,3 @@ def open_checkpoint(folder: str | Path) -> Shards:
     files = weight_files(folder)
     where = files[0].name if len(files) == 1 else f"{Path(folder).name} ({len(files)} shards)"
     return Shards(where, tuple(open_mapped(file) for file in files))
-
-
-def load_hf(folder: str | Path, dtype: str = "float32") -> tuple[ModelConfig, Params]:
-    """Read a model folder; see `read_config` and `weights.read_params` for what is refused."""
-    from qkattr.load.models.weights import read_params
-
-    config = read_config(folder)
-    return config, read_params(open_checkpoint(folder), config, dtype=dtype)

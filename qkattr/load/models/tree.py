@@ -47,11 +47,11 @@ class Leaf:
 
 
 #: By field; several leaves are alternatives, of which the first one that fits is taken.
-Table = Mapping[str, "Leaf | tuple[Leaf, ...]"]
+TreeTable = Mapping[str, "Leaf | tuple[Leaf, ...]"]
 
 
 #: The Flax Llama of transformers: Hugging Face's names with transposed matrices.
-LLAMA: Table = {
+LLAMA: TreeTable = {
     "norm_attn": Leaf("model/layers/{}/input_layernorm/weight", "D"),
     "norm_mlp": Leaf("model/layers/{}/post_attention_layernorm/weight", "D"),
     "wq_DNH": Leaf("model/layers/{}/self_attn/q_proj/kernel", "D (N H)"),
@@ -83,7 +83,7 @@ def _gain(path: str, axes: str = "D") -> Leaf:
 
 
 #: DeepMind's Gemma: the first generation, and with post-norms and QK-norm the later ones.
-GEMMA: Table = {
+GEMMA: TreeTable = {
     "norm_attn": _gain("layer_{}/pre_attention_norm"),
     "norm_mlp": _gain("layer_{}/pre_ffw_norm"),
     "wq_DNH": _alternatives(("attn/q_einsum/w", "N D H"), ("attn/qkv_einsum/w", "0 N D H")),
@@ -96,17 +96,19 @@ GEMMA: Table = {
     "embed_VD": Leaf("embedder/input_embedding", "V D"),
     "norm_final": _gain("final_norm"),
 }
-GEMMA_2: Table = GEMMA | {
+GEMMA_2: TreeTable = GEMMA | {
     "norm_attn_post": _gain("layer_{}/post_attention_norm"),
     "norm_mlp_post": _gain("layer_{}/post_ffw_norm"),
 }
-GEMMA_3: Table = GEMMA_2 | {
+GEMMA_3: TreeTable = GEMMA_2 | {
     "norm_q": _gain("layer_{}/attn/_query_norm", "H"),
     "norm_k": _gain("layer_{}/attn/_key_norm", "H"),
 }
 
 
-def from_tree(tree: Any, config: ModelConfig, table: Table, *, dtype: str = "float32") -> Params:
+def from_tree(
+    tree: Any, config: ModelConfig, table: TreeTable, *, dtype: str = "float32"
+) -> Params:
     """The `Params` of a model whose weights are a pytree: nested dicts, a Flax state or module.
 
     Args:
@@ -124,7 +126,7 @@ def from_tree(tree: Any, config: ModelConfig, table: Table, *, dtype: str = "flo
 
 
 def load_orbax(
-    folder: str | Path, config: ModelConfig, table: Table, *, dtype: str = "float32"
+    folder: str | Path, config: ModelConfig, table: TreeTable, *, dtype: str = "float32"
 ) -> Params:
     """`from_tree` of an orbax checkpoint: the folder of one step, read on the host whatever devices
     it was written on.
@@ -183,7 +185,7 @@ _FIELDS = {
 } | dict.fromkeys((f"{norm}.bias" for norm in _NORMS), False)
 
 
-def _layout(table: Table, config: ModelConfig, found: Mapping[str, tuple[int, ...]]) -> Layout:
+def _layout(table: TreeTable, config: ModelConfig, found: Mapping[str, tuple[int, ...]]) -> Layout:
     """Of alternatives the first that is there and fits; else the first that is there."""
     options, sizes = {key: _rows(key, entry) for key, entry in table.items()}, sizes_of(config)
     _check(options, sizes)

@@ -38,7 +38,7 @@ class FamilyTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     inert: dict[str, Attribute] = {}
 
 
-class Table(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class AttributeTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The file. base: by group, then by name. families: by `model_type`."""
 
     transformers: list[str]
@@ -48,10 +48,10 @@ class Table(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 @functools.cache
-def table() -> Table:
+def table() -> AttributeTable:
     """The whole file."""
     text = resources.files("qkattr").joinpath("data/config_attributes.toml").read_text("utf-8")
-    return msgspec.toml.decode(text, type=Table)
+    return msgspec.toml.decode(text, type=AttributeTable)
 
 
 def used(family: str) -> Mapping[str, Attribute]:
