@@ -63,7 +63,7 @@ def pack_saes(
     weights best.
 
     Raises:
-      InputError: as `load_saes`; the hooks are not boundaries or two are one; the numbers do not fit
+      InputError: as `load_saes`; the hooks are no boundaries or two are one; numbers do not fit
         the format; or the file cannot be written.
     """
     if bits not in KINDS.values():
