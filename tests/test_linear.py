@@ -78,7 +78,7 @@ def pulled_to_all(made, pulled):
     out = np.zeros((pulled.heads.shape[0], n_positions, weights.wo_NHD.shape[2]))
     for n in range(n_heads):
         on_x = np.asarray(pulled.heads[:, n] @ basis[:, n // group].T)
-        pattern = np.asarray(seen.pattern_NTS[n][pulled.position] * seen.scale_attn_T)
+        pattern = np.asarray(seen.pattern_NTS[n][pulled.position] * seen.scale_attn_T[None])
         out += pattern[:, :, None] * on_x[:, None]
     out[np.arange(len(out)), pulled.position] += np.asarray(pulled.residual + pulled.mlp)
     return out
