@@ -23,10 +23,10 @@ import jax.numpy as jnp
 import numpy as np
 
 import qkattr
-from qkattr.graph.effects import effects, effects_at
+from qkattr.graph.effects import effects_at, target_effects
 from qkattr.graph.targets import logit_covectors
-from qkattr.model.forward import forward
-from qkattr.qk.pair_effects import pair_effects
+from qkattr.model.transformer import forward
+from qkattr.qk.effects import pair_effects
 from qkattr.sharding import pad_tokens
 from qkattr.subject import subject as open_subject
 
@@ -81,7 +81,7 @@ def bench(bundle, ids, counts: list[int], repeat: int) -> list[dict]:
         into = targets(bundle, subject, n, len(ids))
         for heads in (False, True):
             name = f"effects, {n} target(s), {'with' if heads else 'without'} heads"
-            programs[name] = prepared(effects, *prompt, *into, cfg=cfg, heads=heads)
+            programs[name] = prepared(target_effects, *prompt, *into, cfg=cfg, heads=heads)
         covector = programs[name][0]().covector
         places = some_places(bundle.config, len(ids))
         at = prepared(effects_at, *prompt, covector, places, cfg=cfg)

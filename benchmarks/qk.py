@@ -29,8 +29,8 @@ import qkattr
 from qkattr.cli.common import use_compilation_cache
 from qkattr.config import BlockConfig
 from qkattr.kinds import NO_WINDOW
-from qkattr.model.forward import block
-from qkattr.qk.marginals import marginals
+from qkattr.model.transformer import block
+from qkattr.qk.marginals import block_marginals
 from qkattr.qk.pairs import TILE, search_slots, top_pairs
 from qkattr.qk.terms import every_query_component, key_components
 from qkattr.qk.weights import HeadScales, weight_pairs
@@ -162,7 +162,7 @@ def against_a_loop(bundle, n_tokens: int) -> list[dict]:
 
     def ours():
         pairs = top_pairs(weights, x, parts, slots, top=TOP, **how)
-        return jax.device_get((pairs, marginals(weights, x, parts, **how)))
+        return jax.device_get((pairs, block_marginals(weights, x, parts, **how)))
 
     took, loop_took = in_turn([ours, loop], 3)
     row = dict(name=f"one block, {n_tokens} tokens, against a loop over (t, s)", seconds=took,

@@ -23,7 +23,7 @@ import qkattr
 from qkattr.experiments.edits import at_scales
 from qkattr.experiments.runs import edited_runs
 from qkattr.experiments.steer import make_edits, patterns_of
-from qkattr.model.forward import residual_stream, unembed
+from qkattr.model.transformer import residual_stream, unembed
 from qkattr.sharding import pad_tokens
 
 PROMPT = "I always loved visiting Aunt Sally. Whenever I was feeling sad, Aunt"

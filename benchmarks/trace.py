@@ -28,9 +28,9 @@ import numpy as np
 import qkattr
 from qkattr.cli.common import use_compilation_cache
 from qkattr.config import SweepConfig
-from qkattr.graph.sweep import sweep
+from qkattr.graph.backward import sweep
 from qkattr.graph.targets import direct_targets, logit_covectors
-from qkattr.model.forward import forward
+from qkattr.model.transformer import forward
 from qkattr.options import TraceOptions
 from qkattr.qk.terms import qk_terms_many
 from qkattr.sharding import pad_tokens

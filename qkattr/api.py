@@ -135,7 +135,7 @@ def run(
     """
     import jax.numpy as jnp
 
-    from qkattr.model.forward import forward
+    from qkattr.model.transformer import forward
     from qkattr.sharding import pad_tokens
     from qkattr.types import Trace
 

@@ -131,7 +131,7 @@ class Subject:
 
     @functools.cached_property
     def _run(self) -> tuple[Float[Array, "L+1 T D"], Float[Array, "D"], Float[np.ndarray, "V"]]:
-        from qkattr.model.forward import boundaries_and_logits
+        from qkattr.model.transformer import boundaries_and_logits
 
         bundle = self.bundle
         self.progress("forward")

@@ -21,7 +21,7 @@ from qkattr.model.edits import (
     ReadEdits,
     ResidualEdits,
 )
-from qkattr.model.forward import forward
+from qkattr.model.transformer import forward
 
 SCORE = 2e-5  # of a head's largest |score|, edited or not: float32 sums, each 1e-7 of its terms
 SAME = 1e-5  # the same float32 arithmetic in another program, of the largest

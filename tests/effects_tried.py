@@ -14,7 +14,7 @@ import pytest
 import tiny
 
 from qkattr.config import LINEARISATIONS
-from qkattr.graph.effects import Effects, effects
+from qkattr.graph.effects import Effects, target_effects
 from qkattr.graph.targets import logit_covectors, score_covectors
 
 ACCOUNT = 1e-4  # of the target: what the method asks for
@@ -58,7 +58,7 @@ def targets_of(case) -> Targets:
 
 def run(case, targets: Targets, linearisation="jacobian", **more) -> Effects:
     inputs = case.params.blocks, case.trace.boundaries, case.components, *targets.arguments()
-    return effects(*inputs, cfg=case.cfg.block, linearisation=linearisation, **more)
+    return target_effects(*inputs, cfg=case.cfg.block, linearisation=linearisation, **more)
 
 
 @functools.cache

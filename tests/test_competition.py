@@ -10,7 +10,7 @@ import tiny
 from qk_places import FOUR, log_sum_exp, places
 from tiny import within
 
-from qkattr.model.forward import block
+from qkattr.model.transformer import block
 from qkattr.qk.terms import qk_terms
 from qkattr.qk.why import FORMS, competition
 

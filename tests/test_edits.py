@@ -46,7 +46,7 @@ from qkattr.model.edits import (
     PatternEdits,
     ReadEdits,
 )
-from qkattr.model.forward import forward
+from qkattr.model.transformer import forward
 from qkattr.qk.terms import qk_terms
 
 # Edits that do nothing ----------------------------------------------------------------------------

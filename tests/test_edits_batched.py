@@ -25,7 +25,7 @@ from qkattr.model.edits import (
     Edits,
     batched_axes,
 )
-from qkattr.model.forward import forward, residual_stream
+from qkattr.model.transformer import forward, residual_stream
 from qkattr.sharding import make_mesh, shard
 
 BATCHED = {

@@ -28,7 +28,7 @@ from qkattr.model.edits import (
     BlockEdits,
     batched_axes,
 )
-from qkattr.model.forward import block, forward
+from qkattr.model.transformer import block, forward
 
 
 def activations(case):

@@ -33,7 +33,7 @@ from tiny import within
 from tracing import traced_at_most
 
 from qkattr.config import LINEARISATIONS
-from qkattr.graph.effects import ACCOUNT_KINDS, Effects, effects
+from qkattr.graph.effects import ACCOUNT_KINDS, Effects, target_effects
 from qkattr.kinds import Kind
 from qkattr.model.linear import freeze, pull_stream, push
 
@@ -234,7 +234,7 @@ def test_padding_of_a_prompt_changes_nothing():
 def test_one_program_for_a_bucket(monkeypatch):
     params, cfg = tiny.house("qwen3")
     static = ("cfg", "linearisation", "precision", "heads", "strongest")
-    monkeypatch.setattr("effects_tried.effects", traced_at_most(1, effects, *static))
+    monkeypatch.setattr("effects_tried.target_effects", traced_at_most(1, target_effects, *static))
     for n_real, seed in ((9, 0), (11, 1), (12, 2)):
         ids = np.pad(tiny.tokens(n_real, seed), (0, 12 - n_real))
         saes = (None, *[tiny.dictionary(b, activation="topk") for b in range(1, tiny.L + 1)])
@@ -251,7 +251,7 @@ def test_vmap_over_prompts_equals_one_at_a_time(house):
     inputs = [(c.trace.boundaries, c.components, targets_of(c).arguments()) for c in cases]
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *inputs)
     together = jax.vmap(
-        lambda x, parts, t: effects(params.blocks, x, parts, *t, cfg=cfg.block)
+        lambda x, parts, t: target_effects(params.blocks, x, parts, *t, cfg=cfg.block)
     )(*stacked)  # fmt: skip
     for i, case in enumerate(cases):
         alone = run(case, targets_of(case))

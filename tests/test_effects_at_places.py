@@ -24,7 +24,7 @@ from qk_places import FOUR
 from tiny import within
 
 from qkattr.graph.effects import effects_at
-from qkattr.qk.pair_effects import pair_effects
+from qkattr.qk.effects import pair_effects
 from qkattr.qk.terms import qk_terms
 
 PLACES = np.array([[0, 0, 5, 3], [1, 2, 8, 8], [2, 3, 4, 3], [2, 1, 8, 7]])

@@ -18,7 +18,7 @@ from qkattr.export.effect_rows import accounts, away_from_sinks
 from qkattr.graph.accounts import ACCOUNT_COLUMNS
 from qkattr.kinds import Kind
 from qkattr.model.edits import BlockEdits, Edits, PatternEdits
-from qkattr.model.forward import forward
+from qkattr.model.transformer import forward
 from qkattr.sharding import pad_tokens
 
 PROMPT = "hi hi hi 12 hi"

@@ -27,7 +27,7 @@ from qkattr.kinds import NO_WINDOW
 from qkattr.load.models.families import FAMILIES, from_hf
 from qkattr.load.models.families.refused import REFUSED
 from qkattr.load.opening import load
-from qkattr.model.forward import forward
+from qkattr.model.transformer import forward
 
 WINDOWED, GLOBAL = "sliding_attention", "full_attention"
 

@@ -13,7 +13,7 @@ from tiny import within
 from tracing import traced_at_most
 
 from qkattr.model.edits import Edits, ResidualEdits
-from qkattr.model.forward import block, embed, forward, unembed
+from qkattr.model.transformer import block, embed, forward, unembed
 
 LOGITS = 1e-4  # float32 against float32, three blocks, logits of order 10
 PATTERN = 1e-5  # of probabilities

@@ -23,7 +23,7 @@ from qkattr.load.models.hf import read_config
 from qkattr.load.models.weights import read_params
 from qkattr.load.opening import load
 from qkattr.load.text.gguf_tokenizer import tokenizer_from_gguf
-from qkattr.model.forward import forward
+from qkattr.model.transformer import forward
 
 
 def changed(name: str, **options) -> Made:

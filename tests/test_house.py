@@ -90,7 +90,7 @@ def test_the_contracts_hold():
     "module, line, contract",
     [
         ("model/layers", "from qkattr.sources.components import Components", "rooms import"),
-        ("qk/terms", "def late():\n    from qkattr.graph.sweep import sweep", "rooms import"),
+        ("qk/terms", "def late():\n    from qkattr.graph.backward import sweep", "rooms import"),
         ("kinds", "if TYPE_CHECKING:\n    from qkattr.subject import Subject", "rooms import"),
         ("export/html", "from qkattr.api import Result", "does not know its front doors"),
     ],

@@ -13,7 +13,7 @@ import pytest
 
 from qkattr.errors import InputError
 from qkattr.load.models.tree import GEMMA, GEMMA_2, GEMMA_3, LLAMA, Leaf, from_tree, load_orbax
-from qkattr.model.forward import forward
+from qkattr.model.transformer import forward
 from qkattr.types import Params
 
 TOKENS = jnp.array([0, 40, 41, 42, 40, 7])

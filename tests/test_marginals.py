@@ -10,7 +10,7 @@ from qk_places import FOUR
 from tiny import within
 
 from qkattr.kinds import Kind
-from qkattr.qk.marginals import largest, marginals
+from qkattr.qk.marginals import block_marginals, largest
 from qkattr.qk.terms import qk_terms
 
 #: Of the head's largest score: sums of the same terms, in another order.
@@ -23,7 +23,9 @@ def test_marginals_are_those_of_the_terms(house, n_strips):
     case = tiny.case(house)
     for b in range(tiny.L):
         weights, x, parts = case.block(b)
-        found = jax.device_get(marginals(weights, x, parts, n_strips=n_strips, cfg=case.cfg.block))
+        found = jax.device_get(
+            block_marginals(weights, x, parts, n_strips=n_strips, cfg=case.cfg.block)
+        )
         scale, head = np.abs(found.score).max(), b % tiny.N
         for t in range(len(x)):
             for s in range(len(x)):
@@ -50,7 +52,7 @@ def test_all_of_them_sum_to_the_score():
     case = tiny.case("gpt2")
     weights, x, parts = case.block(1)
     every = parts.n_slots
-    found = jax.device_get(marginals(weights, x, parts, top=every, cfg=case.cfg.block))
+    found = jax.device_get(block_marginals(weights, x, parts, top=every, cfg=case.cfg.block))
     seen = np.tril(np.ones((len(x), len(x)), bool))
     scale = np.abs(found.score).max()
     for value in (found.query_value, found.key_value):
@@ -75,7 +77,7 @@ def test_padding_of_a_prompt_has_none():
         case.params, case.cfg, np.pad(ids, (0, 3)), tiny.dictionaries(), n_real=len(ids)
     )
     weights, x, parts = padded.block(1)
-    found = jax.device_get(marginals(weights, x, parts, cfg=case.cfg.block))
+    found = jax.device_get(block_marginals(weights, x, parts, cfg=case.cfg.block))
     assert (np.asarray(parts.kind[len(ids) :]) == Kind.NONE).all()
     assert (found.query_slot[:, :, len(ids) :] == -1).all()
     assert (found.key_slot[:, :, len(ids) :] == -1).all()

@@ -11,10 +11,10 @@ from tiny import within
 
 from qkattr.errors import InputError
 from qkattr.kinds import Kind
-from qkattr.model.forward import block
+from qkattr.model.transformer import block
 from qkattr.qk.distance import distance_profile
 from qkattr.qk.groups import group_name, group_of_features, group_table
-from qkattr.qk.mechanisms import mechanisms
+from qkattr.qk.mechanisms import decompose_terms
 from qkattr.qk.terms import qk_terms
 
 #: float64 SVD of float32 terms, against their sum.
@@ -39,7 +39,7 @@ def test_mechanisms_sum_to_the_matrix_and_the_score(opened):
     for head, query, key in places(weights, len(x))[:4]:
         qk = qk_terms(weights, x, parts, head=head, query=query, key=key, cfg=cfg)
         terms = np.asarray(qk.terms, np.float64)
-        found = mechanisms(terms)
+        found = decompose_terms(terms)
         size = np.abs(terms).sum()
         whole = sum(found.part(i) for i in range(len(found.sigma_I)))
         within("parts", whole, terms, PARTS, size)
@@ -53,16 +53,16 @@ def test_two_planted_mechanisms_are_two():
     terms = np.zeros((6, 5))
     terms[:3, :2] = np.outer([1, 2, -1], [2, 1])
     terms[3:, 2:] = np.outer([2, 1, 1], [1, -2, 1])
-    found = mechanisms(terms)
+    found = decompose_terms(terms)
     assert 1.9 < found.rank < 2.0 and found.cross == 0
     assert len(set(found.of_query_A[:3])) == 1 and len(set(found.of_query_A[3:])) == 1
     assert found.of_query_A[0] != found.of_query_A[3]
     assert (found.of_key_C[:2] == found.of_query_A[0]).all()
-    within("alone", mechanisms(np.outer([1, 2], [3, -1, 0])).rank, 1.0, 1e-9)
+    within("alone", decompose_terms(np.outer([1, 2], [3, -1, 0])).rank, 1.0, 1e-9)
 
 
 def test_nothing_is_one_mechanism_of_nothing():
-    found = mechanisms(np.zeros((3, 4)))
+    found = decompose_terms(np.zeros((3, 4)))
     assert found.cross == 0 and not found.carried_I.any() and np.isfinite(found.rank)
 
 

@@ -17,7 +17,7 @@ from test_competition import identities
 
 from qkattr.config import BlockConfig, ModelConfig, Rotary
 from qkattr.kinds import NO_WINDOW, Kind
-from qkattr.qk.mechanisms import mechanisms
+from qkattr.qk.mechanisms import decompose_terms
 from qkattr.qk.pairs import search_slots, top_pairs
 from qkattr.qk.terms import qk_terms
 from qkattr.qk.weights import HeadScales, weight_pairs
@@ -72,7 +72,7 @@ def test_mechanisms_are_the_two_pairs(circuit):
     qk = jax.device_get(
         qk_terms(weights, x, parts, head=0, query=QUERY, key=KEY, cfg=circuit.cfg.block)
     )
-    found = mechanisms(qk.terms)
+    found = decompose_terms(qk.terms)
     assert round(found.rank) == 2 and found.cross < 0.1
     for i, (q, k) in enumerate(DRIVERS):
         top_q, top_k = np.abs(found.query_IA[i]).argmax(), np.abs(found.key_IC[i]).argmax()

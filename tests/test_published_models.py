@@ -18,7 +18,7 @@ from tiny import within
 from qkattr.errors import InputError
 from qkattr.load.models.families import FAMILIES, from_hf
 from qkattr.load.text.tokenizer import Tokenizer
-from qkattr.model.forward import forward
+from qkattr.model.transformer import forward
 
 CONFIGS = {name: p for name, p in PUBLISHED.items() if "config.json" in p["files"]}
 #: Refused by config.json; what another file tells is refused by the types or names of tensors.

@@ -9,8 +9,8 @@ import real
 from tiny import within
 
 from qkattr.qk.distance import distance_profile
-from qkattr.qk.marginals import marginals
-from qkattr.qk.mechanisms import mechanisms
+from qkattr.qk.marginals import block_marginals
+from qkattr.qk.mechanisms import decompose_terms
 from qkattr.qk.pairs import search_slots, top_pairs
 from qkattr.qk.terms import qk_terms_many
 
@@ -41,7 +41,7 @@ def terms(case):
 
 
 def test_marginals(case, terms):
-    found = jax.device_get(marginals(*case.block(BLOCK), cfg=case.cfg.block))
+    found = jax.device_get(block_marginals(*case.block(BLOCK), cfg=case.cfg.block))
     scale = np.abs(found.score[HEAD]).max()
     sides = ((terms.sum(3), found.query_value, found.query_slot),
              (terms.sum(2), found.key_value, found.key_slot))  # fmt: skip
@@ -68,7 +68,7 @@ def test_top_pairs(case, terms):
 def test_mechanisms_and_distances(case, terms):
     query, key = 14, 6
     here, scores = terms[query, key], case.trace.scores
-    found = mechanisms(here)
+    found = decompose_terms(here)
     parts = sum(found.part(i) for i in range(len(found.sigma_I)))
     within("real: parts", parts, here, 1e-12, np.abs(here).max())
     carried, score = found.carried_I.sum(), scores[BLOCK, HEAD, query, key]

@@ -13,12 +13,12 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from tiny import within
 
 from qkattr.config import SweepConfig
-from qkattr.graph.effects import effects, effects_at
-from qkattr.graph.sweep import DirectTargets, sweep
+from qkattr.graph.backward import DirectTargets, sweep
+from qkattr.graph.effects import effects_at, target_effects
 from qkattr.graph.targets import logit_covectors, score_covectors
-from qkattr.model.forward import forward
-from qkattr.qk.marginals import marginals
-from qkattr.qk.pair_effects import pair_effects
+from qkattr.model.transformer import forward
+from qkattr.qk.effects import pair_effects
+from qkattr.qk.marginals import block_marginals
 from qkattr.qk.pairs import search_slots, top_pairs
 from qkattr.qk.terms import qk_terms, qk_terms_many
 from qkattr.sharding import bucket, make_mesh, shard, spec_of
@@ -72,7 +72,9 @@ def calls(case, dictionary):
         "top_pairs": lambda p, d: (
             top_pairs(blocks(p, 1), x[1], one, slots[1], top=6, cfg=cfg.block).value
         ),
-        "marginals": lambda p, d: marginals(blocks(p, 1), x[1], one, cfg=cfg.block).key_value,
+        "block_marginals": lambda p, d: (
+            block_marginals(blocks(p, 1), x[1], one, cfg=cfg.block).key_value
+        ),
         "logit_covectors": lambda p, d: logit_covectors(
             p, x[-1, 3], jnp.array([1]), jnp.array([-1]), cfg=cfg
         )[0],
@@ -80,7 +82,9 @@ def calls(case, dictionary):
         "sweep": lambda p, d: (
             sweep(p.blocks, x, parts, t, cfg=cfg.block, config=config).kept.influence
         ),
-        "effects": lambda p, d: effects(p.blocks, x, parts, *entries, cfg=cfg.block).derivative,
+        "target_effects": lambda p, d: (
+            target_effects(p.blocks, x, parts, *entries, cfg=cfg.block).derivative
+        ),
         "effects_at": lambda p, d: (
             effects_at(
                 p.blocks, x, parts, jnp.ones((tiny.L + 1, 2, *x.shape[1:])), places, cfg=cfg.block

@@ -13,7 +13,7 @@ import pytest
 
 from qkattr.cli.main import main
 from qkattr.load import smollm2
-from qkattr.model.forward import residual_stream
+from qkattr.model.transformer import residual_stream
 from qkattr.sources.dictionary import reconstruct
 
 ROOT = Path(__file__).parent.parent

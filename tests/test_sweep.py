@@ -19,11 +19,11 @@ from tiny import within
 from tracing import traced_at_most
 
 from qkattr.config import LINEARISATIONS, SweepConfig
+from qkattr.graph.backward import sweep
 from qkattr.graph.build import build_graph
-from qkattr.graph.sweep import sweep
 from qkattr.graph.targets import direct_targets, logit_covectors, score_covectors
 from qkattr.kinds import Kind
-from qkattr.model.forward import forward
+from qkattr.model.transformer import forward
 
 EDGE = 5e-5  # of the largest |edge| into the same target: a float32 pull through one block
 INFLUENCE = 2e-4  # of the boundary's: normalised edges compound over the three blocks

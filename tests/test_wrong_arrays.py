@@ -16,14 +16,14 @@ from jaxtyping import Array, Float, Int
 
 from qkattr.config import ModelConfig
 from qkattr.errors import InputError
+from qkattr.graph.backward import SweepConfig, sweep
 from qkattr.graph.edges import edge_totals, source_values
-from qkattr.graph.effects import effects
-from qkattr.graph.sweep import SweepConfig, sweep
+from qkattr.graph.effects import target_effects
 from qkattr.graph.targets import direct_targets, score_covectors
-from qkattr.model.forward import block, forward
 from qkattr.model.linear import freeze, pull, push
-from qkattr.qk.marginals import marginals
-from qkattr.qk.mechanisms import mechanisms
+from qkattr.model.transformer import block, forward
+from qkattr.qk.marginals import block_marginals
+from qkattr.qk.mechanisms import decompose_terms
 from qkattr.qk.terms import qk_terms, qk_terms_many
 from qkattr.qk.weights import HeadScales, weight_pairs
 from qkattr.qk.why import competition
@@ -217,7 +217,7 @@ def test_what_is_no_struct():
 
 
 def test_a_boundary_too_few():
-    assert refused(marginals, WEIGHTS, X[None], PARTS, cfg=CFG).endswith(
+    assert refused(block_marginals, WEIGHTS, X[None], PARTS, cfg=CFG).endswith(
         "take one of its first axis, or map over it with jax.vmap"
     )
     targets = direct_targets([3], [8], np.ones((1, 20)), [0.0], [1.0], padded_to=8)
@@ -240,7 +240,7 @@ def test_covectors_and_their_positions():
     )
     one = jnp.array([3])
     given = one, one, jnp.ones((1, 20)), jnp.zeros(2)
-    assert refused(effects, *STACK, *given, cfg=CFG) == (
+    assert refused(target_effects, *STACK, *given, cfg=CFG) == (
         "constant has shape [2], expected [R=1]; R is 1 in target_boundary"
     )
 
@@ -250,8 +250,8 @@ def test_weights_and_matrices_without_a_prompt():
     assert refused(weight_pairs, WEIGHTS, SAE.w_enc_DM, **how) == (
         "features_MD has shape [20, 40], expected [M, D=20]; D is 20 in weights.wq_DNH"
     )
-    assert refused(mechanisms, np.ones(4)) == "terms has shape [4], expected [A, C]"
-    assert refused(mechanisms, [[1.0]]) == "terms is a list, expected an array [A, C]"
+    assert refused(decompose_terms, np.ones(4)) == "terms has shape [4], expected [A, C]"
+    assert refused(decompose_terms, [[1.0]]) == "terms is a list, expected an array [A, C]"
 
 
 def test_half_precision_activations():

@@ -16,7 +16,7 @@ import transformers
 
 from qkattr.config import BlockConfig, ModelConfig, Rotary
 from qkattr.kinds import NO_WINDOW
-from qkattr.model.forward import forward
+from qkattr.model.transformer import forward
 from qkattr.sources.components import Components
 from qkattr.sources.dictionary import Dictionary, DictionaryConfig
 from qkattr.sources.prompt import decompose_prompt

@@ -67,7 +67,7 @@ def all_marginals(
     everything = subject.bundle.params.blocks, subject.boundaries, subject.components
     for b in range(config.n_blocks) if layer is None else [layer]:
         subject.progress(f"block {b} of {config.n_blocks}")
-        found = qk_marginals.marginals(
+        found = qk_marginals.block_marginals(
             *jax.tree.map(lambda a, b=b: a[b], everything),
             top=top,
             cfg=config.block,

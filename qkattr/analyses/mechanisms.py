@@ -18,8 +18,7 @@ import numpy as np
 from qkattr.analyses.places import terms_at
 from qkattr.errors import InputError
 from qkattr.kinds import Kind, Place
-from qkattr.qk.mechanisms import Mechanisms
-from qkattr.qk.mechanisms import mechanisms as decompose
+from qkattr.qk.mechanisms import Mechanisms, decompose_terms
 from qkattr.subject import HasSubject, Subject, enter
 
 
@@ -132,7 +131,7 @@ def _table(parts, *, place, tokens, top: int, features: bool) -> MechanismTable:
         both = np.ix_(*([kind == Kind.FEATURE for kind, _ in side.names] for side in sides))
         asked = np.zeros_like(terms)
         asked[both] = terms[both]
-    found = decompose(asked)
+    found = decompose_terms(asked)
     layer, head, query, key = place
     return MechanismTable(
         tokens=tokens,

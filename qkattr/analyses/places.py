@@ -14,8 +14,8 @@ import numpy as np
 
 from qkattr.graph import effects as graph_effects
 from qkattr.kinds import Place
-from qkattr.model.forward import block
-from qkattr.qk.pair_effects import pair_effects
+from qkattr.model.transformer import block
+from qkattr.qk.effects import pair_effects
 from qkattr.qk.table import Moved
 from qkattr.qk.terms import QKTerms, qk_terms_many
 from qkattr.sharding import bucket

@@ -16,10 +16,10 @@ import numpy as np
 
 from qkattr.errors import InputError
 from qkattr.graph.accounts import PLACES, main_weights
+from qkattr.graph.backward import DirectTargets, sweep
 from qkattr.graph.build import build_graph
-from qkattr.graph.effects import Effects, effects
+from qkattr.graph.effects import Effects, target_effects
 from qkattr.graph.live import logit_gradient, score_gradient
-from qkattr.graph.sweep import DirectTargets, sweep
 from qkattr.graph.tables import Graph
 from qkattr.graph.targets import direct_targets, logit_covectors, score_covectors
 from qkattr.kinds import Kind, Place
@@ -234,7 +234,7 @@ class Targets:
 
     def _effects(self, start: int, heads: bool = False) -> Effects:
         targets = self._padded(slice(start, start + AT_ONCE), AT_ONCE)
-        return effects(
+        return target_effects(
             self.subject.bundle.params.blocks,
             self.subject.boundaries,
             self.subject.components,

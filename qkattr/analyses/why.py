@@ -244,7 +244,7 @@ class _Listed:
 
     def with_effects(self, rows: list[dict], nets: Nets) -> list[dict[str, Any]]:
         """The rows of `nets`, each with what its match moves the trace's target by, over all keys
-        (see `qk.pair_effects`); as they are where nothing was traced."""
+        (see `qk.effects`); as they are where nothing was traced."""
         if self.subject.target is None or not rows:
             return rows
         _, first = self.table.identities

@@ -30,8 +30,8 @@ from qkattr.experiments.runs import MOST
 from qkattr.kinds import Kind
 from qkattr.model.attention import attend, project_v
 from qkattr.model.edits import BlockEdits, PatternEdits
-from qkattr.model.forward import block, run_from, unembed
 from qkattr.model.layers import apply_norm, norm_linear, softcap
+from qkattr.model.transformer import block, run_from, unembed
 from qkattr.sharding import on_any_mesh
 from qkattr.subject import Subject
 from qkattr.types import BlockWeights

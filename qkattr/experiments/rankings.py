@@ -39,12 +39,12 @@ from qkattr.experiments.ablations import (
     later_positions,
     sink_positions,
 )
-from qkattr.graph.effects import Effects, effects
+from qkattr.graph.effects import Effects, target_effects
 from qkattr.graph.tables import Graph
 from qkattr.graph.targets import logit_covectors
 from qkattr.model.edits import BlockEdits, Edits, PatternEdits
-from qkattr.model.forward import residual_stream, unembed
 from qkattr.model.linear import freeze, pull
+from qkattr.model.transformer import residual_stream, unembed
 from qkattr.sharding import on_any_mesh
 from qkattr.subject import Subject
 
@@ -59,7 +59,7 @@ UNSIGNED = ("|effect|", "influence", "|loading|", "attention", "attention last")
 Named = dict[str, np.ndarray]
 
 
-def target_effects(
+def logit_effects(
     subject: Subject, token: int, linearisation: str = "jacobian", *, heads: bool = False
 ) -> Effects:
     """The effects on one token's logit, less the mean logit; R = 1. heads: of the heads too."""
@@ -71,7 +71,7 @@ def target_effects(
         jnp.array([-1]),
         cfg=subject.bundle.config,
     )
-    return effects(
+    return target_effects(
         subject.bundle.params.blocks,
         subject.boundaries,
         subject.components,
@@ -98,7 +98,7 @@ def derivatives(
             return _frozen_derivative(
                 params.blocks,
                 subject.boundaries,
-                target_effects(subject, token, name).covector[:, 0],
+                logit_effects(subject, token, name).covector[:, 0],
                 cfg=config.block,
                 linearisation=name,
                 precision=subject.precision,

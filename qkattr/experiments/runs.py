@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Int
 from qkattr.config import ModelConfig
 from qkattr.errors import InputError
 from qkattr.model.edits import Edits, batched_axes
-from qkattr.model.forward import residual_stream, unembed
+from qkattr.model.transformer import residual_stream, unembed
 from qkattr.sharding import bucket, on_any_mesh
 from qkattr.subject import Subject
 from qkattr.types import Params

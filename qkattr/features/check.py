@@ -34,7 +34,7 @@ import numpy as np
 
 from qkattr.errors import InputError
 from qkattr.load.bundle import Bundle
-from qkattr.model.forward import forward, run_from, unembed
+from qkattr.model.transformer import forward, run_from, unembed
 from qkattr.sources.components import sink_positions
 from qkattr.sources.dictionary import Dictionary, reconstruct
 

@@ -18,8 +18,8 @@ import numpy as np
 
 from qkattr.cards.norms import NormScales
 from qkattr.load.bundle import Bundle
-from qkattr.model.forward import block, embed
 from qkattr.model.layers import norm_scale
+from qkattr.model.transformer import block, embed
 from qkattr.sharding import on_any_mesh
 from qkattr.sources.components import sink_positions
 

@@ -27,7 +27,7 @@ from qkattr.errors import InputError
 from qkattr.features.checkpoint import read_checkpoint, write_checkpoint
 from qkattr.features.seen import ScanConfig, Seen, add, nothing_seen
 from qkattr.load.bundle import Bundle
-from qkattr.model.forward import residual_stream
+from qkattr.model.transformer import residual_stream
 from qkattr.sharding import bucket, on_any_mesh
 from qkattr.sources.components import sink_positions
 from qkattr.sources.dictionary import Dictionary, encode

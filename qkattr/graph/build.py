@@ -13,8 +13,8 @@ import numpy as np
 from jaxtyping import Array
 
 from qkattr.graph.accounts import account_table, head_table, node_columns
+from qkattr.graph.backward import LEAK_KINDS, DirectTargets, Sweep
 from qkattr.graph.effects import Effects
-from qkattr.graph.sweep import LEAK_KINDS, DirectTargets, Sweep
 from qkattr.graph.tables import Edges, Graph, Nodes
 from qkattr.kinds import Kind
 

@@ -114,7 +114,7 @@ class PlaceEffects:
 @partial(jax.jit, static_argnames=("cfg", "linearisation", "precision", "heads", "strongest"))
 @on_any_mesh
 @checked
-def effects(
+def target_effects(
     blocks: BlockStack,
     boundaries: Float[Array, "L+1 T D"],
     components: ComponentStack,

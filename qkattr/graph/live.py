@@ -26,7 +26,7 @@ from jaxtyping import Array, Float, Int
 
 from qkattr.config import ModelConfig
 from qkattr.model.edits import BlockEdits, Edits
-from qkattr.model.forward import residual_stream, unembed
+from qkattr.model.transformer import residual_stream, unembed
 from qkattr.shapes import checked
 from qkattr.sharding import on_any_mesh
 from qkattr.types import Params

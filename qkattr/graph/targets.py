@@ -22,10 +22,10 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from qkattr.config import BlockConfig, ModelConfig
-from qkattr.graph.sweep import DirectTargets
+from qkattr.graph.backward import DirectTargets
 from qkattr.model.attention import finish_head, gain_of
-from qkattr.model.forward import block
 from qkattr.model.layers import f32, norm_bias, norm_scale, norm_transpose
+from qkattr.model.transformer import block
 from qkattr.shapes import checked
 from qkattr.sharding import on_any_mesh
 from qkattr.types import BlockStack, Params

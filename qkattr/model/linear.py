@@ -29,9 +29,9 @@ from jaxtyping import Array, Float, Int
 
 from qkattr.config import BlockConfig
 from qkattr.model.attention import attend
-from qkattr.model.forward import block
 from qkattr.model.layers import f32, lifted, norm_bias, norm_direction, norm_linear, norm_transpose
 from qkattr.model.mlp import MLPSlopes, slopes
+from qkattr.model.transformer import block
 from qkattr.shapes import checked
 from qkattr.types import Activations, BlockWeights
 

@@ -23,8 +23,8 @@ from flax import struct
 from jaxtyping import Array, Float, Int
 
 from qkattr.config import BlockConfig
-from qkattr.model.forward import block
 from qkattr.model.layers import rotate
+from qkattr.model.transformer import block
 from qkattr.qk.terms import apart, key_components, query_components
 from qkattr.shapes import checked
 from qkattr.sharding import on_any_mesh

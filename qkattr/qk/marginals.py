@@ -25,7 +25,7 @@ from jaxtyping import Array, Float, Int
 
 from qkattr.config import BlockConfig
 from qkattr.kinds import Kind
-from qkattr.model.forward import block
+from qkattr.model.transformer import block
 from qkattr.qk.terms import every_query_component, key_components
 from qkattr.shapes import checked
 from qkattr.sharding import on_any_mesh
@@ -60,7 +60,7 @@ class Marginals:
 @partial(jax.jit, static_argnames=("top", "n_strips", "cfg", "precision"))
 @on_any_mesh
 @checked
-def marginals(
+def block_marginals(
     weights: BlockWeights,
     x: Float[Array, "T D"],
     components: Components,

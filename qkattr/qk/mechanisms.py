@@ -49,7 +49,7 @@ class Mechanisms:
 
 
 @checked
-def mechanisms(terms: Float[np.ndarray, "A C"]) -> Mechanisms:
+def decompose_terms(terms: Float[np.ndarray, "A C"]) -> Mechanisms:
     """Decompose a term matrix (`QKTerms.terms`, or one summed over prompts)."""
     terms = np.asarray(terms, np.float64)
     u, sigma, v = np.linalg.svd(terms, full_matrices=False)

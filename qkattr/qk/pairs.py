@@ -34,7 +34,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from qkattr.config import BlockConfig
 from qkattr.kinds import NO_WINDOW, Kind
-from qkattr.model.forward import block
+from qkattr.model.transformer import block
 from qkattr.qk.terms import every_query_component, key_components, used_slots
 from qkattr.shapes import checked
 from qkattr.sharding import on_any_mesh

@@ -33,7 +33,7 @@ class QKAttribution:
     shares: by "query kind-key kind", the signed sums (adding to the score) and the absolute shares
       (adding to 1).
     pairs: by falling |value|, each with its contrast (see `qk.terms`); with a target, every pair
-      and marginal has its `effect` on it over all keys (see `qk.pair_effects`).
+      and marginal has its `effect` on it over all keys (see `qk.effects`).
     n_pairs: how many there are, listed or not.
     query_marginals, key_marginals: sums of terms over the other side.
     target: of the trace, in words; None where no target was traced.

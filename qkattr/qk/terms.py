@@ -31,8 +31,8 @@ from jaxtyping import Array, Bool, Float, Int
 from qkattr.config import BlockConfig
 from qkattr.kinds import Kind
 from qkattr.model.attention import MASKED, apart, capped, finish_head, gain_of, visible
-from qkattr.model.forward import block
 from qkattr.model.layers import f32, norm_bias, norm_direction
+from qkattr.model.transformer import block
 from qkattr.shapes import checked
 from qkattr.sharding import on_any_mesh
 from qkattr.sources.components import Components, ComponentStack

@@ -30,7 +30,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from qkattr.config import BlockConfig
 from qkattr.model.attention import capped, visible
-from qkattr.model.forward import block
+from qkattr.model.transformer import block
 from qkattr.qk.terms import apart, key_components, other_keys, query_components, used_slots
 from qkattr.shapes import checked
 from qkattr.sharding import on_any_mesh

@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from qkattr.config import ModelConfig
-from qkattr.model.forward import residual_stream
+from qkattr.model.transformer import residual_stream
 from qkattr.sharding import shard
 from qkattr.sources.components import sink_positions
 from qkattr.train.config import TrainConfig

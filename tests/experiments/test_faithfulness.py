@@ -29,7 +29,7 @@ from qkattr.experiments.faithfulness.statistics import (
 from qkattr.kinds import Kind
 from qkattr.load.text.prompts import read_prompts
 from qkattr.model.edits import Edits, ResidualEdits
-from qkattr.model.forward import block, forward
+from qkattr.model.transformer import block, forward
 from qkattr.sources.dictionary import activations
 from qkattr.subject import subject as open_subject
 

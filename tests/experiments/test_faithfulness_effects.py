@@ -33,9 +33,9 @@ from qkattr.experiments.faithfulness.effects import PLACES, choose_places, measu
 from qkattr.experiments.rankings import (
     derivatives,
     head_measures,
+    logit_effects,
     of_graph,
     place_measures,
-    target_effects,
 )
 from qkattr.model.edits import BlockEdits, Edits, PatternEdits
 from qkattr.sharding import pad_tokens
@@ -223,7 +223,7 @@ def test_frozen_derivatives_are_autodiff_of_the_frozen_model():
     token, n = ablations.token, tiny.T
     for linearisation in LINEARISATIONS:
         g = derivatives(subject, heads, token)
-        found = target_effects(subject, token, linearisation, heads=True)
+        found = logit_effects(subject, token, linearisation, heads=True)
         names = f"effect {linearisation}", f"derivative {linearisation}"
         empty = _no_graph(case)
         measures = place_measures(subject, heads, g, empty)
@@ -236,7 +236,7 @@ def test_frozen_derivatives_are_autodiff_of_the_frozen_model():
         x = np.asarray(case.trace.boundaries[b], np.float64)
         made = frozen.frozen_block(weights, x, case.cfg.block, "jacobian")
         mask = frozen.of_head(2, tiny.N, len(x), len(x))
-        above = np.asarray(target_effects(subject, token).covector[b + 1, 0], np.float64)
+        above = np.asarray(logit_effects(subject, token).covector[b + 1, 0], np.float64)
         _, vjp = jax.vjp(lambda x: made(x, only=mask), jnp.asarray(x))
         expected = (np.asarray(vjp(jnp.asarray(above))[0]) * x).sum()
     effect = head_measures(subject, heads, g, _no_graph(case))["effect jacobian"][b, 2]

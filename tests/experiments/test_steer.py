@@ -29,7 +29,7 @@ from qkattr.experiments.runs import run_edits
 from qkattr.experiments.steer import make_edits, patterns_of
 from qkattr.kinds import Kind
 from qkattr.model.edits import Edits, ResidualEdits
-from qkattr.model.forward import forward
+from qkattr.model.transformer import forward
 
 # steer --------------------------------------------------------------------------------------------
 

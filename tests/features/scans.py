@@ -12,7 +12,7 @@ from tiny import within
 from qkattr.features import Cards, ScanConfig, make_cards
 from qkattr.features.scan import scan
 from qkattr.load.bundle import Bundle
-from qkattr.model.forward import forward
+from qkattr.model.transformer import forward
 from qkattr.sources.dictionary import activations
 
 #: Float32, batched in another way than the loop.

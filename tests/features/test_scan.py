@@ -28,7 +28,7 @@ from qkattr.features import make_cards
 from qkattr.features.keep import priority
 from qkattr.features.scan import held_out, scan
 from qkattr.features.seen import BINS
-from qkattr.model.forward import forward
+from qkattr.model.transformer import forward
 from qkattr.sharding import make_mesh, shard
 from qkattr.sources.dictionary import activations
 

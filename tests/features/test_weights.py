@@ -10,7 +10,7 @@ from tiny import within
 
 from qkattr.features.logits import top_logits
 from qkattr.features.norms import norm_scales
-from qkattr.model.forward import block, embed
+from qkattr.model.transformer import block, embed
 
 
 @pytest.mark.parametrize("house", ["llama", "gpt2", "everything"])

@@ -9,7 +9,7 @@ import numpy as np
 from tiny import within
 from training import ROW, SETTINGS
 
-from qkattr.model.forward import forward
+from qkattr.model.transformer import forward
 from qkattr.sharding import make_mesh, shard
 from qkattr.train.config import TrainConfig
 from qkattr.train.stream import Stream

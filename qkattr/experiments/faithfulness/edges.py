@@ -29,8 +29,8 @@ from qkattr.experiments.faithfulness.statistics import correlation, rank_correla
 from qkattr.graph.tables import Graph
 from qkattr.kinds import Kind
 from qkattr.model.edits import BlockEdits, PatternEdits
-from qkattr.model.forward import block
 from qkattr.model.linear import freeze, push
+from qkattr.model.transformer import block
 from qkattr.sharding import on_any_mesh
 from qkattr.sources.components import find_slots
 from qkattr.sources.dictionary import Dictionary, activations

@@ -14,7 +14,7 @@ import numpy as np
 
 from qkattr.analyses.places import attention_at
 from qkattr.experiments.edits import Head, ablate, head_mask
-from qkattr.experiments.rankings import target_effects
+from qkattr.experiments.rankings import logit_effects
 from qkattr.experiments.runs import clean_top, run_edits
 from qkattr.model.edits import Edits
 from qkattr.result import Traced, ranked_heads
@@ -31,7 +31,7 @@ def head_orders(
     between = result.head_loadings(source=source, target=target)
     positions = range(len(subject.ids))
     every = result.head_loadings(source=positions, target=positions)
-    found = target_effects(subject, clean_top(subject)[0], heads=True).head
+    found = logit_effects(subject, clean_top(subject)[0], heads=True).head
     effect = np.asarray(found)[:, 0]
     values = dict(
         influence=between.influence,

@@ -24,7 +24,7 @@ from jaxtyping import Array, Float
 from qkattr.experiments.runs import MOST, clean_top
 from qkattr.graph.tables import Graph
 from qkattr.kinds import Kind
-from qkattr.model.forward import run_from, unembed
+from qkattr.model.transformer import run_from, unembed
 from qkattr.sources.components import Components, find_slots
 from qkattr.subject import Subject
 

@@ -30,7 +30,7 @@ from qkattr.experiments.runs import clean_top, run_edits
 from qkattr.kinds import Kind
 from qkattr.model.attention import apart
 from qkattr.model.edits import BlockEdits, Edits, ReadEdits
-from qkattr.model.forward import block
+from qkattr.model.transformer import block
 from qkattr.qk.terms import QKTerms
 from qkattr.sharding import on_any_mesh
 from qkattr.subject import Subject

@@ -27,7 +27,7 @@ from jaxtyping import Array, Float, Int
 
 from qkattr.config import BlockConfig
 from qkattr.model.attention import apart
-from qkattr.model.forward import block
+from qkattr.model.transformer import block
 from qkattr.qk.terms import key_components, query_components, same_component
 from qkattr.shapes import checked
 from qkattr.sharding import on_any_mesh
