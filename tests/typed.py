@@ -41,4 +41,5 @@ def _named(hint: Any) -> Any:
     if not (inspect.isclass(hint) and issubclass(hint, AbstractArray)):
         return hint
     axes = re.sub(r"(\w)([+-])(\d)", r"\1_and_\3", hint.dim_str)
-    return hint.dtype[Array, axes] | hint.dtype[np.ndarray, axes]
+    named = hint.dtype[Array, axes] | hint.dtype[np.ndarray, axes]
+    return named if axes else named | np.generic

@@ -198,7 +198,7 @@ def _edited_reads(
     together = position[:, None] == position[None]
     factor = (made.scale_E - 1.0)[:, None] * made.heads_EN
     delta = jnp.einsum("EF,FN,FD->END", together, factor, made.vector_ED, precision="highest")
-    changed = (together[..., None] & (factor != 0)).any(1)
+    changed = (together[..., None] & (factor != 0)[None]).any(1)
     read = x[position][:, None] + delta
     scale, scale_head = (s[position] for s in scales)
     scale = norm_scale(weights.norm_attn, read, cfg=cfg) if live else scale[:, None]
