@@ -94,7 +94,9 @@ def test_pair_effects_are_terms_times_autodiffs_derivative(house):
         within("over keys", found.over_keys[i], over, PAIR, size)
         within("sum", found.here[i].sum((1, 2)), total, PAIR, size[:, 0, 0])
         library = qk_terms(*case.block(b), head=n, query=t, key=s, cfg=case.cfg.block).terms
-        within("terms", found.here[i], at.derivative[i][:, s, None, None] * library[None], SAME, size)
+        within(
+            "terms", found.here[i], at.derivative[i][:, s, None, None] * library[None], SAME, size
+        )
 
 
 def test_a_match_that_is_equal_at_all_keys_moves_nothing():
