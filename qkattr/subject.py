@@ -187,9 +187,7 @@ class Subject:
         import jax
 
         parts = self.components
-        kind, index, activation = jax.device_get((parts.kind, parts.index, parts.activation))
-        rest = kind.shape[-1] - activation.shape[-1]  # slots that are no features
-        return kind, index, np.pad(activation, ((0, 0), (0, 0), (0, rest)))
+        return jax.device_get((parts.kind, parts.index, parts.activations))
 
     def table(self, boundary: int) -> ComponentTable:
         """The components of a boundary in words."""

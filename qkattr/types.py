@@ -83,6 +83,11 @@ class BlockWeights:
     b_gate_F: Float[Array, "F"] | None = None
     b_down_D: Float[Array, "D"] | None = None
 
+    @property
+    def group(self) -> int:
+        """G: query head n reads key/value head n // G."""
+        return self.wq_DNH.shape[-2] // self.wk_DKH.shape[-2]
+
 
 #: All blocks of a model, stacked on a leading axis L.
 BlockStack = Annotated[BlockWeights, "L"]

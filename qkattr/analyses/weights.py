@@ -96,7 +96,7 @@ def weight_pairs(
         norms, source = cards.norms, str(cards.meta.get("text", "the text of the cards"))
     scales = of_weights.HeadScales()
     if norms is not None:
-        kv = head // (config.n_heads // config.n_kv_heads)
+        kv = head // bundle.params.blocks.group
         values = norms.attn[layer], norms.q[layer, head], norms.k[layer, kv]
         scales = of_weights.HeadScales(*(float(v) for v in values))
     features = f32(dictionary.w_dec_MD)

@@ -277,7 +277,7 @@ def _keep(components: Components, arriving: Float[Array, "2 T C"], config: Sweep
         slot=slot,
         kind=jnp.where(valid, kind[at], int(Kind.NONE)),
         index=components.index.reshape(-1)[at],
-        activation=jnp.pad(components.activation, ((0, 0), (0, 2))).reshape(-1)[at],
+        activation=components.activations.reshape(-1)[at],
         influence=jnp.where(valid, influence, 0.0),
         share=running / jnp.maximum(total, 1e-30),
         valid=valid,
@@ -324,11 +324,11 @@ def _block_rows(
         candidates = Candidates(
             position=jnp.concatenate([kept.position, everywhere]),
             vectors=jnp.concatenate([components.at(kept.position, kept.slot), components.bias]),
-            values=jnp.concatenate([v[kept.position, kept.slot], v[:, n_slots - 2]]),
+            values=jnp.concatenate([v[kept.position, kept.slot], v[:, components.bias_slot]]),
         )
         at = kept.position * n_slots + kept.slot
         to_kept = jnp.where(kept.valid[:, None], edges.reshape(-1, n_rows)[at], 0.0).T
-        weight = jnp.concatenate([to_kept, edges[:, n_slots - 2].T], axis=1)
+        weight = jnp.concatenate([to_kept, edges[:, components.bias_slot].T], axis=1)
         depends = jnp.broadcast_to(jnp.arange(weight.shape[1]) < n_kept, weight.shape)
         chosen, strongest, carried = _strongest(weight, depends, config)
         parts = kept_parts(frozen, pulled, candidates, chosen, precision=config.precision)
@@ -358,7 +358,9 @@ def _direct_rows(
     same = kept.valid[None] & (kept.position[None] == targets.position[:, None])
     to_kept = jnp.where(same, edges[:, kept.slot], 0.0)
     own = jnp.arange(n_positions)[None] == targets.position[:, None]
-    weight = jnp.concatenate([to_kept, jnp.where(own, edges[:, n_slots - 2, None], 0.0)], axis=1)
+    weight = jnp.concatenate(
+        [to_kept, jnp.where(own, edges[:, components.bias_slot, None], 0.0)], axis=1
+    )
     depends = jnp.broadcast_to(jnp.arange(weight.shape[1]) < to_kept.shape[1], weight.shape)
     chosen, strongest, carried = _strongest(weight, depends, config)
     constant = jnp.where(targets.boundary == boundary, targets.constant, 0.0)

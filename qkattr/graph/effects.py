@@ -40,7 +40,7 @@ from qkattr.model.linear import FrozenBlock, freeze, head_reads, pull, pull_stre
 from qkattr.shapes import checked
 from qkattr.sharding import on_any_mesh
 from qkattr.sources.components import Components, ComponentStack
-from qkattr.types import BlockStack, BlockWeights
+from qkattr.types import BlockStack
 
 #: What an effect weighs beside a masking where places are ordered.
 LAST = 1e-20
@@ -219,7 +219,7 @@ def effects_at(
         x, g = boundaries[b], covector[b + 1, :, query]
         frozen = freeze(weights, x, cfg=cfg, linearisation=linearisation, precision=precision)
         pulled = pull(frozen, g, jnp.full(g.shape[0], query))
-        on_head, kv = pulled.heads[:, head], head // _group(weights)
+        on_head, kv = pulled.heads[:, head], head // weights.group
         scale, pattern = frozen.seen.scale_attn_T, frozen.seen.pattern_NTS[head, query]
         dot = partial(jnp.einsum, "RH,XH->RX", on_head, precision=precision)
         sources = values(frozen, parts.at(jnp.full_like(slots, key), slots))[:, kv]
@@ -323,7 +323,3 @@ def node_effects(g: Float[Array, "R T D"], components: Components) -> Float[Arra
     dot = partial(jnp.einsum, "RTD,TD->RT", g, precision="highest")
     rest = [dot(components.bias)[..., None], dot(components.error)[..., None]]
     return jnp.concatenate([features, *rest], axis=-1)
-
-
-def _group(weights: BlockWeights) -> int:
-    return weights.wq_DNH.shape[1] // weights.wk_DKH.shape[1]

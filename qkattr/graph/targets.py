@@ -84,7 +84,7 @@ def score_covectors(
         b, head, query, key = place
         weights, x = jax.tree.map(lambda a: a[b], (blocks, boundaries[:-1]))
         _, seen = block(weights, x, cfg=cfg, precision=precision)
-        kv = head // (weights.wq_DNH.shape[1] // weights.wk_DKH.shape[1])
+        kv = head // weights.group
         q, k = seen.q_TNH[query, head], seen.k_SKH[key, kv]
         pull = partial(_pull_score, weights, cfg=cfg)
         on_query = pull(

@@ -51,7 +51,7 @@ def apart(
     """
     if weights.norm_q is not None and weights.norm_q.ndim == 2:
         return weights, head
-    kv = head // (weights.wq_DNH.shape[1] // weights.wk_DKH.shape[1])
+    kv = head // weights.group
 
     def pick(w: Array | None, axis: int, n) -> Array | None:
         return None if w is None else jax.lax.dynamic_slice_in_dim(w, n, 1, axis)

@@ -79,7 +79,7 @@ def block_marginals(
     """
     _, seen = block(weights, x, cfg=cfg, precision=precision)
     n_positions, n_heads = x.shape[0], weights.wq_DNH.shape[1]
-    group = n_heads // weights.wk_DKH.shape[1]
+    group = weights.group
     how: dict[str, Any] = dict(cfg=cfg, precision=precision)
     dots = partial(jnp.einsum, "CXH,YH->CXY", precision=precision)
     t, s = jnp.arange(n_positions)[:, None], jnp.arange(n_positions)[None]

@@ -134,8 +134,8 @@ def qk_terms(
         key_kind=components.kind[key],
         query_index=components.index[query],
         key_index=components.index[key],
-        query_activation=jnp.pad(components.activation[query], (0, 2)),
-        key_activation=jnp.pad(components.activation[key], (0, 2)),
+        query_activation=components.activations[query],
+        key_activation=components.activations[key],
     )
 
 
@@ -197,7 +197,7 @@ def query_components(
     to_head, constant = _project(weights.norm_attn, weights.wq_DNH[:, head], bias, cfg, precision)
     vectors = components.at(jnp.full(n_slots, query), jnp.arange(n_slots))
     raw = to_head(vectors) * seen.scale_attn_T[query]
-    raw = raw.at[n_slots - 2].add(constant)
+    raw = raw.at[components.bias_slot].add(constant)
     return finish_head(
         raw[None],
         seen.scale_q_TN[query, head][None, None],
@@ -219,7 +219,7 @@ def key_components(
     at: Int[Array, "S"] | None = None,
 ) -> Float[Array, "S C H"]:
     """The keys that a head reads, component by component; turned as at positions `at`, `[S]`."""
-    kv = head // (weights.wq_DNH.shape[1] // weights.wk_DKH.shape[1])
+    kv = head // weights.group
     bias = None if weights.bk_KH is None else weights.bk_KH[kv]
     side = (weights.wk_DKH[:, kv], bias, gain_of(weights.norm_k, kv), seen.scale_k_SK[:, kv])
     return _at_every_position(weights, components, seen, side, at, cfg=cfg, precision=precision)
@@ -246,7 +246,7 @@ def _at_every_position(weights, components, seen, side, at, *, cfg, precision):
     w_DH, bias_H, gain, scale_T = side
     to_head, constant = _project(weights.norm_attn, w_DH, bias_H, cfg, precision)
     raw = components.map(to_head) * seen.scale_attn_T[:, None, None]
-    raw = raw.at[:, components.n_slots - 2].add(constant)
+    raw = raw.at[:, components.bias_slot].add(constant)
     positions = jnp.arange(raw.shape[0]) if at is None else at
     return finish_head(
         raw, scale_T[:, None], gain=gain, inv_freq=weights.inv_freq, positions=positions

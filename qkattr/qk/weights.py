@@ -71,7 +71,7 @@ def weight_pairs(
     Returns:
       `Strongest`: rows are query-side features, columns key-side ones.
     """
-    kv = head // (weights.wq_DNH.shape[1] // weights.wk_DKH.shape[1])
+    kv = head // weights.group
     read = norm_direction(weights.norm_attn, f32(features_MD), cfg=cfg) * scales.attn
 
     def side(w_DH: Array, gain: Array | None, scale, at) -> Float[Array, "M H"]:

@@ -64,7 +64,19 @@ class Components:
 
     @property
     def n_slots(self) -> int:
+        """C: the feature slots, one bias, one error."""
         return self.kind.shape[-1]
+
+    @property
+    def bias_slot(self) -> int:
+        """The slot of the bias, which the constants of a projection join; the error's is next."""
+        return self.n_slots - 2
+
+    @property
+    def activations(self) -> Float[Array, "T C"]:
+        """`activation` of all slots: 0 of the bias and the error."""
+        rest = self.n_slots - self.activation.shape[-1]
+        return jnp.pad(self.activation, ((0, 0),) * (self.activation.ndim - 1) + ((0, rest),))
 
     def map(self, f: Callable[[Array], Array]) -> Float[Array, "T C ..."]:
         """`f` of every component, for a linear `f` from `[..., D]` to `[..., X]`."""
