@@ -43,8 +43,8 @@ SAME = {"S": "T"}
 OWN = {"E"}
 #: What a row is where its axis has a name, as in `Int[Array, "P place=4"]`.
 ROWS = {"place": "block, head, query, key", "pair": "query slot, key slot"}
-#: Types by the last letters of what an annotation calls them.
-KINDS = {"Float": jnp.floating, "Int": jnp.integer, "Bool": bool}
+#: Types by what an annotation calls them; None: any number.
+KINDS = {"Float": jnp.floating, "Int": jnp.integer, "Bool": bool, "Real": None}
 
 
 def checked(function: F) -> F:
@@ -139,7 +139,7 @@ class Given:
         return _holds(chex.assert_rank, self.array, len(fixed))
 
     def has_type(self) -> bool:
-        return _holds(chex.assert_type, self.array, self.kind)
+        return self.kind is None or _holds(chex.assert_type, self.array, self.kind)
 
     def has_shape(self, sizes: dict[str, int]) -> bool:
         matcher = [... if axis.name == "..." else axis.size(sizes) for axis in self.axes]

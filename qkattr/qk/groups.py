@@ -3,7 +3,8 @@
     table[g, h] = sum of term[a, c] over a in group g, c in group h
 
 Every component is in exactly one group (those of a kind that nobody grouped stand under the kind's
-own name), so that the table sums to the score. Axes: P terms, G groups.
+own name), so that the table sums to the score. Axes: P terms, G groups of the query side, I of the
+key side.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ def group_name(kind: str, index: int | None, groups: Mapping[int, str]) -> str:
 
 def group_table(
     values: Float[np.ndarray, "P"], query: Sequence[str], key: Sequence[str]
-) -> tuple[list[str], list[str], Float[np.ndarray, "G G"]]:
+) -> tuple[list[str], list[str], Float[np.ndarray, "G I"]]:
     """`(rows, columns, table)`: P terms summed by the groups of their two sides, groups in the
     order in which they first appear."""
     rows, columns = list(dict.fromkeys(query)), list(dict.fromkeys(key))

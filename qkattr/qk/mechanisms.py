@@ -17,7 +17,7 @@ from __future__ import annotations
 import dataclasses
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Real
 
 from qkattr.shapes import checked
 
@@ -49,7 +49,7 @@ class Mechanisms:
 
 
 @checked
-def decompose_terms(terms: Float[np.ndarray, "A C"]) -> Mechanisms:
+def decompose_terms(terms: Real[np.ndarray, "A C"]) -> Mechanisms:
     """Decompose a term matrix (`QKTerms.terms`, or one summed over prompts)."""
     terms = np.asarray(terms, np.float64)
     u, sigma, v = np.linalg.svd(terms, full_matrices=False)

@@ -30,7 +30,7 @@ from qkattr.types import Params
 def decompose_prompt(
     params: Params,
     dictionaries: tuple[Dictionary | None, ...] | None,
-    boundaries: Float[Array, "L+1 T D"],
+    boundaries: Float[Array, "boundaries T D"],
     tokens: Int[Array | np.ndarray, "T"],
     *,
     n_real: int,
