@@ -49,7 +49,7 @@ class Result(Traced):
         data = {field.name: getattr(traced, field.name) for field in dataclasses.fields(traced)}
         return cls(**data, made_of=made_of)
 
-    @functools.cached_property
+    @property
     def subject(self) -> Subject:
         """The prompt with its model, features called as the result calls them.
 
@@ -61,6 +61,12 @@ class Result(Traced):
                 "this result was opened without its model and does not hold that; open it with "
                 "qkattr.open(folder, bundle=qkattr.load(...))"
             )
+        return self._named
+
+    @functools.cached_property
+    def _named(self) -> Subject:
+        """`subject`, made once."""
+        assert self.made_of is not None
         return self.made_of.but(given=self.labels)
 
     def with_scan(self, scan: str) -> Result:
@@ -261,7 +267,7 @@ def qk_attribution(
       InputError: no such head or position, the key comes after the query or lies outside the
         window, or the result was opened without its model and does not hold this place in full.
     """
-    place = dict(layer=layer, head=head, query=query, key=key)
+    place: dict[str, Any] = dict(layer=layer, head=head, query=query, key=key)
     if isinstance(subject, Traced):
         stored = subject.stored(subject.place(**place))
         if stored is not None:

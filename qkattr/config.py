@@ -178,5 +178,6 @@ class ModelFacts:
         """From the settings of a result."""
         given = {field.name: settings[field.name] for field in dataclasses.fields(cls)}
         windows = [NO_WINDOW if w is None else w for w in given["windows"]]
-        tuples = {k: tuple(given[k]) for k in ("accepted", "notes")}
-        return cls(**(given | tuples | dict(windows=tuple(windows))))
+        tuples: dict[str, Any] = {k: tuple(given[k]) for k in ("accepted", "notes")}
+        tuples["windows"] = tuple(windows)
+        return cls(**(given | tuples))

@@ -120,7 +120,8 @@ class TraceOptions:
         """The options among the settings of a result, which may have been saved as JSON."""
         names = {field.name for field in dataclasses.fields(cls)}
         given = {name: value for name, value in settings.items() if name in names}
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in given.items()})
+        made: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
+        return cls(**made)
 
 
 def _fields(options: TraceOptions, of: type) -> dict[str, Any]:

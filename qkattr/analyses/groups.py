@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from qkattr.errors import InputError
 from qkattr.kinds import Group
 from qkattr.labels.groups import search_labels
@@ -39,6 +41,8 @@ def grouped(
     of_feature = group_of_features(found, table.layer)
     named = [[group_name(c["kind"], c["index"], of_feature) for c in pair] for pair in sides]
     rows, columns, sums = group_table(
-        [pair["value"] for pair in table.pairs], [q for q, _ in named], [k for _, k in named]
+        np.array([pair["value"] for pair in table.pairs]),
+        [q for q, _ in named],
+        [k for _, k in named],
     )
     return dict(query=rows, key=columns, table=sums.tolist(), sum=float(sums.sum()))

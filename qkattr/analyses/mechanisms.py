@@ -10,7 +10,7 @@ decomposed (see `qk.mechanisms`).
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -59,7 +59,7 @@ class _Side:
     """Components of one side: their names (kind, index) and how the JSON describes them."""
 
     names: list[tuple[int, int]]
-    described: list[dict[str, Any]]
+    described: Sequence[Mapping[str, Any]]
 
 
 def mechanisms(

@@ -262,7 +262,8 @@ class _Listed:
     def query_side(self, found: Competition) -> list[dict[str, Any]]:
         slots = np.flatnonzero(found.query_used & self.shown(self.table.kind[self.query]))
         values = [
-            self.table.row(self.query, a) | dict(value=float(found.by_query_A[a])) for a in slots
+            self.table.row(self.query, int(a)) | dict(value=float(found.by_query_A[a]))
+            for a in slots
         ]
         return sorted(values, key=lambda row: -abs(row["value"]))
 
@@ -330,5 +331,5 @@ def _versus(subject, place, found: Competition, listed: _Listed, top: int):
 def _shares(found: Competition) -> dict[str, dict[str, float]]:
     absolute = found.by_kind_absolute
     used = zip(*np.nonzero(absolute), strict=True)
-    cells = [(q, k, found.by_kind[q, k], float(absolute[q, k])) for q, k in used]
+    cells = [(q, k, float(found.by_kind[q, k]), float(absolute[q, k])) for q, k in used]
     return shares_by_kind(cells, float(absolute.sum()))

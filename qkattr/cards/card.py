@@ -65,8 +65,9 @@ class Card:
           TypeError, KeyError: it is no such thing.
         """
         rows = ("histogram", "top_logits", "bottom_logits")
-        lists = {name: [tuple(row) for row in raw[name]] for name in rows}
-        return cls(**(raw | lists | dict(examples=[Example(**e) for e in raw["examples"]])))
+        lists: dict[str, Any] = {name: [tuple(row) for row in raw[name]] for name in rows}
+        lists["examples"] = [Example(**e) for e in raw["examples"]]
+        return cls(**(raw | lists))
 
 
 def strongest_tokens(label: str) -> str:

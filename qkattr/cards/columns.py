@@ -149,7 +149,7 @@ class Cards:
             max=float(self.max[x]),
             mean=float(f"{self.mean_level[x] / 255 * float(self.max[x]):.4g}"),
             histogram=self._histogram(x),
-            examples=[self._example(x, c) for c in np.flatnonzero(self.context_level[x])],
+            examples=[self._example(x, int(c)) for c in np.flatnonzero(self.context_level[x])],
             top_logits=self._logits(x, 0),
             bottom_logits=self._logits(x, 1),
         )
@@ -219,13 +219,16 @@ class Cards:
 
 
 def _built(meta: dict[str, Any], columns: dict[str, np.ndarray]) -> Cards:
-    norms = {f.name: columns[f"norms.{f.name}"] for f in dataclasses.fields(NormScales)}
+    norms: dict[str, Any] = {
+        f.name: columns[f"norms.{f.name}"] for f in dataclasses.fields(NormScales)
+    }
+    norms["final"] = float(norms["final"])
     ids = columns["token.id"].tolist()
     cards = Cards(
         meta=meta,
         label_text=split(columns, "label"),
         vocabulary=dict(zip(ids, split(columns, "token"), strict=True)),
-        norms=NormScales(**(norms | dict(final=float(norms["final"])))),
+        norms=NormScales(**norms),
         **{name: columns[name] for name in _COLUMNS},
     )
     _check(cards)

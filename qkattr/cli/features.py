@@ -95,10 +95,12 @@ def features(
         raise InputError("--out is missing; give the .npz file to write the cards to")
     opened = packaged_cards() if cards is None else Cards.open(cards)
     if labels is not None:
+        assert into is not None
         _import(opened, labels, into, resid_pre, boundary)
     elif export is not None:
         _export(opened, export, boundary)
     elif index is not None:
+        assert boundary is not None  # checked with the options
         _card(opened, boundary, index, json)
     elif search is not None:
         _search(opened, search, boundary, json)

@@ -13,7 +13,7 @@ from qkattr.errors import InputError, one_of
 if TYPE_CHECKING:
     from qkattr.api import Result
     from qkattr.result import PlaceRow
-    from qkattr.subject import Subject
+    from qkattr.subject import HasSubject, Subject
 
 
 def heads(
@@ -54,7 +54,10 @@ def heads(
         raise InputError("--from and --to go together; give both, or neither for all positions")
     ends = lambda subject: _ends(subject, source, target)
 
-    def find(result: Result) -> tuple[dict[str, Any], str]:
+    def find(result: HasSubject) -> tuple[dict[str, Any], str]:
+        from qkattr.api import Result
+
+        assert isinstance(result, Result)  # `of` opens one
         report, folded = heads_report(result, source, target, by), ""
         if source is None and not all and not asked.json:
             from qkattr.export.effect_rows import away_from_sinks

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -49,8 +49,8 @@ def marginals(
     def find(subject: HasSubject) -> Looks:
         from qkattr.analyses.marginals import marginals
 
-        where = dict(layer=layer, head=head, query=query, key=key)
-        how = dict(attention=attention, limit=limit, top=top, sinks_too=sinks_too)
+        where: dict[str, Any] = dict(layer=layer, head=head, query=query, key=key)
+        how: dict[str, Any] = dict(attention=attention, limit=limit, top=top, sinks_too=sinks_too)
         return marginals(subject, **where, **how)
 
     asked.answer(find, show, labels=labels, figure=figure)

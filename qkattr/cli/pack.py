@@ -57,7 +57,7 @@ def pack(
 
         errors = pack_saes(saes, out, bits=bits, wide=wide or (), progress=progress)
         boundaries = {e.boundary: dataclasses.asdict(e) for e in errors}
-        report = dict(file=str(out), bytes=out.stat().st_size)
+        report: dict[str, Any] = dict(file=str(out), bytes=out.stat().st_size)
         if wanted is not None:
             report |= _measure(bundle, out, wanted, boundaries, progress)
     report["boundaries"] = list(boundaries.values())

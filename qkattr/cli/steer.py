@@ -130,6 +130,7 @@ def steer(
     from qkattr.experiments.steer import steer as steer_prompt
     from qkattr.labels.groups import search_labels
     from qkattr.result import Traced
+    from qkattr.subject import Subject
 
     edits = [parse_edit(text) for text in edit or ()]
     ablated = parse_heads(ablate) if ablate is not None else ()
@@ -139,13 +140,15 @@ def steer(
     choosing = common.given(asked.context, "heads", "side", "features", "by")
     named = group is not None or label is not None
     _check_ends(source, target, bool(edits or ablated), hydra or named, choosing)
-    choice = dict(source=source, target=target, heads=heads, side=side, features=features, by=by)
+    choice: dict[str, Any] = dict(
+        source=source, target=target, heads=heads, side=side, features=features, by=by
+    )
 
-    def check(opened: Result | Subject) -> None:
+    def check(opened: HasSubject) -> None:
         """Fail before weights are read."""
         if source is not None:
             check_choice(opened.tokens, opened.facts.head_grid, **choice)
-        if not isinstance(opened, Traced):
+        if isinstance(opened, Subject):
             check_asked(opened, edits, ablated, track or (), query)
 
     def open_prompt(progress: Stages) -> Result | Subject:
@@ -180,7 +183,8 @@ def steer(
         )
         if not hydra:
             return steering, None
-        assert isinstance(opened, Traced)  # --hydra goes with --from and --to
+        # --hydra goes with --from and --to
+        assert isinstance(opened, Traced) and source is not None and target is not None
         subject.progress("hydra")
         how = dict(live_scales=live_scales, ablated=ablated)
         return steering, _hydra(opened, subject, source, target, chosen, **how)

@@ -44,12 +44,11 @@ def cut_rows(
     if not text.strip():
         raise InputError("the text is empty; give at least 16 tokens of text")
     wanted = bundle.bos if bos is None else bos
-    ids = bundle.tokenizer.encode(text, bos=wanted) if bundle.tokenizer else None
-    if ids is None:
+    tokenizer = bundle.tokenizer
+    if tokenizer is None:
         raise InputError(f"{bundle.model} has no tokenizer that qkattr can read; check needs one")
-    first = (
-        ids[:1] if bundle.tokenizer.bos_id is not None and ids[0] == bundle.tokenizer.bos_id else []
-    )
+    ids = tokenizer.encode(text, bos=wanted)
+    first = ids[:1] if tokenizer.bos_id is not None and ids[0] == tokenizer.bos_id else []
     body = ids[len(first) :]
     length = min(ROW, bundle.config.context, len(ids)) - len(first)
     starts = range(0, len(body) - length + 1, length)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -44,7 +44,9 @@ def why(
     def find(subject: HasSubject) -> Why:
         from qkattr.analyses.why import why
 
-        how = dict(against=against, form=form, top=top, folded=not (all or asked.json))
+        how: dict[str, Any] = dict(
+            against=against, form=form, top=top, folded=not (all or asked.json)
+        )
         return why(subject, **vars(place), **how)
 
     show_found = lambda found: show(found, top, all)

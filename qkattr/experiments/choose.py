@@ -167,7 +167,7 @@ def heads_between(
         into = "feature" if by == "loading" else None
         found = traced.head_loadings(source=source, target=target, into=into)
         value = np.abs(found.loadings if by == "loading" else found.influence)
-        return ranked_heads(value, np.count_nonzero(value))
+        return ranked_heads(value, int(np.count_nonzero(value)))
     ends = dict(query=traced.position(target), key=traced.position(source))
     rows = sorted(heads_at(traced, asked, **ends), key=lambda row: -measured(row, by))
     return [(row["layer"], row["head"]) for row in rows if measured(row, by) > 0]

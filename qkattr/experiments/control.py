@@ -49,7 +49,7 @@ def matched(
     for i in rng.permutation(len(sizes)):
         nearest = sorted(left, key=lambda j: abs(np.log(others[j] / sizes[i])))[:NEAREST]
         chosen[i] = nearest[rng.integers(len(nearest))]
-        left.remove(chosen[i])
+        left.remove(int(chosen[i]))
     return chosen
 
 

@@ -198,15 +198,17 @@ def place_edits(subject: Subject, edits: Sequence[Edit]) -> list[Placed]:
     """
     merged: dict[tuple[int, int, int, str], set[Head]] = {}
     for edit, positions in fit_edits(subject, edits):
-        named = isinstance(edit.component, str)
-        wanted = (KINDS[edit.component], None) if named else (Kind.FEATURE, edit.component)
+        if isinstance(edit.component, str):
+            wanted = KINDS[edit.component], None
+        else:
+            wanted = Kind.FEATURE, edit.component
         slots = find_slots(subject.components, edit.boundary, np.array(positions), *wanted)
         if (slots < 0).all():
             raise InputError(_not_active(subject, edit, positions))
         for position, slot in zip(positions, slots.tolist(), strict=True):
             if slot >= 0:
                 key = (edit.boundary, position, slot, edit.side)
-                merged.setdefault(key, set()).update(edit.heads)
+                merged.setdefault(key, set()).update(edit.heads or ())
     return [Placed(*key, heads=tuple(sorted(heads))) for key, heads in sorted(merged.items())]
 
 

@@ -96,7 +96,7 @@ def hydra(
                 before=float(before[layer, head]),
                 rise=float(rise[layer, head]),
             )
-            for layer, head in ranked_heads(rise, 10)
+            for layer, head in ranked_heads(np.asarray(rise), 10)
             if rise[layer, head] > 1e-4
         ],
     )

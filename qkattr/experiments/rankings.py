@@ -27,6 +27,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -216,7 +217,7 @@ def of_graph(graph: Graph, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarr
     nodes, edges = graph.nodes, graph.edges
     through = np.flatnonzero(edges.block >= 0)
     query, key = nodes.position[edges.target[through]], nodes.position[edges.source[through]]
-    at = (edges.block[through], slice(None), query, key)
+    at: Any = (edges.block[through], slice(None), query, key)
     influence, loading = np.zeros((2, *shape))
     np.add.at(influence, at, graph.head_influence()[through])
     np.add.at(loading, at, edges.heads[through])

@@ -43,7 +43,7 @@ class EditedRuns:
         return log_softmax(self.logits)
 
 
-def log_softmax(logits: Float[Array, "... V"]) -> np.ndarray:
+def log_softmax(logits: Float[Array | np.ndarray, "... V"]) -> np.ndarray:
     """Log probabilities `[..., V]` on the host, in float64: divergences of nearly equal runs are
     differences of these."""
     wide = np.asarray(logits, np.float64)
@@ -89,6 +89,7 @@ def edited_runs(
             precision=precision,
         )
         logits = unembed(params, x[last], cfg=cfg, precision=precision)
+        assert trace.patterns is not None and trace.scores is not None  # they were asked for
         return EditedRuns(logits=logits, patterns=trace.patterns, scores=trace.scores)
 
     return jax.vmap(one, in_axes=(batched_axes(edits),))(edits)

@@ -303,7 +303,7 @@ def steer_subject(
         keys=keys,
         patterns=[rows(row, shown) for row in attended],
         scores=[rows(row[..., : query + 1], shown) for row in runs.scores[..., 0, :]],
-        rose=rose(looked, attended, scales, changed, keys),
+        rose=rose(looked, np.asarray(attended), scales, changed, keys),
         edits=[describe(subject, edit) for edit in placed],
         ablated=[f"{layer}.{head}" for layer, head in ablated],
         n_heads=int(changed.sum()),

@@ -11,7 +11,7 @@ from qkattr.export.summary import number
 from qkattr.graph.accounts import main_weights
 from qkattr.kinds import Kind
 from qkattr.qk.rows import sink_name
-from qkattr.result import Traced
+from qkattr.result import PlaceRow, Traced
 
 #: What the columns of the heads' tables are.
 ABOUT_HEADS = (
@@ -21,7 +21,7 @@ ABOUT_HEADS = (
 )
 
 
-def away_from_sinks(result: Traced, rows: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], str]:
+def away_from_sinks(result: Traced, rows: list[PlaceRow]) -> tuple[list[PlaceRow], str]:
     """The places of heads whose key is no sink, and the others in one line ("" where there are
     none): a head that looks at a sink says nothing about why it looked there."""
     sinks = result.sink_positions
@@ -120,6 +120,6 @@ def in_short(result: Traced, n: int = 3) -> list[str]:
     return said
 
 
-def _head(result: Traced, row: dict[str, Any]) -> str:
+def _head(result: Traced, row: PlaceRow) -> str:
     key, query = (f"{quoted(result.shown_tokens[row[end]])} {row[end]}" for end in ("key", "query"))
     return f"{row['layer']}.{row['head']} from {key} to {query} (by {abs(row['masking']):.2g})"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from qkattr.errors import InputError, clipped, printable, some
 from qkattr.extras import need
@@ -64,7 +64,7 @@ def save_figure(figure, path: Path) -> Path:
     data = io.BytesIO()
     format = check_figure(path).suffix.removeprefix(".")
     _find_glyphs(figure)
-    settings = {"svg.hashsalt": "qkattr", "svg.fonttype": "none"}
+    settings: Any = {"svg.hashsalt": "qkattr", "svg.fonttype": "none"}
     with matplotlib.rc_context(settings), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing from")  # boxes; an SVG has the text
         metadata = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(format)

@@ -12,7 +12,7 @@ import io
 import json
 import mmap
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -27,7 +27,7 @@ from qkattr.graph.accounts import Account, HeadEffects
 from qkattr.graph.tables import Edges, Graph, Nodes
 from qkattr.options import TraceOptions
 from qkattr.qk.table import QKAttribution
-from qkattr.result import Traced
+from qkattr.result import Prediction, Traced
 
 
 def save_result(result: Traced, folder: Path, links: int | str | None = None) -> Path:
@@ -108,7 +108,10 @@ def _build(header: dict[str, Any], columns: dict[str, np.ndarray]) -> Traced:
         prompt=_prompt(header),
         token_ids=tuple(header["token_ids"]),
         bos=header["bos"],
-        predictions=[{k: v for k, v in p.items() if k != "role"} for p in header["predictions"]],
+        predictions=[
+            cast(Prediction, {k: v for k, v in p.items() if k != "role"})
+            for p in header["predictions"]
+        ],
         graph=graph,
         sinks=header["sinks"],
         scores=np.array(header["scores"], int).reshape(-1, 5),

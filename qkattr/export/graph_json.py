@@ -11,6 +11,7 @@ make of the nodes is in `export.viewers`.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -145,7 +146,7 @@ def _account(result: Traced) -> list[dict[str, Any]]:
     ]
 
 
-def _rounded(row: dict[str, Any]) -> dict[str, Any]:
+def _rounded(row: Mapping[str, Any]) -> dict[str, Any]:
     return {k: _round(v) if isinstance(v, float) else v for k, v in row.items()}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from qkattr.characters import readable
@@ -16,7 +17,7 @@ def predictions(result: Traced) -> list[dict[str, Any]]:
     return [{**p, "role": _role(p, subtracted)} for p in result.predictions]
 
 
-def _role(prediction: dict[str, Any], subtracted: set[int]) -> str:
+def _role(prediction: Mapping[str, Any], subtracted: set[int]) -> str:
     if prediction["against"] >= 0:
         return "for"
     if prediction["id"] in subtracted:

@@ -187,7 +187,7 @@ def looks_figure(found: Looks, path: Path) -> Path:
     values = [p["probability"] for p in places]
     signed_bars(axes[0], named, values, "Where heads look", "attention")
     for panel, side in zip(axes[1:], ("query", "key"), strict=True):
-        best = [p[f"{side}_marginals"][:1] or [dict(kind="none", index=None, value=0.0)]
+        best: Any = [p[f"{side}_marginals"][:1] or [dict(kind="none", index=None, value=0.0)]
                 for p in places]  # fmt: skip
         named = [safe(component(m[0]), 40) for m in best]
         values = [m[0]["value"] for m in best]

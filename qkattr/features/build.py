@@ -57,7 +57,9 @@ def make_cards(
     rows = check_rows(bundle, rows)
     progress("norm scales", 0.0)
     norms = norm_scales(bundle, rows, precision=config.precision)
-    how = dict(config=config, folder=folder, every=every, mesh=mesh, progress=progress)
+    how: dict[str, Any] = dict(
+        config=config, folder=folder, every=every, mesh=mesh, progress=progress
+    )
     found = scan(bundle, rows, **how)
     used = np.unique(rows)
     texts = {int(i): bundle.token(int(i)) for i in used}
@@ -65,9 +67,10 @@ def make_cards(
     columns: dict[str, list] = defaultdict(list)
     for done, (b, seen) in enumerate(found.seen.items()):
         progress("logits and labels", done / len(found.seen))
-        w_dec = bundle.dictionaries[b].w_dec_MD  # pyright: ignore[reportOptionalSubscript]
+        dictionary = (bundle.dictionaries or ())[b]
+        assert dictionary is not None  # it was scanned
         tokens, values = top_logits(
-            bundle.params, w_dec, n=RAISED, scale=norms.final, cfg=bundle.config
+            bundle.params, dictionary.w_dec_MD, n=RAISED, scale=norms.final, cfg=bundle.config
         )
         labels = _labels(views, found, b, tokens[0], used, texts)
         parts = _seen(seen) | _contexts(seen, found) | _logits(tokens, values)
@@ -87,7 +90,8 @@ def _labels(views: list[View], found: Scan, b: int, top, used, texts) -> Feature
     for split, rows in enumerate((~found.held_out, found.held_out)):
         of = slice(split * width, (split + 1) * width)
         sample = seen.sample.place[of], seen.sample.value[of]
-        halves.append(Half(*sample, seen.count[split], keep & rows[:, None]))
+        place, value, active = (np.asarray(a) for a in (*sample, seen.count[split]))
+        halves.append(Half(place, value, active, keep & rows[:, None]))
     parts = []
     for start in range(0, width, CHUNK):
         at = slice(start, start + CHUNK)
@@ -108,9 +112,10 @@ def _labels(views: list[View], found: Scan, b: int, top, used, texts) -> Feature
 def _seen(seen: Seen) -> dict[str, np.ndarray]:
     """Counts, maximum, mean and histogram."""
     count, largest = seen.count.sum(0), np.maximum(seen.top.value[:, 0], 0)
-    bins = np.where(seen.histogram > 0, np.arange(seen.histogram.shape[1]), 0).max(1)
+    sizes = np.asarray(seen.histogram)
+    bins = np.where(sizes > 0, np.arange(sizes.shape[1]), 0).max(1)
     at = bins[:, None] - np.arange(HISTOGRAM)[::-1]
-    histogram = np.take_along_axis(seen.histogram, np.maximum(at, 0), axis=1) * (at >= 0)
+    histogram = np.take_along_axis(sizes, np.maximum(at, 0), axis=1) * (at >= 0)
     mean = seen.total / np.maximum(count, 1)
     histogram[:, 0] += count - histogram.sum(1)  # what is weaker still
     return dict(

@@ -147,12 +147,13 @@ def check_saes(
     )
 
 
-def _summarise(b: int, dictionary: Dictionary, parts, rows: int, clean: float, fits: float):
+def _summarise(b: int, dictionary: Dictionary | None, parts, rows: int, clean: float, fits: float):
     """A boundary's figures from the sums over all pieces of the text."""
+    assert dictionary is not None  # boundaries without one have no sums
     summed = {k: sum(np.asarray(part[k], np.float64) for part in parts) for k in _SUMS}
     relative = np.concatenate([part["relative"] for part in parts])
     kept = np.maximum(summed["kept"], 1)
-    figures = dict(
+    figures: dict[str, Any] = dict(
         l0=float(summed["l0"] / kept),
         unexplained_variance=float(summed["error"] / np.maximum(summed["variance"], 1e-30)),
         median_relative_error=float(np.nanmedian(relative)),

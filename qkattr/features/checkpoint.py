@@ -24,7 +24,7 @@ def write_checkpoint(folder: Path, made_of: str, done: int, state: Any) -> None:
     leaves = jax.tree.leaves(jax.device_get(state))
     packed = [np.packbits(leaf) if leaf.dtype == bool else leaf for leaf in leaves]
     buffer = io.BytesIO()
-    columns = {f"leaf_{i}": leaf for i, leaf in enumerate(packed)}
+    columns: dict[str, Any] = {f"leaf_{i}": leaf for i, leaf in enumerate(packed)}
     np.savez(buffer, made_of=np.array(made_of), done=np.array(done), **columns)
     write_files(folder, {STATE: buffer.getvalue()})
 

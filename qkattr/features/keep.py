@@ -11,6 +11,8 @@ Exact.
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -36,12 +38,13 @@ class KeptContexts:
 
 def empty(n_segments: int, size: int, n_windows: int, width: int) -> KeptContexts:
     """Nothing kept yet."""
-    return KeptContexts(
+    nothing: dict[str, Any] = dict(
         key=np.full((n_segments, size), -np.inf, np.float32),
         place=np.full((n_segments, size), -1, np.int32),
         value=np.zeros((n_segments, size), np.float32),
         window=np.zeros((n_segments, min(n_windows, size), width), np.float32),
     )
+    return KeptContexts(**nothing)
 
 
 def best(

@@ -29,7 +29,7 @@ TILE = 256
 
 def top_logits(
     params: Params,
-    w_dec_MD: Float[Array, "M D"],
+    w_dec_MD: Float[Array | np.ndarray, "M D"],
     *,
     n: int,
     scale: float,

@@ -8,6 +8,7 @@ segments, W positions of a window. Exact, but for sums (float32).
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -57,13 +58,14 @@ class Seen:
 
 def nothing_seen(width: int, config: ScanConfig) -> Seen:
     """Of a dictionary, before the first batch."""
-    return Seen(
+    nothing: dict[str, Any] = dict(
         count=np.zeros((2, width), np.int32),
         total=np.zeros(width, np.float32),
         histogram=np.zeros((width, BINS), np.int32),
         top=empty(width, config.top, config.top, config.window),
         sample=empty(2 * width, config.samples, config.shown, config.window),
     )
+    return Seen(**nothing)
 
 
 def add(seen: Seen, value, feature, place, split, shape, cfg: ScanConfig) -> Seen:
@@ -110,7 +112,7 @@ def _entries(entry, key, value, place, dense, kept: KeptContexts, cfg: ScanConfi
     )
 
 
-def half_octave(value: Float[Array, ...]) -> Int[Array, ...]:
+def half_octave(value: Float[Array, "..."]) -> Int[Array, "..."]:
     """The bin of an activation: bin i counts those in [2^((i - 32) / 2), 2^((i - 31) / 2))."""
     exponent = jnp.floor(2 * jnp.log2(jnp.maximum(value, 1e-30))).astype(jnp.int32)
     return jnp.clip(exponent + BINS // 2, 0, BINS - 1)

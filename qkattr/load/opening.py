@@ -144,6 +144,7 @@ def _beginning(
     if bos is None and model == smollm2.NAME:
         return _Beginning(tokenizer, True, "as the SAEs in the package were trained")
     if bos and tokenizer is not None and tokenizer.bos is None and tokenizer.has(tokenizer.eos):
+        assert tokenizer.eos is not None  # it is in the vocabulary
         note = (
             f"the SAEs were trained with a BOS and the tokenizer has none; its EOS, "
             f"{tokenizer.eos}, stands for it, as in TransformerLens (--bos-token names another)"

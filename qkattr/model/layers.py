@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from qkattr.config import BlockConfig
@@ -26,7 +27,7 @@ ACTIVATIONS = {
 }
 
 
-def f32(x: Array) -> Float[Array, "..."]:
+def f32(x: Array | np.ndarray) -> Float[Array, "..."]:
     """The array in float32: weights may be stored in bfloat16, arithmetic never is."""
     return jnp.asarray(x, jnp.float32)
 

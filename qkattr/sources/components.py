@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Annotated
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
@@ -90,7 +90,10 @@ class Components:
         return self.map(lambda x: x)
 
     def at(
-        self, position: Int[Array, "R"], slot: Int[Array, "R"], *leading: Int[Array, "R"]
+        self,
+        position: Int[Array | np.ndarray, "..."],
+        slot: Int[Array | np.ndarray, "..."],
+        *leading: Int[Array | np.ndarray, "..."],
     ) -> Float[Array, "R D"]:
         """The vectors of R chosen components (R: any shape).
 
@@ -116,7 +119,9 @@ class Components:
         gain = activation / jnp.where(coefficient == 0, 1.0, coefficient)
         return jnp.where(is_feature[:, None], self.read[direction] * gain[:, None], own)
 
-    def _slot(self, position: Array, slot: Array, *leading: Array) -> tuple[Array, Array, int]:
+    def _slot(
+        self, position: Array | np.ndarray, slot: Array | np.ndarray, *leading: Any
+    ) -> tuple[Array, Array, int]:
         n_features = self.row.shape[-1]
         at = (*leading, position, jnp.minimum(slot, n_features - 1))
         return self.row[at], self.coefficient[at], n_features

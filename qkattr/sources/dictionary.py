@@ -75,15 +75,15 @@ class Dictionary:
     config: how it encodes (static).
     """
 
-    w_enc_DM: Float[Array, "D M"]
-    w_dec_MD: Float[Array, "M D"]
-    b_enc_M: Float[Array, "M"]
-    b_dec_D: Float[Array, "D"]
-    threshold_M: Float[Array, "M"] | None = None
-    b_gate_M: Float[Array, "M"] | None = None
-    r_mag_M: Float[Array, "M"] | None = None
-    factor: Float[Array, ""] | None = None
-    l0: Float[Array, ""] | None = None
+    w_enc_DM: Float[Array | np.ndarray, "D M"]
+    w_dec_MD: Float[Array | np.ndarray, "M D"]
+    b_enc_M: Float[Array | np.ndarray, "M"]
+    b_dec_D: Float[Array | np.ndarray, "D"]
+    threshold_M: Float[Array | np.ndarray, "M"] | None = None
+    b_gate_M: Float[Array | np.ndarray, "M"] | None = None
+    r_mag_M: Float[Array | np.ndarray, "M"] | None = None
+    factor: Float[Array | np.ndarray, ""] | None = None
+    l0: Float[Array | np.ndarray, ""] | None = None
     config: DictionaryConfig = struct.field(pytree_node=False, kw_only=True)
 
     @property

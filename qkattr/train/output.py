@@ -160,6 +160,6 @@ def _parameters(d: Dictionary, scale: float) -> SAE:
         w_enc_MD=np.float32(d.w_enc_DM).T * norm[:, None],
         w_dec_MD=w_dec / norm[:, None],
         b_enc_M=np.float32(d.b_enc_M) * norm * scale,
-        b_dec_D=np.float32(d.b_dec_D) * scale,
+        b_dec_D=cast(Any, np.float32(d.b_dec_D) * scale),
         log_threshold_M=np.log(np.float32(d.threshold_M) * norm * scale) if jump else None,
     )

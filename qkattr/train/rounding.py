@@ -27,11 +27,11 @@ from qkattr.train.sae import SAE
 class Grid:
     """What weights are rounded to (a leading L where stacked); all zeros: they are not rounded."""
 
-    scale_enc_MG: Float[Array, "M G"]
-    gain_enc_D: Float[Array, "D"]
-    scale_dec_MG: Float[Array, "M G"]
-    gain_dec_D: Float[Array, "D"]
-    half: Float[Array, ""]
+    scale_enc_MG: Float[Array | np.ndarray, "M G"]
+    gain_enc_D: Float[Array | np.ndarray, "D"]
+    scale_dec_MG: Float[Array | np.ndarray, "M G"]
+    gain_dec_D: Float[Array | np.ndarray, "D"]
+    half: Float[Array | np.ndarray, ""]
 
 
 def no_grid(saes: SAE) -> Grid:
@@ -61,11 +61,11 @@ def fit_grid(saes: SAE, *, cfg: TrainConfig) -> Grid:
         enc, dec = (quantise(w[b], bits=bits) for w in (w_enc, w_dec))
         each.append(
             Grid(
-                scale_enc_MG=np.float32(enc.scales),
+                scale_enc_MG=np.asarray(enc.scales, np.float32),
                 gain_enc_D=enc.gain,
-                scale_dec_MG=np.float32(dec.scales),
+                scale_dec_MG=np.asarray(dec.scales, np.float32),
                 gain_dec_D=dec.gain,
-                half=np.float32(2 ** (bits - 1)),
+                half=np.asarray(2 ** (bits - 1), np.float32),
             )
         )
     return jax.tree.map(lambda *arrays: jnp.asarray(np.stack(arrays)), *each)

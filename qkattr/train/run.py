@@ -93,6 +93,7 @@ def train(
     finally:
         checkpoints.close()
     state = on_host(state)
+    assert stream.scale is not None  # measured before the first step
     trained = dictionaries(state, stream.scale, cfg=cfg)
     if jax.process_index():
         return trained
@@ -188,6 +189,7 @@ def _loop(
         if (step + 1) % cfg.checkpoint_every == 0 or last:
             state = parts.state()
             _refuse_unless(_finite(state.sae), "a weight", step, checkpoints)
+            assert stream.scale is not None  # measured before the first step
             checkpoints.save(step + 1, state, stream.scale)
             del state
     return parts.state()

@@ -91,11 +91,11 @@ def loss(
     w_enc, w_dec = sae.w_enc_MD.astype(cfg.compute), sae.w_dec_MD.astype(cfg.compute)
     # W_enc (x - b_dec) + b_enc, so that no gradient by position is needed.
     bias = (sae.b_enc_M - sae.w_enc_MD @ sae.b_dec_D).astype(cfg.compute)
-    how = dict(slots=cfg.slots, sparse=cfg.sparse)
-    v, index = largest(x.astype(cfg.compute), w_enc, bias, **how)
+    sparse = bool(cfg.sparse)  # "auto" was decided by the config
+    v, index = largest(x.astype(cfg.compute), w_enc, bias, slots=cfg.slots, sparse=sparse)
     v = v.astype(jnp.float32)
     a, l0, threshold = _gate(sae, v, index, weight, cfg=cfg)
-    rebuilt = write(a.astype(cfg.compute), index, w_dec, sparse=cfg.sparse) + sae.b_dec_D
+    rebuilt = write(a.astype(cfg.compute), index, w_dec, sparse=bool(cfg.sparse)) + sae.b_dec_D
     left = x - rebuilt.astype(jnp.float32)
     error = (weight * jnp.square(left).sum(-1)).sum()
     total = error / (n * x.shape[1])
@@ -119,6 +119,7 @@ def _gate(
     """Activations, active features a position (with jumprelu's gradient), batchtopk's threshold."""
     least = jnp.zeros(())
     if cfg.activation == "jumprelu":
+        assert sae.log_threshold_M is not None
         threshold = jnp.exp(sae.log_threshold_M)[index]
         l0 = cast(Array, step(v, threshold, cfg.bandwidth)).sum(-1)
         return cast(Array, jump(v, threshold, cfg.bandwidth)), l0, least
@@ -142,8 +143,8 @@ def _auxiliary(sae: SAE, x, left, weight, dead, *, cfg: TrainConfig) -> Float[Ar
         y = (x - sae.b_dec_D).astype(cfg.compute)
         bias = jnp.where(dead, sae.b_enc_M, -1e9).astype(cfg.compute)
         w_enc, w_dec = sae.w_enc_MD.astype(cfg.compute), sae.w_dec_MD.astype(cfg.compute)
-        v, index = largest(y, w_enc, bias, slots=cfg.aux_k, sparse=cfg.sparse)
-        rebuilt = write(jax.nn.relu(v), index, w_dec, sparse=cfg.sparse).astype(jnp.float32)
+        v, index = largest(y, w_enc, bias, slots=cfg.aux_k, sparse=bool(cfg.sparse))
+        rebuilt = write(jax.nn.relu(v), index, w_dec, sparse=bool(cfg.sparse)).astype(jnp.float32)
         miss = (weight * jnp.square(target - rebuilt).sum(-1)).sum()
         return miss / jnp.maximum((weight * jnp.square(target).sum(-1)).sum(), 1e-12)
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 from functools import partial
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -66,7 +67,7 @@ def init_state(saes: SAE, *, cfg: TrainConfig) -> TrainState:
     return TrainState(
         sae=saes,
         grid=no_grid(saes),
-        opt=jax.vmap(optimiser(cfg).init)(saes),
+        opt=jax.vmap(optimiser(cfg).init)(cast(Any, saes)),
         silent_M=jnp.zeros((n, cfg.width), jnp.int32),
         threshold=jnp.zeros(n),
     )
@@ -86,7 +87,7 @@ def step_one(
     w = state.sae.w_dec_MD
     along = (gradient.w_dec_MD * w).sum(1, keepdims=True) * w
     gradient = dataclasses.replace(gradient, w_dec_MD=gradient.w_dec_MD - along)
-    updates, opt = optimiser(cfg).update(gradient, state.opt, state.sae)
+    updates, opt = optimiser(cfg).update(gradient, state.opt, cast(Any, state.sae))
     sae: SAE = jax.tree.map(jnp.add, state.sae, updates)
     norm = jnp.linalg.norm(sae.w_dec_MD, axis=1, keepdims=True)
     sae = dataclasses.replace(sae, w_dec_MD=sae.w_dec_MD / norm)

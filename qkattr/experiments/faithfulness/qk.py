@@ -74,7 +74,7 @@ def removed_scores(
                 scale_E=jnp.zeros(1),
                 heads_EN=(jnp.arange(alone.wq_DNH.shape[1]) == n)[None],
             )
-            edits = BlockEdits(**{side: edit}, live_scales=live)
+            edits = dataclasses.replace(BlockEdits(live_scales=live), **{side: edit})
             _, seen = block(alone, x, cfg=cfg, edits=edits, precision=precision)
             return seen.scores_NTS[n, query, key], seen.pattern_NTS[n, query, key]
 
@@ -88,7 +88,7 @@ class _Ranked:
     """One side of one place: its active features, the strongest first, and their marginals."""
 
     slots: np.ndarray
-    marginal: np.ndarray
+    marginal: Array | np.ndarray
     size: np.ndarray
 
 
@@ -199,7 +199,7 @@ def _runs(subject, places, vectors, masks: np.ndarray, side: str) -> dict[str, t
     return found
 
 
-def _compare(runs, ranked: list[_Ranked], score: np.ndarray) -> dict[str, Any]:
+def _compare(runs, ranked: list[_Ranked], score: Array | np.ndarray) -> dict[str, Any]:
     """Predicted against actual changes of the score from removing single features."""
     predicted = np.concatenate([-place.marginal for place in ranked])
     out: dict[str, Any] = dict(n=len(predicted), predicted=predicted.tolist())
@@ -243,7 +243,7 @@ def _next_tokens(subject: Subject, places, vectors, masks, side: str) -> list[di
     for name, live in (("frozen", False), ("live", True)):
         flat = masks.reshape(len(places), n_runs * n_groups, -1)
         edits = _all_heads(subject, places, vectors, flat, side)
-        blocks = BlockEdits(**{side: edits}, live_scales=live)
+        blocks = dataclasses.replace(BlockEdits(live_scales=live), **{side: edits})
         runs = run_edits(subject, Edits(blocks=blocks), queries=[0])
         found[name] = clean - runs.log_p[:, top].reshape(n_runs, n_groups)
     return [

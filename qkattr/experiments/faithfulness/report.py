@@ -124,7 +124,7 @@ def _nodes(prompts) -> list[dict[str, Any]]:
                 for order, curve in row[kind].items():
                     by_choice[row["choice"], order][kind].append(np.clip(curve, 0, 1).mean())
         for key, found in by_choice.items():
-            table.add(key, **{kind: np.mean(values) for kind, values in found.items()})
+            table.add(key, **{kind: float(np.mean(values)) for kind, values in found.items()})
     return table.rows("choice", "order")
 
 

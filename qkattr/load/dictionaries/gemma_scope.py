@@ -88,6 +88,7 @@ def find_1(at: Folder, options: Options) -> list[Found]:
         hook = "hook_embed"
     else:
         hook = by_names(folder, _layer(folder), stated=options.hook)
+    assert hook is not None  # there is a default
     return [Found(folder, hook, partial(_read_1, folder, hook))]
 
 
@@ -110,6 +111,7 @@ def find_2(at: Folder, options: Options) -> list[Found]:
     folder = at.path
     fields = SaeFields(folder, CONFIG) if at.has(CONFIG) else None
     hook = (fields and _hook(fields)) or by_names(folder, _layer(folder), stated=options.hook)
+    assert hook is not None  # there is a default
     return [Found(folder, hook, partial(_read_2, folder, fields, hook))]
 
 

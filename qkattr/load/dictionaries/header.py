@@ -114,7 +114,7 @@ class Header:
     files: tuple[Path, ...]
     parts: dict[str, Part]
     spare: frozenset[str] = frozenset()
-    constants: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    constants: dict[str, Any] = dataclasses.field(default_factory=dict)
     scaled: bool = False
     finite: bool = False
     source: str = "its config"

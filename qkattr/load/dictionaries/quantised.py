@@ -82,7 +82,9 @@ def on_grid(
     """A matrix under given scales and gains: the integers that are nearest to it."""
     x = _blocks(np.ascontiguousarray(w, np.float32), gain)
     scale = scales[..., None].astype(np.float16)
-    return Quantised(_to_bytes(_rounded(x, scale, bits), scale, bits), np.float32(gain), bits)
+    return Quantised(
+        _to_bytes(_rounded(x, scale, bits), scale, bits), np.asarray(gain, np.float32), bits
+    )
 
 
 def dequantise(matrix: Quantised) -> Float16[np.ndarray, "R D"]:

@@ -82,7 +82,7 @@ class _Checked:
     def read(self, name: str) -> np.ndarray:
         with contextlib.suppress(InputError):  # it was cut short or taken away meanwhile
             tensor = self.weights.read(name)
-            if zlib.crc32(tensor) == self.checksums[name]:
+            if zlib.crc32(tensor.data) == self.checksums[name]:
                 return tensor
         with contextlib.suppress(OSError):
             (self.folder / _MANIFEST).unlink(missing_ok=True)
@@ -192,5 +192,5 @@ def _write_weights(file: GGUF, out: BinaryIO) -> dict[str, int]:
     for name in header:
         tensor = np.ascontiguousarray(file.read(name), "<f4")
         out.write(tensor.data)
-        checksums[name] = zlib.crc32(tensor)
+        checksums[name] = zlib.crc32(tensor.data)
     return checksums

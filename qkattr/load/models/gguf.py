@@ -279,7 +279,7 @@ def _metadata(reader: Container, name: str, where: str) -> dict[str, Any]:
 def _attributes(found: Mapping[str, Any], architecture: _Architecture) -> dict[str, Any]:
     """The metadata as attributes of a Hugging Face config."""
     names = _REQUIRED | _OPTIONAL | architecture.required | architecture.optional
-    raw = {"rope_theta": 10000.0}  # what llama.cpp takes where a file does not say
+    raw: dict[str, Any] = {"rope_theta": 10000.0}  # what llama.cpp takes where a file does not say
     raw |= {names[key]: _decimal(value) for key, value in found.items() if key in names}
     kind, factor = (found.get(key) for key in _SCALING)
     if kind != "none" and (kind or factor):  # without a type, llama.cpp takes it to be linear

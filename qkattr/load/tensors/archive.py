@@ -37,13 +37,13 @@ class Member:
         """The first bytes, at most so many."""
         if not self.deflated:
             return self.stored[:most].tobytes()
-        return zlib.decompressobj(-15).decompress(self.stored[: 2 * most], most)
+        return zlib.decompressobj(-15).decompress(self.stored[: 2 * most].data, most)
 
     def read(self) -> np.ndarray:
         """All bytes: a view of the file, or inflated."""
         if not self.deflated:
             return self.stored
-        inflated = zlib.decompressobj(-15).decompress(self.stored, self.size)
+        inflated = zlib.decompressobj(-15).decompress(self.stored.data, self.size)
         return np.frombuffer(inflated, np.uint8)
 
 

@@ -85,7 +85,8 @@ def _unnamed(
         if token is None or inner.token_to_id(token) is not None:
             yield token, name
     key = ("bos_token_id", "eos_token_id")[i]
-    text_part = model.get("text_config") if isinstance(model.get("text_config"), dict) else {}
+    said_of_text = model.get("text_config")
+    text_part = said_of_text if isinstance(said_of_text, dict) else {}
     for file, said in (
         ("config.json", model | {key: model.get(key, text_part.get(key))}),
         ("generation_config.json", _optional(folder / "generation_config.json")),

@@ -8,6 +8,7 @@ The text is cut and its bytes are spelled as GPT-2's tokenizer does; the tokens 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
@@ -30,7 +31,9 @@ def from_vocabulary(folder: Path) -> tokenizers.Tokenizer | None:
     vocab = read_json_object(folder / FILES[0])
     added = read_json_object(folder / _ADDED) if (folder / _ADDED).is_file() else {}
     lines = read_text(folder / FILES[1]).splitlines()
-    merges = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
+    merges: Any = [
+        tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")
+    ]
     try:
         inner = tokenizers.Tokenizer(models.BPE(vocab, merges))
         for token in sorted(added, key=added.__getitem__):

@@ -110,9 +110,10 @@ def make_rotary(
     if kind == "linear":
         linear = _number(rope, "factor")
     elif kind == "llama3":
-        factors = (_number(rope, key) for key in ("factor", "low_freq_factor", "high_freq_factor"))
+        keys = ("factor", "low_freq_factor", "high_freq_factor")
+        factor, low, high = (_number(rope, key) for key in keys)
         original = _number(rope, "original_max_position_embeddings", context)
-        llama3 = (*factors, int(original))
+        llama3 = (factor, low, high, int(original))
     elif kind != "default":
         raise InputError(
             f"config.json: rope type {kind!r:.40} is not implemented; "
