@@ -31,8 +31,9 @@ PROMOTE = ("experiments", "features", "train", "test_docs.py")
 def ranks(request):
     """Arrays of different ranks do not meet: what is broadcast is written out."""
     allowed = request.path.parent.name in PROMOTE or request.path.name in PROMOTE
-    with jax.numpy_rank_promotion("allow" if allowed else "raise"):
-        yield
+    jax.config.update("jax_numpy_rank_promotion", "allow" if allowed else "raise")
+    yield
+    jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
 def pytest_configure(config):

@@ -37,7 +37,7 @@ def _named(hint: Any) -> Any:
     if typing.get_origin(hint) is tuple:
         return tuple[tuple(_named(part) for part in typing.get_args(hint))]  # pyright: ignore
     if hint is Array:
-        return Array | np.ndarray
+        return Array | np.ndarray | np.generic
     if not (inspect.isclass(hint) and issubclass(hint, AbstractArray)):
         return hint
     axes = re.sub(r"(\w)([+-])(\d)", r"\1_and_\3", hint.dim_str)

@@ -91,10 +91,10 @@ class Components:
 
     def at(
         self,
-        position: Int[Array | np.ndarray, "..."],
-        slot: Int[Array | np.ndarray, "..."],
-        *leading: Int[Array | np.ndarray, "..."],
-    ) -> Float[Array, "R D"]:
+        position: Int[Array | np.ndarray, "*R"],
+        slot: Int[Array | np.ndarray, "*R"],
+        *leading: Int[Array | np.ndarray, "*R"],
+    ) -> Float[Array, "*R D"]:
         """The vectors of R chosen components (R: any shape).
 
         leading: of stacked components, their boundaries.
