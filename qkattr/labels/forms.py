@@ -151,7 +151,7 @@ def _collected(
             continue
         if not isinstance(said.text, str):
             raise InputError(
-                f"{said.where}: its label is {said.text!r:.40}, which is not text; give a string"
+                f"{said.where}: its label is {said.text!r:.40}, expected text; give a string"
             )
         if not (explained and feature in labels):
             labels[feature] = clipped(" ".join(said.text.split()), LONGEST)
@@ -168,7 +168,8 @@ def _opened(path: Path) -> Iterator[IO[bytes]]:
             yield file  # type: ignore[misc]
     except (EOFError, zlib.error, gzip.BadGzipFile, UnicodeDecodeError) as e:
         raise InputError(
-            f"{path} is not a whole UTF-8 or gzip file ({e}); mend it, or download it again"
+            f"{path} is damaged: it is not a whole UTF-8 or gzip file ({e}); mend it, or download "
+            "it again"
         ) from e
     except OSError as e:
         raise InputError(f"cannot read {path}: {e.strerror}; give another path") from e
