@@ -73,7 +73,7 @@ class Components:
         return self.n_slots - 2
 
     @property
-    def activations(self) -> Float[Array, "T C"]:
+    def activations(self) -> Float[Array, "*L T C"]:
         """`activation` of all slots: 0 of the bias and the error."""
         rest = self.n_slots - self.activation.shape[-1]
         return jnp.pad(self.activation, ((0, 0),) * (self.activation.ndim - 1) + ((0, rest),))
