@@ -17,11 +17,12 @@ from qkattr.export.folder import encoded_page, read_result, save_result
 from qkattr.export.graph_json import graph_json
 from qkattr.export.viewers import check_scan
 from qkattr.files import write_files
+from qkattr.kinds import Group
 from qkattr.load.bundle import Bundle, Prompt, need_bundle
 from qkattr.options import TraceOptions, make_options
 from qkattr.qk.table import QKAttribution
 from qkattr.result import Traced
-from qkattr.subject import HasSubject, Stages, Subject, enter, quiet
+from qkattr.subject import HasSubject, Stages, Subject, quiet
 from qkattr.subject import subject as make_subject
 
 if TYPE_CHECKING:
@@ -277,19 +278,24 @@ def qk_attribution(
     return attribution(subject, **place)
 
 
-def choose_edits(result: Result, **how: Any) -> list[Edit]:
+def choose_edits(
+    result: Result,
+    *,
+    source: int | str,
+    target: int | str,
+    heads: str | int | Sequence[tuple[int, int]] = "5%",
+    side: str = "key",
+    features: int = 4,
+    group: Group | None = None,
+    by: str = "effect",
+) -> list[Edit]:
     """Edits for `steer`: heads that look from one position at another, and in them the features
-    with the largest QK marginals there, or a group of features.
+    with the largest QK marginals there, or a group of features; see
+    `qkattr.experiments.choose.choose_edits`."""
+    from qkattr.experiments import choose
 
-    how: `source`, `target`, `heads`, `side`, `features`, `group`, `by`; see
-      `qkattr.experiments.choose.choose_edits`.
-
-    Raises:
-      InputError: see there.
-    """
-    from qkattr.experiments.choose import choose_edits
-
-    return choose_edits(result, enter(result), **how)
+    how = dict(source=source, target=target, heads=heads, side=side, features=features)
+    return choose.choose_edits(result, result, **how, group=group, by=by)  # pyright: ignore
 
 
 def figure(found: Any, path: str | Path) -> Path:
