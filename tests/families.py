@@ -21,6 +21,8 @@ import transformers
 
 from qkattr.load.opening import load
 
+LOGITS = 1e-4  # float32 against float32, three blocks, logits of order 10
+
 #: Longer than every window below.
 PROMPT = np.random.default_rng(5).integers(1, 50, 11).astype(np.int32)
 V = 50

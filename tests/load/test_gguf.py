@@ -13,8 +13,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from families import MODELS, Made
-from test_forward import LOGITS
+from families import LOGITS, MODELS, Made
 from tiny import within
 
 from qkattr.errors import InputError

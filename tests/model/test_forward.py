@@ -9,13 +9,13 @@ import pytest
 import real
 import tiny
 import torch
+from families import LOGITS
 from tiny import within
 from tracing import traced_at_most
 
 from qkattr.model.edits import Edits, ResidualEdits
 from qkattr.model.transformer import block, embed, forward, unembed
 
-LOGITS = 1e-4  # float32 against float32, three blocks, logits of order 10
 PATTERN = 1e-5  # of probabilities
 REAL_LOGITS = 1e-3  # thirty blocks, logits of order 20
 SAME = 1e-5  # the same arithmetic in other shapes, relative to the largest

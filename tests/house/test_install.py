@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 #: Extras whose packages are asked for where they are used, with a line that says how to get them.
 OPTIONAL = ("frames", "figures", "train", "parquet")

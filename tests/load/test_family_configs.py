@@ -13,10 +13,10 @@ import jax
 import numpy as np
 import pytest
 import torch
+from families import LOGITS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
-from test_forward import LOGITS
 from tiny import within
 
 from qkattr.api import trace

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import tiny
 from qk_places import FOUR, places
-from test_competition import identities
+from test_why import identities
 from tiny import within
 
 import qkattr

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 ROOMS = ("model", "sources", "qk", "graph")
 PAGES = ("api", "embedding", "interventions", "scaling", "models")
 NAME = re.compile(r"qkattr\.(model|sources|qk|graph)\.(\w+(?:\.\w+)*)")

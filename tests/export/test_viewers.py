@@ -285,7 +285,7 @@ def test_circuit_tracers_own_reader_takes_the_file(result, tmp_path):
     """Its models alone are loaded, so that it needs none of its dependencies but pydantic:
 
     python -m venv ct && ct/bin/pip install pydantic && ct/bin/pip install --no-deps circuit-tracer
-    QKATTR_CIRCUIT_TRACER=ct/bin/python pytest tests/test_viewers.py
+    QKATTR_CIRCUIT_TRACER=ct/bin/python pytest tests/export/test_viewers.py
     """
     result.save(tmp_path)
     command = [os.environ["QKATTR_CIRCUIT_TRACER"], "-c", _READ, str(tmp_path / "graph.json")]

@@ -11,8 +11,8 @@ import published_models
 import pytest
 import torch
 import transformers
+from families import LOGITS
 from published_models import PUBLISHED
-from test_forward import LOGITS
 from tiny import within
 
 from qkattr.errors import InputError

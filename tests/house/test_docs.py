@@ -21,7 +21,7 @@ import pytest
 import qkattr
 from qkattr.options import TraceOptions
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 REAL = "# needs smollm2"
 PRINTED = re.compile(r"^```text printed\n(.*?)^```[ \t]*$", re.MULTILINE | re.DOTALL)
@@ -140,7 +140,7 @@ def test_options_are_listed_with_their_defaults():
 def test_tests_that_pages_name_exist():
     for page in PAGES:
         for file, _, test in re.findall(
-            r"`tests/(test_\w+\.py)(::(\w+))?`", page.read_text(encoding="utf-8")
+            r"`tests/((?:\w+/)*test_\w+\.py)(::(\w+))?`", page.read_text(encoding="utf-8")
         ):
             path = ROOT / "tests" / file
             assert path.exists(), f"{page.name} names {file}"

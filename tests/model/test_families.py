@@ -6,7 +6,8 @@ import families
 import jax
 import numpy as np
 import pytest
-from test_forward import LOGITS, PATTERN
+from families import LOGITS
+from test_forward import PATTERN
 from test_linear import check_parts
 from test_terms import SCORE, every_pair
 from tiny import within

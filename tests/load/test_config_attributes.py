@@ -19,7 +19,7 @@ from tiny import within
 
 from qkattr.load.models.families import FAMILIES, attributes, from_hf
 
-DOCS = Path(__file__).parents[1] / "docs"
+DOCS = Path(__file__).parents[2] / "docs"
 PACKAGE = Path(transformers.__file__).parent
 #: A model of each family, of those in `families`.
 MODELS = {
@@ -221,7 +221,7 @@ def test_attributes_of_the_arithmetic_change_logits(family, change):
 def published() -> dict[str, dict]:
     """Configs of models that qkattr must read, by name."""
     found = {}
-    for file in sorted((Path(__file__).parent / "published/models").glob("*.json")):
+    for file in sorted((Path(__file__).parents[1] / "published/models").glob("*.json")):
         told = json.loads(file.read_text())
         config = told["files"].get("config.json", {})
         if config.get("model_type") in MODELS and not told.get("refused"):

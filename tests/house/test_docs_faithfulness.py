@@ -11,7 +11,7 @@ import pytest
 
 from qkattr.load.text.prompts import read_prompts
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 #: Each run's JSON, and the prompts that it is of.
 RUNS = {

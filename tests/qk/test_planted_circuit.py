@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
-from test_competition import identities
+from test_why import identities
 
 from qkattr.config import BlockConfig, ModelConfig, Rotary
 from qkattr.kinds import NO_WINDOW, Kind

@@ -16,7 +16,7 @@ from qkattr.load import smollm2
 from qkattr.model.transformer import residual_stream
 from qkattr.sources.dictionary import reconstruct
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 REPORT = json.loads((ROOT / "docs" / "saes.json").read_text())
 #: Of any text in English; on its own held-out rows the worst boundary leaves 0.27.
 UNEXPLAINED = 0.4
