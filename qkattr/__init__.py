@@ -11,11 +11,11 @@ functions below take arrays and small frozen structs; `docs/embedding.md` shows 
 else's code.
 """
 
-import importlib
 import sys
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from qkattr.lazy import offer
 from qkattr.version import __version__ as __version__
 
 if TYPE_CHECKING:
@@ -37,98 +37,37 @@ if TYPE_CHECKING:
     from qkattr.result import HeadLoadings
     from qkattr.subject import Subject, subject
 
-#: Where each public name comes from. They are imported when they are first used, so that a command
-#: that needs no JAX does not wait for it.
-_HOMES = {
-    "Bundle": "load.bundle",
-    "Edit": "experiments.edits",
-    "HeadLoadings": "result",
-    "InputError": "errors",
-    "Result": "api",
-    "Steering": "experiments.steer",
-    "Subject": "subject",
-    "SubjectOptions": "options",
-    "TargetEffects": "analyses.effects",
-    "TraceOptions": "options",
-    "choose_edits": "api",
-    "distance": "analyses.distance",
-    "effects": "analyses.effects",
-    "faithfulness": "experiments.faithfulness",
-    "figure": "api",
-    "load": "load.opening",
-    "marginals": "analyses.marginals",
-    "mechanisms": "analyses.mechanisms",
-    "open": "api",
-    "pairs": "analyses.pairs",
-    "qk_attribution": "api",
-    "run": "api",
-    "steer": "experiments.steer",
-    "subject": "subject",
-    "trace": "api",
-    "weight_pairs": "analyses.weights",
-    "why": "analyses.why",
-}
-
-__all__ = [
-    "Bundle",
-    "Edit",
-    "HeadLoadings",
-    "InputError",
-    "Result",
-    "Steering",
-    "Subject",
-    "SubjectOptions",
-    "TargetEffects",
-    "TraceOptions",
-    "choose_edits",
-    "distance",
-    "effects",
-    "faithfulness",
-    "figure",
-    "load",
-    "marginals",
-    "mechanisms",
-    "open",
-    "pairs",
-    "qk_attribution",
-    "run",
-    "steer",
-    "subject",
-    "trace",
-    "weight_pairs",
-    "why",
-]
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"qkattr.{_HOMES[name]}"), name)
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *_HOMES})
+# Imported when they are first used, so that a command that needs no JAX does not wait for it.
+offer(
+    globals(),
+    **{
+        "analyses.distance": "distance",
+        "analyses.effects": "TargetEffects effects",
+        "analyses.marginals": "marginals",
+        "analyses.mechanisms": "mechanisms",
+        "analyses.pairs": "pairs",
+        "analyses.weights": "weight_pairs",
+        "analyses.why": "why",
+        "api": "Result choose_edits figure open qk_attribution run trace",
+        "errors": "InputError",
+        "experiments.edits": "Edit",
+        "experiments.faithfulness": "faithfulness",
+        "experiments.steer": "Steering steer",
+        "load.bundle": "Bundle",
+        "load.opening": "load",
+        "options": "SubjectOptions TraceOptions",
+        "result": "HeadLoadings",
+        "subject": "Subject subject",
+    },
+)
 
 
 class _Package(ModuleType):
     """`qkattr.load` and `qkattr.subject` are functions, although modules of these names lie in the
     package, which the import system would put here."""
 
-    @property
-    def load(self) -> Any:
-        return __getattr__("load")
-
-    @load.setter
-    def load(self, folder: ModuleType) -> None:
-        pass
-
-    @property
-    def subject(self) -> Any:
-        return __getattr__("subject")
-
-    @subject.setter
-    def subject(self, module: ModuleType) -> None:
-        pass
+    load = property(lambda self: self.__getattr__("load"), lambda self, folder: None)
+    subject = property(lambda self: self.__getattr__("subject"), lambda self, module: None)
 
 
 sys.modules[__name__].__class__ = _Package
