@@ -36,6 +36,16 @@ def ranks(request):
     jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
+@pytest.fixture(autouse=True)
+def ranks_of_references(request):
+    """On the real model our arrays meet those of other libraries' code."""
+    before = jax.config.jax_numpy_rank_promotion  # pyright: ignore[reportAttributeAccessIssue]
+    if request.node.get_closest_marker("slow"):
+        jax.config.update("jax_numpy_rank_promotion", "allow")
+    yield
+    jax.config.update("jax_numpy_rank_promotion", before)
+
+
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: runs on the real model")
 

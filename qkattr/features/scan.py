@@ -185,7 +185,7 @@ def _look(dictionary, x, seen, row, is_held, *, sinks, slots, cfg):
     value, feature = jnp.where(keep, found.activation, 0.0), found.index
     limit = dictionary.config.k or dictionary.width
     more = (value[:, -1] > 0).any() & (value.shape[1] < limit)
-    place = (row[:, None] * T + jnp.arange(T)).reshape(-1)
+    place = (row[:, None] * T + jnp.arange(T)[None]).reshape(-1)
     split = jnp.repeat(is_held.astype(jnp.int32), T)
     with jax.named_scope("keep"):
         return add(seen, value, feature, place, split, (B, T), cfg), sink, more

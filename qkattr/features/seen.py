@@ -102,7 +102,7 @@ def _entries(entry, key, value, place, dense, kept: KeptContexts, cfg: ScanConfi
     position = jnp.minimum(entry, n - 1) // (n // len(place))
     of = position[:, : kept.window.shape[1]]
     segment = jnp.arange(len(kept.key)) % width
-    t = of[..., None] % T + jnp.arange(-cfg.before, cfg.after + 1)
+    t = of[..., None] % T + jnp.arange(-cfg.before, cfg.after + 1)[None, None]
     around = dense[of[..., None] // T, jnp.clip(t, 0, T - 1), segment[:, None, None]]
     return KeptContexts(
         key=jnp.where(exists, key[jnp.minimum(entry, n - 1)], NONE),

@@ -162,10 +162,10 @@ def pull_stream(frozen: FrozenBlock, g: Float[Array, "R T D"]) -> PulledStream:
 
 @checked
 def head_reads(
-    frozen: FrozenBlock, heads: Float[Array, "R T N H"], x: Float[Array, "S D"]
-) -> Float[Array, "R N T S"]:
-    """What covectors on the heads' outputs read from each source through its value alone:
-    `g[t] . O_n V_n N'(x_s)`, without the pattern.
+    frozen: FrozenBlock, heads: Float[Array, "R Q N H"], x: Float[Array, "S D"]
+) -> Float[Array, "R N Q S"]:
+    """What covectors on the heads' outputs at Q positions read from each source through its value
+    alone: `g[t] . O_n V_n N'(x_s)`, without the pattern.
     """
     R, T, N, H = heads.shape
     v_SKH = values(frozen, x) * frozen.seen.scale_attn_T[:, None, None]

@@ -13,6 +13,7 @@ import pytest
 from graph_schema import NEURONPEDIA, QKATTR
 
 import qkattr
+from qkattr import files
 from qkattr.cli import options
 from qkattr.cli import qk as qk_cli
 from qkattr.cli.main import main
@@ -264,12 +265,12 @@ def test_what_is_written_is_what_the_standard_encoder_writes():
         "a": [1, 2.5, float("nan"), float("inf"), True, None, 1e-07, -0.0, 1e22],
         "text": "é日🙂\x00\n\"\\\u2028", "tuple": (1, (2,)), 3: {},
     }  # fmt: skip
-    assert json.loads(graph_json.encoded(value)) == json.loads(graph_json.dumps(value))
+    assert json.loads(files.encoded(value)) == json.loads(files.dumps(value))
     for half in ("a\udc80", "\ud83d"):
-        written = graph_json.encoded({"a": half, "b": float("nan")})
+        written = files.encoded({"a": half, "b": float("nan")})
         assert json.loads(written) == {"a": half, "b": None}
     computed = {"a": np.float64(0.5), "b": np.int64(3), "c": np.float32(0.25), "d": np.bool_(True)}
-    assert json.loads(graph_json.encoded(computed)) == {"a": 0.5, "b": 3, "c": 0.25, "d": True}
+    assert json.loads(files.encoded(computed)) == {"a": 0.5, "b": 3, "c": 0.25, "d": True}
 
 
 # What a saved folder answers without its model
@@ -288,11 +289,11 @@ def test_the_pairs_shown_are_stored(plain, tmp_path, monkeypatch, capsys):
     with_model = capsys.readouterr().out
     loaded = []
 
-    def refuse(result, model):
+    def refuse(self):
         loaded.append(True)
         raise InputError("the model is asked for")
 
-    monkeypatch.setattr(options, "with_model", refuse)
+    monkeypatch.setattr(options.Saes, "open", refuse)
     for top in ("1", "5"):
         assert main([*ask, "--top", top]) == 0 and not loaded
         said = capsys.readouterr().out

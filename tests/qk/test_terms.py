@@ -223,7 +223,7 @@ def test_places_are_traced_not_compiled():
 @pytest.mark.slow
 def test_real_terms_sum_to_every_score(real_case):
     """Every block, head, query and key of the prompt."""
-    causal = np.tril(np.ones((len(real_case.tokens),) * 2))
+    causal = np.tril(np.ones((1, *(len(real_case.tokens),) * 2)))
     for b in range(real_case.cfg.n_blocks):
         sums, scores = every_pair(*real_case.block(b), cfg=real_case.cfg.block, sums=True)
         captured = np.asarray(real_case.trace.scores[b]) * causal
@@ -249,7 +249,7 @@ def test_real_terms_sum_to_the_scores_of_transformers(real_case, b):
         q, k = apply_rotary_pos_emb(q, k, cos, sin)
         k = k.repeat_interleave(3, dim=1)
         scores = (q @ k.transpose(2, 3))[0].numpy() * layer.self_attn.scaling
-    causal = np.tril(np.ones((n, n)))
+    causal = np.tril(np.ones((1, n, n)))
     sums, _ = every_pair(weights, x, parts, cfg=real_case.cfg.block, sums=True)
     largest = np.abs(scores * causal).max((1, 2), keepdims=True)
     within("real: sum of terms - transformers' q.k", sums * causal, scores * causal, SCORE, largest)
