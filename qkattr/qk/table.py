@@ -13,7 +13,7 @@ import numpy as np
 from qkattr.errors import InputError, quoted
 from qkattr.extras import need
 from qkattr.kinds import Kind, Place
-from qkattr.sources.table import ComponentTable
+from qkattr.sources.table import ComponentTable, Number
 
 if TYPE_CHECKING:
     from qkattr.qk.terms import QKTerms
@@ -195,7 +195,7 @@ def _shares(value, query_kind, key_kind) -> dict[str, dict[str, float]]:
 
 
 def shares_by_kind(
-    cells: Iterable[tuple[int, int, float, float]], total: float
+    cells: Iterable[tuple[Number, Number, float, float]], total: float
 ) -> dict[str, dict[str, float]]:
     """Shares by "query kind-key kind", the largest first.
 

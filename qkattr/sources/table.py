@@ -60,11 +60,13 @@ class ComponentTable:
             label=label,
         )
 
-    def rows(self, position: int, slots: Iterable[int] | np.ndarray) -> list[ComponentRow]:
+    def rows(self, position: Number, slots: Iterable[Number] | np.ndarray) -> list[ComponentRow]:
         """Some components of a position."""
         return [self.row(position, slot) for slot in slots]
 
-    def names(self, position: int, slots: Iterable[int] | np.ndarray) -> list[tuple[int, int]]:
+    def names(
+        self, position: Number, slots: Iterable[Number] | np.ndarray
+    ) -> list[tuple[int, int]]:
         """Kind and index of some components of a position: what is the same at all positions."""
         at = self.kind[position], self.index[position]
         return [(int(at[0][slot]), int(at[1][slot])) for slot in slots]
