@@ -33,7 +33,7 @@ def test_heads_are_ordered_by_what_they_carried(result):
     found = result.head_loadings(source=KEY, target=QUERY)
     into = result.head_loadings(source=KEY, target=QUERY, into="feature")
     for by, value in (("influence", found.influence), ("loading", np.abs(into.loadings))):
-        heads = heads_between(result, source=KEY, target=QUERY, by=by)
+        heads = heads_between(result, result, source=KEY, target=QUERY, by=by)
         values = [value[head] for head in heads]
         assert values == sorted(values, reverse=True) and values[-1] > 0
         assert len(heads) == np.count_nonzero(value)
@@ -46,7 +46,7 @@ def test_heads_are_ordered_by_what_they_carried(result):
 @pytest.mark.parametrize("by", ["effect", "masking", "attention"])
 def test_heads_that_work_for_the_target_come_first(result, by):
     rows = {(r["layer"], r["head"]): r for r in result.head_effects(source=KEY, target=QUERY)}
-    heads = heads_between(result, source=KEY, target=QUERY, by=by)
+    heads = heads_between(result, result, source=KEY, target=QUERY, by=by)
     values_of = "probability" if by == "attention" else by
     values = [rows[head][values_of] for head in heads]
     assert values == sorted(values, reverse=True) and values[-1] > 0
@@ -54,7 +54,7 @@ def test_heads_that_work_for_the_target_come_first(result, by):
         r["probability" if by == "attention" else by] > 0 for r in rows.values()
     )
     if by == "effect":
-        assert heads == heads_between(result, source=KEY, target=QUERY)
+        assert heads == heads_between(result, result, source=KEY, target=QUERY)
 
 
 def marginals(result, heads, side, what):
@@ -139,7 +139,7 @@ def test_greedy_takes_the_best_head_of_every_step(result):
 def test_greedy_chooses_among_the_largest_loadings(result):
     group = {b: features_at(result, b, KEY)[:1] for b in (1, 2)}
     asked = dict(source=KEY, target=QUERY, group=group, by="influence")
-    candidates = heads_between(result, source=KEY, target=QUERY, by="influence")[
+    candidates = heads_between(result, result, source=KEY, target=QUERY, by="influence")[
         :2
     ]  # 10 % of 12 heads
     p = {}
@@ -208,7 +208,7 @@ def test_groups_and_labels_on_the_command_line(cli, named):
 
 
 def test_hydra_counts_are_separate_calls(result, edits):
-    ranked = heads_between(result, source=KEY, target=QUERY, by="influence")
+    ranked = heads_between(result, result, source=KEY, target=QUERY, by="influence")
     heads = [head for head in ranked if head[0] > 0][:4]
     edits = only(edits, heads)
     scale = -4.0
@@ -265,7 +265,7 @@ def test_real_hydra(sally):
     """Frozen patterns take fewer than half the heads."""
     where = dict(source=" Sally", target=-1, by="influence")
     edits = qkattr.choose_edits(sally, heads=12, features=4, **where)
-    ranked = heads_between(sally, **where)[:12]
+    ranked = heads_between(sally, sally, **where)[:12]
     needed = hydra(
         sally.subject,
         ranked,

@@ -65,7 +65,7 @@ def report(small):
 
 def test_single_features_equal_their_marginals(result):
     """Frozen, the score's change is the marginal to rounding; live, it is not."""
-    heads = heads_between(result, source=2, target=-1, by="influence")[:3]
+    heads = heads_between(result, result, source=2, target=-1, by="influence")[:3]
     rng = np.random.default_rng(0)
     found = measure_qk(result.subject, heads, query=6, key=2, draws=4, rng=rng)
     for side in ("key", "query"):
@@ -86,7 +86,7 @@ def test_single_features_equal_their_marginals(result):
 
 def test_next_token_equals_steering(result):
     """Removing the strongest key feature of one head costs what `steer` says."""
-    (head, *_) = heads_between(result, source=2, target=-1, by="influence")
+    (head, *_) = heads_between(result, result, source=2, target=-1, by="influence")
     rng = np.random.default_rng(0)
     found = measure_qk(result.subject, [head], query=6, key=2, draws=4, rng=rng)
     edits = qkattr.choose_edits(result, source=2, target=-1, heads=[head], features=1)
