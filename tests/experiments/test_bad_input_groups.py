@@ -71,9 +71,9 @@ def test_groups_of_which_nothing_is_active(steer, files):
         (("--labels", "."), "cannot read .: Is a directory"),
         (("--labels", "broken.json"), "broken.json is not JSON: "),
         (("--labels", "deep.json"), "deep.json is not JSON: "),
-        (("--labels", "list.json"), "list.json, item 0 has no layer, index and description; give"),
+        (("--labels", "list.json"), "list.json, item 0 is '1', expected an object with a layer"),
         (("--labels", "name.json"), "name.json: 'x' names no feature; write boundary:feature"),
-        (("--labels", "text.json"), "text.json: the label of '1:3' is not text; give a string"),
+        (("--labels", "text.json"), "text.json: '1:3': its label is 5, expected text; give a string"),
     ],
 )
 def test_labels(early, files, more, message):

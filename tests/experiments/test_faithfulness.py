@@ -241,7 +241,7 @@ def test_the_command_resumes(root, tmp_path, monkeypatch, capsys):
     assert "controls" in first and "faithfulness.json" in first
     files = sorted((tmp_path / "out" / "prompts").iterdir())
     assert len(files) == 2 * 3  # what is said of a prompt, and two measures
-    measured = "qkattr.experiments.faithfulness.subject.Subject.measure"
+    measured = "qkattr.experiments.faithfulness.prompt.MeasuredPrompt.measure"
     monkeypatch.setattr(measured, lambda self, name: pytest.fail(f"{name} is measured again"))
     assert main([*line, "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == json.loads(
