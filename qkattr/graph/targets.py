@@ -54,7 +54,7 @@ def logit_covectors(
     base = jnp.where((against >= 0)[:, None], f32(w_VD[against]), mean)
     direction = f32(w_VD[tokens]) - base
     constant = jnp.einsum(
-        "PD,D->P", direction, norm_bias(params.norm_final) * jnp.ones(x.shape[-1])
+        "PD,D->P", direction, norm_bias(params.norm_final) * jnp.ones(x.shape[-1], jnp.float32)
     )
     if params.unembed_bias_V is not None:
         bias = f32(params.unembed_bias_V)
@@ -114,7 +114,7 @@ def _pull_score(weights, other, position, w, bias, head, gain, head_scale, scale
 
     g = jax.linear_transpose(finish, other)(cfg.scale * other)[0]
     on_norm = jnp.einsum("DH,H->D", f32(w), g, precision="highest")
-    constant = on_norm @ (norm_bias(weights.norm_attn) * jnp.ones(on_norm.shape[0]))
+    constant = on_norm @ (norm_bias(weights.norm_attn) * jnp.ones(on_norm.shape[0], jnp.float32))
     constant += 0.0 if bias is None else f32(bias)[head] @ g
     return norm_transpose(weights.norm_attn, on_norm, cfg=cfg) * scale, constant
 

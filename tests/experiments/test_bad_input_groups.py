@@ -73,7 +73,10 @@ def test_groups_of_which_nothing_is_active(steer, files):
         (("--labels", "deep.json"), "deep.json is not JSON: "),
         (("--labels", "list.json"), "list.json, item 0 is '1', expected an object with a layer"),
         (("--labels", "name.json"), "name.json: 'x' names no feature; write boundary:feature"),
-        (("--labels", "text.json"), "text.json: '1:3': its label is 5, expected text; give a string"),
+        (
+            ("--labels", "text.json"),
+            "text.json: '1:3': its label is 5, expected text; give a string",
+        ),
     ],
 )
 def test_labels(early, files, more, message):

@@ -231,12 +231,13 @@ def test_frozen_derivatives_are_autodiff_of_the_frozen_model():
         two = (np.asarray(case.trace.patterns) > 0).sum(-1, keepdims=True)[:, :, :n] > 1
         for name, expected in zip(names, (found.head, found.derivative), strict=True):
             within(name, measures[name], np.where(two, expected[:, 0, :, :n, :n], 0), SAME, size)
+    b = 1
+    above = np.asarray(logit_effects(subject, token).covector[b + 1, 0], np.float64)
     with jax.enable_x64(True):
-        b, weights = 1, tiny.block_weights(case.params, 1)
+        weights = tiny.block_weights(case.params, b)
         x = np.asarray(case.trace.boundaries[b], np.float64)
         made = frozen.frozen_block(weights, x, case.cfg.block, "jacobian")
         mask = frozen.of_head(2, tiny.N, len(x), len(x))
-        above = np.asarray(logit_effects(subject, token).covector[b + 1, 0], np.float64)
         _, vjp = jax.vjp(lambda x: made(x, only=mask), jnp.asarray(x))
         expected = (np.asarray(vjp(jnp.asarray(above))[0]) * x).sum()
     effect = head_measures(subject, heads, g, _no_graph(case))["effect jacobian"][b, 2]
