@@ -166,16 +166,18 @@ def test_hostile_tokens_in_a_figure(bundle, tmp_path):
     pytest.importorskip("matplotlib")
     ids = [bundle.tokenizer.bos_id, *(len(folders.TOKENS) + i for i in range(len(folders.HOSTILE)))]
     edit = Edit(1, "error", 1, "key", None)
-    steering = qkattr.steer(bundle, ids, [edit], scales=[0, 1], track=folders.HOSTILE[:3])
+    asked = qkattr.subject(bundle, ids)
+    steering = qkattr.steer(asked, [edit], scales=[0, 1], track=folders.HOSTILE[:3])
     assert steering.tokens[1:] == folders.HOSTILE
     names = [*folders.HOSTILE, "$x_{", r"\$", "_hidden", "$a$"]
     for start in range(0, len(names), 4):
         some = names[start : start + 4]
         at = 1 + start % len(folders.HOSTILE)
         edits = [steering.edits[0] | dict(position=at + i, token="") for i in range(4)]
-        drawn = dataclasses.replace(
+        changed = dataclasses.replace(
             steering, tracked=dict.fromkeys(some, [0.5, 0.4]), edits=edits, query=at
-        ).figure(tmp_path / "a.svg")
+        )
+        drawn = qkattr.figure(changed, tmp_path / "a.svg")
         text = drawn.read_text(encoding="utf-8")
         assert all(c.isprintable() or c == "\n" for c in text) and len(text) < 200_000
         tags = {element.tag.rpartition("}")[2] for element in ElementTree.fromstring(text).iter()}
