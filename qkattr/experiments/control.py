@@ -165,10 +165,6 @@ def summarise(
     )
 
 
-def _unlabelled(subject: Subject, edit: Placed) -> dict[str, Any]:
-    return describe(subject, edit) | dict(label="")
-
-
 def _spread(values: Float[np.ndarray, "R B"]) -> dict[str, list[float]]:
     return dict(
         median=np.median(values, axis=0).tolist(),
